@@ -1,0 +1,34 @@
+"""Numbers that users pass, checked: the one wording for all that is wrong with them."""
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an `int` that is at least `least`, or an error that names it."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a whole number. Received: {name}={value!r}") from None
+    if number < least:
+        raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value!r}")
+    return number
+
+
+def real_number(name: str, value: Any, *, positive: bool) -> float:
+    """`value` as a finite `float` above (or at) zero, or an error that names it."""
+    try:
+        if isinstance(value, (bool, np.bool_, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}") from None
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        wanted = "above 0" if positive else "at least 0"
+        raise ValueError(f"`{name}` must be finite and {wanted}. Received: {name}={value!r}")
+    return number

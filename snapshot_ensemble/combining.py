@@ -1,0 +1,196 @@
+"""Many members' outputs into one: the same functions for arrays and for the graph.
+
+Every function takes a stack with the members on its first axis. Classes are combined in
+probability space; an output of logits goes there and comes back as log-probabilities (for
+sigmoids: log-odds), through log-sums of exponentials, so that nothing is lost at either end.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from snapshot_ensemble.checks import whole_number
+
+# Lifts the winner of a drawn vote above its equals: enough to show in float32, also in a
+# logarithm, and far below one vote.
+_TIE = 1e-6
+
+
+def _mean(stack: Any, weights: Any) -> Any:
+    if weights is None:
+        return ops.mean(stack, axis=0)
+    return ops.tensordot(ops.cast(weights, stack.dtype), stack, axes=1)
+
+
+def _log_mean(log_stack: Any, weights: Any) -> Any:
+    """The logarithm of the mean of exponentials."""
+    if weights is None:
+        return ops.logsumexp(log_stack, axis=0) - ops.log(
+            ops.cast(ops.shape(log_stack)[0], log_stack.dtype)
+        )
+    weights = ops.reshape(
+        ops.cast(weights, log_stack.dtype), [-1] + [1] * (len(log_stack.shape) - 1)
+    )
+    # A weight of 0 gives -inf, which the log-sum takes as a term that is not there.
+    return ops.logsumexp(ops.log(weights) + log_stack, axis=0)
+
+
+def mean(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
+    """The (weighted) mean of the members' probabilities, or of their values."""
+    if not logits:
+        return _mean(stack, weights)
+    if task == "multiclass":
+        return _log_mean(ops.log_softmax(stack, axis=-1), weights)
+    return _log_mean(ops.log_sigmoid(stack), weights) - _log_mean(ops.log_sigmoid(-stack), weights)
+
+
+def _vote_classes(stack: Any, logits: bool) -> Any:
+    """The share of members that vote for each class; the last axis holds the classes."""
+    classes = stack.shape[-1]
+    votes = ops.one_hot(ops.argmax(stack, axis=-1), classes, dtype=stack.dtype)
+    share = ops.mean(votes, axis=0)
+    # Log-probabilities are in the order of probabilities, which is all that a tie asks for.
+    order = mean(stack, "multiclass", logits)
+    first = share >= ops.max(share, axis=-1, keepdims=True)
+    lowest = ops.min(order, axis=-1, keepdims=True) - 1
+    winner = ops.one_hot(
+        ops.argmax(ops.where(first, order, lowest), axis=-1), classes, dtype=stack.dtype
+    )
+    drawn = ops.sum(ops.cast(first, stack.dtype), axis=-1, keepdims=True) > 1
+    lifted = share * (1 + _TIE * winner)
+    lifted = lifted / ops.sum(lifted, axis=-1, keepdims=True)
+    return ops.where(drawn, lifted, share)
+
+
+def _vote_yes(stack: Any, logits: bool) -> Any:
+    """The share of members that vote yes, each unit for itself."""
+    threshold = 0.0 if logits else 0.5
+    share = ops.mean(ops.cast(stack > threshold, stack.dtype), axis=0)
+    drawn_yes = ops.logical_and(ops.equal(share, 0.5), mean(stack, "binary", logits) > threshold)
+    return ops.where(drawn_yes, share * (1 + _TIE), share)
+
+
+def vote(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
+    """The share of members that vote for each class.
+
+    Equal shares at the top are settled by the members' mean: the winner's share is raised by
+    one millionth of itself, so that `argmax` finds it (`> 0.5` for a yes or no).
+    """
+    if task == "multiclass":
+        share = _vote_classes(stack, logits)
+        return _log(share) if logits else share
+    share = _vote_yes(stack, logits)
+    return _log(share) - _log(1 - share) if logits else share
+
+
+def _log(probabilities: Any) -> Any:
+    return ops.log(ops.maximum(probabilities, keras.config.epsilon()))
+
+
+COMBINATIONS: dict[str, Callable[..., Any]] = {"mean": mean, "vote": vote, "weighted": mean}
+CLASSES_ONLY = ("vote",)
+
+
+def check_combine(combine: Any) -> None:
+    """Raises `ValueError` unless `combine` names a combination."""
+    if not isinstance(combine, str) or combine not in COMBINATIONS:
+        raise ValueError(
+            f"`combine` must be one of {tuple(COMBINATIONS)}. Received: combine={combine!r}"
+        )
+
+
+def combine_outputs(
+    members: Sequence[Any], combine: str, meanings: Sequence[Any], weights: Any = None
+) -> Any:
+    """Combines whole structures of outputs.
+
+    Args:
+        members: Each member's outputs, all of one structure.
+        combine: A key of `COMBINATIONS`.
+        meanings: An `Output` (with `task` and `logits`) for each flat output.
+        weights: For `"weighted"`: one a member, summing to 1.
+
+    Returns:
+        The combined outputs, float32 or better, in the structure of one member's.
+
+    Raises:
+        ValueError: If the combination makes no sense for the task of an output.
+    """
+    flat = [keras.tree.flatten(outputs) for outputs in members]
+    combined = []
+    for i, meaning in enumerate(meanings):
+        if combine in CLASSES_ONLY and meaning.task == "regression":
+            raise ValueError(
+                f"`combine={combine!r}` is for classes, and output {i} of the model is a "
+                f"regression. Received: combine={combine!r}. Use 'mean' or 'weighted'."
+            )
+        stack = ops.stack([_wide(outputs[i]) for outputs in flat])
+        combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
+    return keras.tree.pack_sequence_as(members[0], combined)
+
+
+def _wide(output: Any) -> Any:
+    """float32 at least: half precision loses digits in a mean."""
+    output = ops.convert_to_tensor(output)
+    dtype = keras.backend.standardize_dtype(output.dtype)
+    return output if dtype == "float64" else ops.cast(output, "float32")
+
+
+def check_members(members: Any, count: int) -> list[int]:
+    """The indices that `members` means among `count` members, or an error."""
+    if members is None:
+        return list(range(count))
+    if isinstance(members, (list, tuple, range, np.ndarray)):
+        try:
+            chosen = [range(count)[operator.index(member)] for member in members]
+        except (IndexError, TypeError):
+            raise ValueError(
+                f"`members` must be indices from 0 to {count - 1}. Received: members={members!r}"
+            ) from None
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(
+                "`members` must name at least one member, and none twice. "
+                f"Received: members={members!r}"
+            )
+        return chosen
+    last = whole_number("members", members, 1)
+    if last > count:
+        raise ValueError(
+            f"The ensemble has {count} members, so `members` can be at most {count}. "
+            f"Received: members={members!r}"
+        )
+    return list(range(count - last, count))
+
+
+def check_weights(weights: Any, count: int) -> np.ndarray:
+    """`weights` as float64 that sum to 1, or an error."""
+    array = np.asarray(weights, "float64")
+    if array.shape != (count,):
+        raise ValueError(
+            f"`weights` must be one number for each of the {count} members. "
+            f"Received: weights={weights!r}"
+        )
+    if not np.isfinite(array).all() or (array < 0).any() or abs(array.sum() - 1) > 1e-6:
+        raise ValueError(
+            "`weights` must be finite, at least 0 and sum to 1. "
+            f"Received: weights={weights!r}, summing to {array.sum()}. "
+            "Divide them by their sum."
+        )
+    return array / array.sum()
+
+
+def weights_of(weights: np.ndarray | None, chosen: list[int]) -> np.ndarray:
+    """The weights of chosen members, summing to 1 again, or an error."""
+    if weights is None:
+        raise ValueError(
+            "`combine='weighted'` needs weights. Received: weights=None. Set "
+            "`ensemble.weights` to one number a member, at least 0 and summing to 1."
+        )
+    weights = weights[chosen]
+    if weights.sum() == 0:
+        raise ValueError(f"The chosen members all have weight 0. Received: members={chosen}")
+    return weights / weights.sum()

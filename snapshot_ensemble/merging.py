@@ -1,0 +1,134 @@
+"""Many members, one Keras model: a model is a function, and a member its weights."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from snapshot_ensemble.snapshots import Weights
+
+
+@contextlib.contextmanager
+def _traced_inline() -> Iterator[None]:
+    """Runs a `tf.function` within the graph that calls it.
+
+    Left alone, one on a method of a user's layer would keep the weights of the first member that
+    it was traced with, for all the others.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
+    """What the model predicts for a batch if it has these weights; its own are not touched.
+
+    Args:
+        model: A built model of any kind. Its `predict_step` does the work.
+        weights: Arrays or tensors, in the order of `model.weights`.
+        inputs: One batch.
+
+    Returns:
+        The outputs, in the model's own structure.
+    """
+    mapping = list(zip(model.weights, weights, strict=True))
+    with keras.StatelessScope(state_mapping=mapping), _traced_inline():
+        return model.predict_step((inputs,))
+
+
+class MembersModel(keras.Model):
+    """A `keras.Model` that runs every member on each batch and puts their outputs together.
+
+    Being one, it takes from Keras all kinds of data, callbacks, the progress bar and distribution
+    over devices, and goes through the data once.
+
+    Args:
+        model: The model whose weights the members are. It is neither tracked nor changed.
+        weights: The weights of each member.
+        combine: Takes the list of the members' outputs and returns the model's output.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        weights: Sequence[Sequence[Any]],
+        combine: Callable[[list[Any]], Any],
+    ) -> None:
+        # Inputs reach the members as they are: each casts them by its own policy.
+        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
+
+        # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
+        def run(inputs: Any) -> Any:
+            return combine([member_outputs(model, member, inputs) for member in weights])
+
+        self._run = run
+        self.built = True
+        if getattr(model, "output_names", None):
+            self.output_names = model.output_names
+
+    def call(self, inputs: Any) -> Any:
+        return self._run(inputs)
+
+
+class Member(keras.Model):
+    """One member of an ensemble whose model cannot be cloned: the model with other weights."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
+        own = [
+            self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
+            for v in model.weights
+        ]
+        self._run = lambda inputs: member_outputs(model, [v.value for v in own], inputs)
+        # Keras lists trainable weights first; arrays come in the model's order.
+        self._in_model_order = own
+        self.built = True
+
+    def set_weights(self, weights: Weights) -> None:
+        for variable, value in zip(self._in_model_order, weights, strict=True):
+            variable.assign(value)
+
+    def get_weights(self) -> Weights:
+        return [variable.numpy() for variable in self._in_model_order]
+
+    def call(self, inputs: Any) -> Any:
+        return self._run(inputs)
+
+
+def build_member(model: keras.Model, weights: Weights) -> keras.Model:
+    """A model of its own with the architecture of `model` and these weights, compiled alike."""
+    try:
+        # Not through `clone_model`, which stumbles over losses and metrics without a config.
+        member = type(model).from_config(model.get_config())
+        if not member.built:
+            member.build_from_config(model.get_build_config())
+        member.set_weights(weights)
+    except Exception:
+        member = Member(model)
+        member.set_weights(weights)
+    compile_like(member, model)
+    return member
+
+
+def compile_like(target: keras.Model, model: keras.Model, **changes: Any) -> None:
+    """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
+    arguments = dict(model._compile_config.config)
+    arguments["optimizer"] = _copy(arguments["optimizer"])
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_copy, arguments[name])
+    keras.Model.compile(target, **{**arguments, **changes})
+
+
+def _copy(thing: Any) -> Any:
+    """A new optimizer or metric like the one given, with a state of its own where it can."""
+    if not isinstance(thing, (keras.Optimizer, keras.Metric)):
+        return thing
+    try:
+        return type(thing).from_config(thing.get_config())
+    except Exception:
+        return thing

@@ -1,0 +1,305 @@
+"""From a budget of epochs to cycles, and from cycles to the learning rate of every step."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from snapshot_ensemble.checks import real_number, whole_number
+
+
+def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any = np) -> Any:
+    """The learning rate at step `t` of a cycle of `n` steps.
+
+    One formula for the table (`xp=numpy`) and for the training graph (`xp=keras.ops`), so that
+    what is shown is what trains:
+
+        lr_min + (lr_max - lr_min) * t / warmup                                           t < warmup
+        lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * (t - warmup) / (n - warmup)))      otherwise
+
+    Args:
+        t: Step within the cycle, from 0 to `n - 1`; float64, any shape.
+        n: Number of steps of the cycle.
+        lr_max: The peak.
+        lr_min: The floor.
+        warmup: Number of steps of linear rise.
+        xp: The namespace that has `cos` and `where`.
+
+    Returns:
+        float64, the shape of `t`.
+    """
+    span = lr_max - lr_min
+    rise = lr_min + span * t / xp.maximum(warmup, 1)
+    fall = lr_min + span / 2 * (1 + xp.cos(math.pi * (t - warmup) / (n - warmup)))
+    return xp.where(t < warmup, rise, fall)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """One annealing cycle of a plan.
+
+    Attributes:
+        index: Number of the cycle, from 0.
+        first_epoch: Its first epoch, from 0.
+        last_epoch: Its last epoch, included. A snapshot is kept when it ends.
+        lr_max: The learning rate at its first step (after `warmup`).
+        lr_min: The floor that it anneals to.
+        warmup: Epochs of linear rise from `lr_min` to `lr_max` at its start.
+    """
+
+    index: int
+    first_epoch: int
+    last_epoch: int
+    lr_max: float
+    lr_min: float
+    warmup: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of epochs."""
+        return self.last_epoch - self.first_epoch + 1
+
+    def rates(self, steps_per_epoch: int) -> np.ndarray:
+        """The learning rate of every step, float64 of shape `(length * steps_per_epoch,)`."""
+        n = self.length * steps_per_epoch
+        warmup = self.warmup * steps_per_epoch
+        return anneal(np.arange(n, dtype="float64"), n, self.lr_max, self.lr_min, warmup)
+
+
+class Plan(list[Cycle]):
+    """A list of `Cycle` that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("cycle", "epochs", "length", "peak rate", "floor", "warmup")]
+        for c in self:
+            epochs = f"{c.first_epoch}-{c.last_epoch}"
+            rates = (f"{c.lr_max:.4g}", f"{c.lr_min:.4g}")
+            rows.append((str(c.index), epochs, str(c.length), *rates, str(c.warmup or "")))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
+class Schedule:
+    """What is common to all ways of splitting a budget into cycles."""
+
+    lr_init: float | None
+    lr_min: float
+    lr_multiplier: float = 1.0
+    warmup: int = 0
+
+    def __init__(self, lr_init: float | None, lr_min: float):
+        self.lr_init = None if lr_init is None else real_number("lr_init", lr_init, positive=True)
+        self.lr_min = real_number("lr_min", lr_min, positive=False)
+        if self.lr_init is not None:
+            self._peak(None)
+
+    def lengths(self, epochs: int) -> list[int]:
+        """The length of each cycle, in epochs; they sum to `epochs`."""
+        raise NotImplementedError
+
+    def default_epochs(self) -> int:
+        """How many epochs to train for when nobody says."""
+        raise NotImplementedError
+
+    def _peak(self, lr_init: float | None) -> float:
+        peak = self.lr_init if lr_init is None else real_number("lr_init", lr_init, positive=True)
+        if peak is None:
+            raise ValueError(
+                "The schedule has no peak learning rate. Received: lr_init=None. "
+                "Pass the rate of the first step of a cycle, such as lr_init=0.1."
+            )
+        if self.lr_min > peak:
+            raise ValueError(
+                "`lr_min`, the floor, must not be above `lr_init`, the peak. "
+                f"Received: lr_min={self.lr_min}, lr_init={peak}"
+            )
+        return peak
+
+    def plan(self, epochs: int, lr_init: float | None = None) -> Plan:
+        """The cycles of a budget.
+
+        Args:
+            epochs: The budget. Every epoch of it belongs to a cycle.
+            lr_init: The peak, for a schedule that was made without one.
+
+        Returns:
+            A list of `Cycle` that prints as a table.
+
+        Raises:
+            ValueError: If the budget cannot be split into whole cycles.
+        """
+        epochs = whole_number("epochs", epochs, 1)
+        peak = self._peak(self.lr_init if lr_init is None else lr_init)
+        plan, first = Plan(), 0
+        for index, length in enumerate(self.lengths(epochs)):
+            scale = self.lr_multiplier**index
+            warmup = self.warmup if index == 0 else 0
+            last = first + length - 1
+            plan.append(Cycle(index, first, last, peak * scale, self.lr_min * scale, warmup))
+            first = last + 1
+        return plan
+
+    def rates(self, epochs: int, steps_per_epoch: int) -> np.ndarray:
+        """The learning rate of every step of a budget.
+
+        Args:
+            epochs: The budget in epochs.
+            steps_per_epoch: Steps (batches) in an epoch.
+
+        Returns:
+            A float64 array of shape `(epochs * steps_per_epoch,)`.
+        """
+        steps = whole_number("steps_per_epoch", steps_per_epoch, 1)
+        return np.concatenate([cycle.rates(steps) for cycle in self.plan(epochs)])
+
+
+class EqualCycles(Schedule):
+    """`cycles` cycles whose lengths differ by one epoch at most, the longer ones last."""
+
+    def __init__(self, cycles: int = 5, lr_init: float | None = None, lr_min: float = 0.0):
+        self.cycles = whole_number("cycles", cycles, 1)
+        super().__init__(lr_init, lr_min)
+
+    def lengths(self, epochs: int) -> list[int]:
+        if epochs < self.cycles:
+            raise ValueError(
+                "There must be at least one epoch for each cycle. "
+                f"Received: epochs={epochs}, cycles={self.cycles}. "
+                f"Train for {self.cycles} epochs or more, or ask for {epochs} cycles or fewer."
+            )
+        length, longer = divmod(epochs, self.cycles)
+        return [length] * (self.cycles - longer) + [length + 1] * longer
+
+    def default_epochs(self) -> int:
+        return 10 * self.cycles
+
+
+class CosineAnnealing(Schedule):
+    """Cosine annealing with warm restarts, in whole epochs.
+
+    Within a cycle of `n` steps the learning rate of step `t = 0 ... n-1` is
+
+        lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * t / n))
+
+    Cycle `k` is `round(cycle_length * cycle_length_multiplier**k)` epochs long (halves to the
+    even side, as Python rounds), and both of its bounds are `lr_multiplier**k` times those of
+    the first cycle. Epochs that are left over at the end of a budget lengthen the last cycle,
+    so that a budget always ends at the floor.
+
+    Example:
+
+    >>> from snapshot_ensemble import CosineAnnealing
+    >>> schedule = CosineAnnealing(cycle_length=10, cycle_length_multiplier=2.0, lr_init=0.1)
+    >>> schedule.plan(75)
+    cycle  epochs  length  peak rate  floor  warmup
+        0     0-9      10        0.1      0
+        1   10-29      20        0.1      0
+        2   30-74      45        0.1      0
+    >>> schedule.rates(epochs=10, steps_per_epoch=2)[:3].round(6)
+    array([0.1     , 0.099384, 0.097553])
+
+    Args:
+        cycle_length: Length of the first cycle in epochs. Defaults to `10`.
+        cycle_length_multiplier: How many times as long each cycle is as the one before.
+            Defaults to `1.0`.
+        lr_init: The learning rate at the start of the first cycle. Defaults to `None`: the rate
+            that the model was compiled with.
+        lr_min: The learning rate that the first cycle anneals to. Defaults to `0.0`.
+        lr_multiplier: How many times as high both bounds are as in the cycle before.
+            Defaults to `1.0`.
+        warmup: Epochs of linear rise from `lr_min` at the start of the first cycle, which then
+            anneals over its other epochs. Defaults to `0`.
+
+    Raises:
+        ValueError: If a value is negative, not finite, or `lr_min` is above `lr_init`.
+        TypeError: If a value is not a number.
+
+    References:
+        - [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983), equation 5
+        - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109), equation 2
+    """
+
+    def __init__(
+        self,
+        cycle_length: int = 10,
+        cycle_length_multiplier: float = 1.0,
+        lr_init: float | None = None,
+        lr_min: float = 0.0,
+        lr_multiplier: float = 1.0,
+        warmup: int = 0,
+    ):
+        self.cycle_length = whole_number("cycle_length", cycle_length, 1)
+        self.cycle_length_multiplier = real_number(
+            "cycle_length_multiplier", cycle_length_multiplier, positive=True
+        )
+        self.lr_multiplier = real_number("lr_multiplier", lr_multiplier, positive=True)
+        self.warmup = whole_number("warmup", warmup, 0)
+        if self.warmup >= self.cycle_length:
+            raise ValueError(
+                "`warmup` must be shorter than the first cycle. "
+                f"Received: warmup={self.warmup}, cycle_length={self.cycle_length}"
+            )
+        super().__init__(lr_init, lr_min)
+
+    def _length(self, index: int) -> int:
+        # From the unrounded product, so that the error of a rounding is not multiplied on.
+        length = round(self.cycle_length * self.cycle_length_multiplier**index)
+        if length < 1:
+            raise ValueError(
+                f"Cycle {index} would be less than one epoch long. Received: "
+                f"cycle_length={self.cycle_length}, "
+                f"cycle_length_multiplier={self.cycle_length_multiplier}. "
+                f"Train for fewer epochs ({sum(map(self._length, range(index)))} fill the cycles "
+                "before it), or use a longer `cycle_length` or a higher multiplier."
+            )
+        return length
+
+    def lengths(self, epochs: int) -> list[int]:
+        lengths: list[int] = []
+        left = epochs
+        while left and (length := self._length(len(lengths))) <= left:
+            lengths.append(length)
+            left -= length
+        if not lengths:
+            raise ValueError(
+                "The budget must hold at least one whole cycle. "
+                f"Received: epochs={epochs}, cycle_length={self.cycle_length}. "
+                f"Train for {self.cycle_length} epochs or more, or use a shorter `cycle_length`."
+            )
+        lengths[-1] += left
+        return lengths
+
+    def default_epochs(self) -> int:
+        return sum(map(self._length, range(5)))
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("cycle_length", "cycle_length_multiplier", "lr_init", "lr_min")
+        return {name: getattr(self, name) for name in (*names, "lr_multiplier", "warmup")}
+
+
+def as_schedule(
+    cycles: int, schedule: CosineAnnealing | None, lr_init: float | None, lr_min: float
+) -> Schedule:
+    """A given schedule, or equal cycles."""
+    if schedule is None:
+        return EqualCycles(cycles, lr_init, lr_min)
+    if not isinstance(schedule, CosineAnnealing):
+        raise TypeError(
+            "`schedule` must be a `CosineAnnealing`, which knows where its cycles end. "
+            f"Received: schedule={schedule!r}"
+        )
+    if lr_init is not None or lr_min:
+        raise ValueError(
+            "A given `schedule` has its own learning rates. Received: "
+            f"schedule with lr_init={lr_init}, lr_min={lr_min} beside it. "
+            "Pass them to `CosineAnnealing`."
+        )
+    return schedule

@@ -1,0 +1,124 @@
+"""What a snapshot is, how its weights are read, and how snapshots are kept in memory."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import keras
+import numpy as np
+
+Weights = list[np.ndarray]
+
+
+class SnapshotError(Exception):
+    """A directory of snapshots that cannot be trusted; the message names the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """One member of an ensemble: where in training its weights were taken.
+
+    A value is `None` where it is not known, as for weights that something else trained.
+
+    Attributes:
+        index: Its place among the members, from 0: `ensemble[index]` is its model.
+        cycle: Number of the cycle that it ends, from 0, counted over all calls of `fit`.
+        epoch: Number of the epoch that it ends, from 0, counted over all calls of `fit`.
+        step: Training steps (batches) taken when it was kept.
+        learning_rate: The learning rate of the last of these steps.
+        metrics: The training and validation metrics of its epoch, by name.
+    """
+
+    index: int
+    cycle: int | None = None
+    epoch: int | None = None
+    step: int | None = None
+    learning_rate: float | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class SnapshotStore(Protocol):
+    """Where snapshots are kept."""
+
+    snapshots: list[Snapshot]
+
+    def add(self, model: keras.Model, snapshot: Snapshot) -> None:
+        """Keeps the model's weights of this moment."""
+
+    def keep_newest(self, count: int) -> None:
+        """Forgets all but the newest `count` snapshots."""
+
+    def restart(self, restarting: bool = True) -> None:
+        """Lets the next `add` take the place of all snapshots that there are by then."""
+
+    def weights(self, model: keras.Model, index: int) -> Weights:
+        """The weights of one snapshot, in the order of `model.weights`."""
+
+    def commit(self) -> None:
+        """Makes sure that what is described beside the snapshots is kept as well."""
+
+
+def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    return [dataclasses.replace(s, index=index) for index, s in enumerate(snapshots)]
+
+
+class MemoryStore:
+    """Snapshots as arrays in memory."""
+
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
+        self._weights: list[Weights] = []
+        self._restarting = False
+
+    def add(self, model: keras.Model, snapshot: Snapshot) -> None:
+        if self._restarting:
+            self.snapshots, self._weights, self._restarting = [], [], False
+        self.add_weights(model.get_weights(), snapshot)
+
+    def restart(self, restarting: bool = True) -> None:
+        self._restarting = restarting
+
+    def commit(self) -> None:
+        pass  # Memory has nothing to add.
+
+    def add_weights(self, weights: Weights, snapshot: Snapshot) -> None:
+        """Keeps arrays; one that equals the last snapshot's (a frozen layer) is not kept twice."""
+        if self._weights:
+            pairs = zip(self._weights[-1], weights, strict=True)
+            weights = [old if np.array_equal(old, new) else new for old, new in pairs]
+        self._weights.append(weights)
+        self.snapshots = renumbered([*self.snapshots, snapshot])
+
+    def keep_newest(self, count: int) -> None:
+        self._weights = self._weights[-count:]
+        self.snapshots = renumbered(self.snapshots[-count:])
+
+    def weights(self, model: keras.Model, index: int) -> Weights:
+        return self._weights[index]
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike[str]) -> Weights:
+    """Reads a weight file of Keras's into arrays; the model is as it was afterwards."""
+    own = model.get_weights()
+    try:
+        with weights_only(model):
+            model.load_weights(path)
+        return model.get_weights()
+    except (ValueError, OSError, KeyError) as error:
+        raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
+    finally:
+        model.set_weights(own)
+
+
+@contextlib.contextmanager
+def weights_only(model: keras.Model) -> Iterator[None]:
+    """Hides the optimizer, whose slots Keras would write beside the weights, or ask for."""
+    optimizer = model.optimizer
+    # Past Keras's own tracking of attributes: nothing is to be noticed.
+    object.__setattr__(model, "optimizer", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(model, "optimizer", optimizer)

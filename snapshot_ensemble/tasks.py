@@ -1,0 +1,184 @@
+"""What each output of a model means: which task, and whether it is logits."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import keras
+
+TASKS = ("multiclass", "binary", "multilabel", "regression")
+
+_LOSSES = {
+    "categorical": (
+        "categorical_crossentropy",
+        "sparse_categorical_crossentropy",
+        "categorical_focal_crossentropy",
+    ),
+    "binary": ("binary_crossentropy", "binary_focal_crossentropy"),
+    "regression": (
+        "mean_squared_error",
+        "mean_absolute_error",
+        "mean_absolute_percentage_error",
+        "mean_squared_logarithmic_error",
+        "huber",
+        "log_cosh",
+        "poisson",
+        "cosine_similarity",
+    ),
+}
+_FAMILY = {
+    getattr(keras.losses, name): family
+    for family, names in _LOSSES.items()
+    for function in names
+    for name in (function, "".join(word.title() for word in function.split("_")))
+}
+# Layers that move values about and leave each as it is: the activation stands before them.
+_PASS_ON = (
+    keras.layers.Reshape,
+    keras.layers.Flatten,
+    keras.layers.Permute,
+    keras.layers.Identity,
+    keras.layers.Dropout,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The meaning of one output.
+
+    Attributes:
+        task: `"multiclass"` (the classes lie on the last axis and exclude each other),
+            `"binary"`, `"multilabel"` or `"regression"`.
+        logits: Whether a classifier gives logits (log-odds for binary and multilabel) rather
+            than probabilities.
+    """
+
+    task: str
+    logits: bool = False
+
+    @property
+    def is_classes(self) -> bool:
+        return self.task != "regression"
+
+
+def _loss_family(loss: Any) -> tuple[str | None, bool | None]:
+    """The family of a loss, and its `from_logits` where it has one."""
+    if isinstance(loss, functools.partial):
+        family, logits = _loss_family(loss.func)
+        return family, loss.keywords.get("from_logits", logits)
+    if isinstance(loss, str):
+        loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        kinds = (_FAMILY[kind] for kind in type(loss).__mro__ if kind in _FAMILY)
+        family = next(kinds, None)
+        logits = getattr(loss, "from_logits", False)
+    else:
+        family, logits = _FAMILY.get(loss), False
+    return family, (bool(logits) if family in ("categorical", "binary") else None)
+
+
+def _activation(tensor: Any) -> str | None:
+    """The name of the activation that a Functional model's output tensor went through last."""
+    operation, node, index = tensor._keras_history
+    if isinstance(operation, keras.Model):
+        outputs = getattr(operation, "outputs", None)
+        return _activation(outputs[index]) if outputs else None
+    if isinstance(operation, _PASS_ON):
+        return _activation(operation._inbound_nodes[node].input_tensors[0])
+    if isinstance(operation, keras.layers.Softmax):
+        return "softmax"
+    function = getattr(operation, "activation", None)
+    if function is None:
+        name = type(operation).__name__.lower()
+        return name if name in ("softmax", "sigmoid") else None
+    return getattr(function, "__name__", None)
+
+
+def _classify(
+    task: str | None, activation: str | None, loss: Any, units: int | None, where: str
+) -> Output:
+    family, from_logits = _loss_family(loss)
+    if task is None:
+        if activation == "softmax" or family == "categorical":
+            task = "multiclass"
+        elif family == "binary" or (family is None and activation == "sigmoid"):
+            task = "binary" if units == 1 else "multilabel"
+        elif family == "regression":
+            task = "regression"
+        else:
+            raise ValueError(
+                f"The task of {where} cannot be read off the model. Received: loss={loss!r} with "
+                f"last activation {activation!r}. Pass `task=` with one of {TASKS}."
+            )
+    if task == "regression" or activation in ("softmax", "sigmoid"):
+        return Output(task)
+    if from_logits is None:
+        if activation is None:
+            raise ValueError(
+                f"Whether {where} gives probabilities or logits cannot be read off the model. "
+                f"Received: task={task!r}, loss={loss!r}. End the model in a softmax or sigmoid "
+                "layer, or compile it with a Keras loss, which says so by `from_logits`."
+            )
+        from_logits = activation in ("linear", "log_softmax")
+    return Output(task, from_logits)
+
+
+def _per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) -> list[Any]:
+    """One loss for each flat output, from whatever structure `compile` took."""
+    if not isinstance(losses, (list, tuple, dict)):
+        return [losses] * count
+    if isinstance(losses, dict) and isinstance(outputs, dict):
+        return [losses.get(key) for key in sorted(outputs)]
+    if isinstance(losses, dict) and names is not None and len(names) == count:
+        return [losses.get(name) for name in names]
+    flat = keras.tree.flatten(losses)
+    return flat if len(flat) == count else [None] * count
+
+
+def check_task(model: keras.Model, task: Any) -> None:
+    """Raises `ValueError` if it shows before training that the outputs' tasks cannot be told."""
+    for leaf in keras.tree.flatten(task):
+        if leaf is not None and leaf not in TASKS:
+            raise ValueError(f"`task` must be one of {TASKS}. Received: task={task!r}")
+    symbolic = getattr(model, "outputs", None)
+    if symbolic:
+        read_outputs(model, task, getattr(model, "_outputs_struct", symbolic))
+    elif len(losses := keras.tree.flatten(model.loss)) == 1:
+        # A subclassed model shows neither its outputs nor its activations.
+        for leaf in keras.tree.flatten(task):
+            _classify(leaf, None, losses[0], None, "the model's output")
+
+
+def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
+    """What each of a model's outputs means.
+
+    Args:
+        model: A compiled model.
+        task: `None`, one task for all outputs, or a structure of tasks like the outputs'.
+        outputs: The structure of (symbolic or real) outputs of a call of the model.
+
+    Returns:
+        A list of `Output`, in the order of `keras.tree.flatten(outputs)`.
+
+    Raises:
+        ValueError: If the task of an output cannot be told, or `task` has another structure.
+    """
+    flat = keras.tree.flatten(outputs)
+    tasks = keras.tree.flatten(task)
+    if len(tasks) == 1:
+        tasks *= len(flat)
+    if len(tasks) != len(flat):
+        raise ValueError(
+            f"`task` must have one entry for each of the model's {len(flat)} outputs. "
+            f"Received: task={task!r}"
+        )
+    names = getattr(model, "output_names", None)
+    losses = _per_output(model.loss, outputs, names, len(flat))
+    symbolic = getattr(model, "outputs", None) or [None] * len(flat)
+    found = []
+    for i, tensor in enumerate(flat):
+        where = "the model's output" if len(flat) == 1 else f"output {i} of the model"
+        activation = None if symbolic[i] is None else _activation(symbolic[i])
+        units = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+        found.append(_classify(tasks[i], activation, losses[i], units, where))
+    return found
