@@ -61,6 +61,7 @@ class SnapshotStore(Protocol):
 
 
 def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """The snapshots with `index` as their place in the list."""
     return [dataclasses.replace(s, index=index) for index, s in enumerate(snapshots)]
 
 
