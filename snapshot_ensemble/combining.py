@@ -5,6 +5,7 @@ probability space; an output of logits goes there and comes back as log-probabil
 sigmoids: log-odds), through log-sums of exponentials, so that nothing is lost at either end.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from snapshot_ensemble.checks import whole_number
 # Lifts the winner of a drawn vote above its equals: enough to show in float32, also in a
 # logarithm, and far below one vote.
 _TIE = 1e-6
+_TINY = float(np.finfo("float32").tiny)
 
 
 def _mean(stack: Any, weights: Any) -> Any:
@@ -29,9 +31,7 @@ def _mean(stack: Any, weights: Any) -> Any:
 def _log_mean(log_stack: Any, weights: Any) -> Any:
     """The logarithm of the mean of exponentials."""
     if weights is None:
-        return ops.logsumexp(log_stack, axis=0) - ops.log(
-            ops.cast(ops.shape(log_stack)[0], log_stack.dtype)
-        )
+        return ops.logsumexp(log_stack, axis=0) - math.log(log_stack.shape[0])
     weights = ops.reshape(
         ops.cast(weights, log_stack.dtype), [-1] + [1] * (len(log_stack.shape) - 1)
     )
@@ -91,8 +91,39 @@ def _log(probabilities: Any) -> Any:
     return ops.log(ops.maximum(probabilities, keras.config.epsilon()))
 
 
-COMBINATIONS: dict[str, Callable[..., Any]] = {"mean": mean, "vote": vote, "weighted": mean}
-CLASSES_ONLY = ("vote",)
+def geometric(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
+    """The geometric mean of the members' probabilities, normalised.
+
+    The mean of log-probabilities (of log-odds for binary and multilabel). Probabilities of 0
+    are taken as the smallest positive number, yes-or-no ones within Keras's epsilon of 0 and 1.
+    """
+    if task == "multiclass":
+        logs = ops.log_softmax(stack, axis=-1) if logits else ops.log(ops.maximum(stack, _TINY))
+        combined = ops.mean(logs, axis=0)
+        return ops.log_softmax(combined, axis=-1) if logits else ops.softmax(combined, axis=-1)
+    if logits:
+        return ops.mean(stack, axis=0)
+    epsilon = keras.config.epsilon()
+    clipped = ops.clip(stack, epsilon, 1 - epsilon)
+    return ops.sigmoid(ops.mean(ops.log(clipped) - ops.log1p(-clipped), axis=0))
+
+
+def median(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
+    """The middle value, of an even number of members the mean of the two middle ones."""
+    ordered = ops.sort(stack, axis=0)
+    count = stack.shape[0]
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+COMBINATIONS: dict[str, Callable[..., Any]] = {
+    "mean": mean,
+    "vote": vote,
+    "weighted": mean,
+    "geometric": geometric,
+    "median": median,
+}
+_CLASSES_ONLY = ("vote", "geometric")
+_VALUES_ONLY = ("median",)
 
 
 def check_combine(combine: Any) -> None:
@@ -101,6 +132,22 @@ def check_combine(combine: Any) -> None:
         raise ValueError(
             f"`combine` must be one of {tuple(COMBINATIONS)}. Received: combine={combine!r}"
         )
+
+
+def check_meanings(combine: str, meanings: Sequence[Any]) -> None:
+    """Raises `ValueError` if the combination makes no sense for the task of an output."""
+    for i, meaning in enumerate(meanings):
+        if combine in _CLASSES_ONLY and not meaning.is_classes:
+            raise ValueError(
+                f"`combine={combine!r}` is for classes, and output {i} of the model is a "
+                f"regression. Received: combine={combine!r}. Use 'mean', 'median' or 'weighted'."
+            )
+        if combine in _VALUES_ONLY and meaning.is_classes:
+            raise ValueError(
+                f"`combine={combine!r}` is for regression, and output {i} of the model is "
+                f"{meaning.task}. Received: combine={combine!r}. Use 'mean', 'vote', 'geometric' "
+                "or 'weighted'."
+            )
 
 
 def combine_outputs(
@@ -121,13 +168,9 @@ def combine_outputs(
         ValueError: If the combination makes no sense for the task of an output.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
+    check_meanings(combine, meanings)
     combined = []
     for i, meaning in enumerate(meanings):
-        if combine in CLASSES_ONLY and meaning.task == "regression":
-            raise ValueError(
-                f"`combine={combine!r}` is for classes, and output {i} of the model is a "
-                f"regression. Received: combine={combine!r}. Use 'mean' or 'weighted'."
-            )
         stack = ops.stack([_wide(outputs[i]) for outputs in flat])
         combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
     return keras.tree.pack_sequence_as(members[0], combined)

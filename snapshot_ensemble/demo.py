@@ -10,7 +10,8 @@ import numpy as np
 
 from snapshot_ensemble.ensemble import SnapshotEnsemble
 
-PEAK = 0.05
+PEAK = 0.1
+BATCH = 16
 
 
 def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -32,16 +33,14 @@ def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 
 def digit_model(learning_rate: Any = PEAK) -> keras.Model:
-    """A small convolutional network, compiled as in the paper: SGD with Nesterov momentum."""
+    """A small dense network, compiled as in the paper: SGD with Nesterov momentum."""
     layers = keras.layers
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            layers.Conv2D(16, 3, padding="same", activation="relu"),
-            layers.Conv2D(32, 3, padding="same", activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(64, 3, padding="same", activation="relu"),
             layers.Flatten(),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(128, activation="relu"),
             layers.Dense(10, activation="softmax"),
         ],
         name="digits",
@@ -51,14 +50,12 @@ def digit_model(learning_rate: Any = PEAK) -> keras.Model:
     return model
 
 
-def ordinary_run(
-    x: np.ndarray, y: np.ndarray, epochs: int, batch_size: int, seed: int
-) -> keras.Model:
+def ordinary_run(x: np.ndarray, y: np.ndarray, epochs: int, seed: int) -> keras.Model:
     """One network trained for the whole budget, from the same peak along one cosine."""
     keras.utils.set_random_seed(seed)
-    steps = epochs * -(-len(x) // batch_size)
+    steps = epochs * -(-len(x) // BATCH)
     model = digit_model(keras.optimizers.schedules.CosineDecay(PEAK, steps))
-    model.fit(x, y, epochs=epochs, batch_size=batch_size, verbose=0)
+    model.fit(x, y, epochs=epochs, batch_size=BATCH, verbose=0)
     return model
 
 
@@ -88,10 +85,10 @@ def run_demo(
     ens = SnapshotEnsemble(digit_model(), cycles=cycles, directory=directory)
     print(f"{len(x_train)} images to train on, {len(x_test)} held out. The plan:\n")
     print(f"{ens.plan(epochs)}\n")
-    ens.fit(x_train, y_train, epochs=epochs, batch_size=64, verbose=2, overwrite=overwrite)
+    ens.fit(x_train, y_train, epochs=epochs, batch_size=BATCH, verbose=2, overwrite=overwrite)
 
     print("\nOne ordinary run of the same budget ...", flush=True)
-    single = ordinary_run(x_train, y_train, epochs, 64, seed)
+    single = ordinary_run(x_train, y_train, epochs, seed)
 
     rows = {"one ordinary run": single.evaluate(x_test, y_test, verbose=0)}
     for snapshot in ens.snapshots:

@@ -3,7 +3,7 @@
 import operator
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,12 +15,20 @@ from snapshot_ensemble.annealing import compiled_rate
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.combining import (
     check_combine,
+    check_meanings,
     check_members,
     check_weights,
     combine_outputs,
     weights_of,
 )
 from snapshot_ensemble.directory import DirectoryStore
+from snapshot_ensemble.exporting import (
+    check_format,
+    export_model,
+    serving_function,
+    serving_graph,
+)
+from snapshot_ensemble.graphs import graph_of, merge
 from snapshot_ensemble.merging import MembersModel, build_member, compile_like
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
@@ -28,7 +36,13 @@ from snapshot_ensemble.schedules import (
     Plan,
     as_schedule,
 )
-from snapshot_ensemble.snapshots import MemoryStore, Snapshot, SnapshotStore, load_weights
+from snapshot_ensemble.snapshots import (
+    MemoryStore,
+    Snapshot,
+    SnapshotStore,
+    Weights,
+    load_weights,
+)
 from snapshot_ensemble.tasks import check_task, read_outputs
 
 
@@ -266,7 +280,9 @@ class SnapshotEnsemble:
             combine: `"mean"` of the members' probabilities or values; `"vote"`, the share of
                 members that vote for each class (classes only; of equal shares at the top, the
                 one with the higher mean is raised by a millionth of itself, so that `argmax`
-                is the winner); `"weighted"`, the mean by `weights`. Defaults to `"mean"`.
+                is the winner); `"weighted"`, the mean by `weights`; `"geometric"`, the
+                normalised geometric mean (classes only); `"median"` (regression only).
+                Defaults to `"mean"`.
             members: Which members: `None` for all, an int for the last that many, or a list of
                 indices. Defaults to `None`.
             batch_size: As for `model.predict`.
@@ -354,12 +370,7 @@ class SnapshotEnsemble:
 
     def _combined(self, combine: str | None, members: Any) -> MembersModel:
         """The model that runs the members; built once for each choice. None: not combined."""
-        chosen = self._chosen(members)
-        weights = None
-        if combine is not None:
-            check_combine(combine)
-        if combine == "weighted":
-            weights = weights_of(self._weights, chosen)
+        chosen, weights = self._choice(combine, members)
         key = (combine, tuple(chosen), None if weights is None else tuple(weights))
         if key not in self._models:
             if not self._tensors:
@@ -367,18 +378,50 @@ class SnapshotEnsemble:
                     [ops.convert_to_tensor(array) for array in self._store.weights(self.model, i)]
                     for i in range(len(self))
                 ]
-
-            def put_together(outputs: list[Any]) -> Any:
-                if combine is None:
-                    return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
-                meanings = read_outputs(self.model, self.task, outputs[0])
-                return combine_outputs(outputs, combine, meanings, weights)
-
             with self.model.distribute_strategy.scope():
-                model = MembersModel(self.model, [self._tensors[i] for i in chosen], put_together)
+                model = MembersModel(
+                    self.model,
+                    [self._tensors[i] for i in chosen],
+                    self._put_together(combine, weights),
+                )
                 compile_like(model, self.model)
             self._models[key] = model
         return self._models[key]
+
+    def _parts(self, combine: str, members: Any) -> tuple[list[Weights], Callable[[list], Any]]:
+        """What one model is made of: the members' weights, and what combines their outputs."""
+        chosen, weights = self._choice(combine, members)
+        arrays = [self._store.weights(self.model, i) for i in chosen]
+        return arrays, self._put_together(combine, weights)
+
+    def _choice(self, combine: str | None, members: Any) -> tuple[list[int], np.ndarray | None]:
+        """The members to run and, for a weighted combination, their weights; all checked."""
+        chosen, weights = self._chosen(members), None
+        if combine is not None:
+            check_combine(combine)
+        graph = graph_of(self.model)
+        if combine is not None and graph is not None:
+            # Of a subclass, the outputs are known only when it runs.
+            check_meanings(combine, read_outputs(self.model, self.task, graph._outputs_struct))
+        if combine == "weighted":
+            weights = weights_of(self._weights, chosen)
+            # Who has no say need not be run.
+            chosen = [member for member, weight in zip(chosen, weights, strict=True) if weight]
+            weights = weights[weights > 0]
+        return chosen, weights
+
+    def _put_together(
+        self, combine: str | None, weights: np.ndarray | None
+    ) -> Callable[[list[Any]], Any]:
+        """What makes one output of the members' outputs; of arrays, tensors or symbols."""
+
+        def put_together(outputs: list[Any]) -> Any:
+            if combine is None:
+                return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
+            meanings = read_outputs(self.model, self.task, outputs[0])
+            return combine_outputs(outputs, combine, meanings, weights)
+
+        return put_together
 
     def _chosen(self, members: Any) -> list[int]:
         if not len(self):
@@ -387,6 +430,78 @@ class SnapshotEnsemble:
                 "`from_weights`."
             )
         return check_members(members, len(self))
+
+    # One model to serve
+
+    def to_keras(
+        self, combine: str = "mean", members: int | Sequence[int] | None = None
+    ) -> keras.Model:
+        """One Keras model that computes the combination.
+
+        It is made of stock Keras layers and operations (and the layers of your own model), so
+        that it is saved and loaded without this package. Layers whose weights are equal in all
+        members and that depend only on such layers, a frozen backbone or preprocessing, are in
+        it once, and computed once.
+
+        Example:
+
+        >>> model = ens.to_keras()
+        >>> model.save("ensemble.keras")
+        >>> keras.models.load_model("ensemble.keras").predict(x)  # as ens.predict(x)
+
+        Args:
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`. Defaults to `None`, all.
+
+        Returns:
+            A Functional `keras.Model` with the inputs' structure and names and the outputs'
+            structure and names of the wrapped model, compiled with its loss and metrics (and
+            plain SGD, which adds no slots to its file).
+
+        Raises:
+            ValueError: If there are no members, `combine` or `members` make no sense, or the
+                model is a subclass, which is no graph of layers.
+        """
+        return merge(self.model, *self._parts(combine, members))
+
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        overwrite: bool = False,
+        **export_arguments: Any,
+    ) -> None:
+        """Exports one artefact that computes the combination, to be served without Keras.
+
+        Its signature has the model's own input and output names and takes any batch size. The
+        file is opened by its own runtime, where that is installed, and compared with `predict`
+        on random inputs before it is moved into place.
+
+        Args:
+            filepath: Path of the folder or file. Files end with `.onnx`, `.tflite` (LiteRT) or
+                `.xml` (OpenVINO, with a `.bin` beside it).
+            format: `"tf_saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to
+                `"tf_saved_model"`.
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`. Defaults to `None`, all.
+            overwrite: Whether what lies at the path may be replaced. Defaults to `False`.
+            **export_arguments: As for `keras.Model.export`.
+
+        Raises:
+            ValueError: If there are no members, `combine`, `members` or `format` make no sense,
+                something lies at the path, or the file does not give the ensemble's numbers.
+            ImportError: If the format needs a package that is not installed.
+        """
+        path = check_format(filepath, format)
+        reference = self._combined(combine, members)
+        if graph_of(self.model) is not None:
+            served = serving_graph(self.to_keras(combine, members), reference)
+        else:
+            served = serving_function(self.model, *self._parts(combine, members), reference)
+        export_model(served, path, format, overwrite=overwrite, **export_arguments)
 
     # Weights of the members
 
