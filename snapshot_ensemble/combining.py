@@ -22,21 +22,33 @@ _TIE = 1e-6
 _TINY = float(np.finfo("float32").tiny)
 
 
+def _beside(weights: Any, stack: Any) -> np.ndarray:
+    """Weights in the stack's type and rank: plain arrays, which every exporter takes."""
+    dtype = keras.backend.standardize_dtype(stack.dtype)
+    return np.asarray(weights, dtype).reshape([-1] + [1] * (len(stack.shape) - 1))
+
+
 def _mean(stack: Any, weights: Any) -> Any:
     if weights is None:
         return ops.mean(stack, axis=0)
-    return ops.tensordot(ops.cast(weights, stack.dtype), stack, axes=1)
+    return ops.sum(stack * _beside(weights, stack), axis=0)
 
 
 def _log_mean(log_stack: Any, weights: Any) -> Any:
     """The logarithm of the mean of exponentials."""
     if weights is None:
         return ops.logsumexp(log_stack, axis=0) - math.log(log_stack.shape[0])
-    weights = ops.reshape(
-        ops.cast(weights, log_stack.dtype), [-1] + [1] * (len(log_stack.shape) - 1)
-    )
-    # A weight of 0 gives -inf, which the log-sum takes as a term that is not there.
-    return ops.logsumexp(ops.log(weights) + log_stack, axis=0)
+    with np.errstate(divide="ignore"):
+        # A weight of 0 gives -inf, which the log-sum takes as a term that is not there.
+        log_weights = np.log(_beside(weights, log_stack))
+    return ops.logsumexp(log_stack + log_weights, axis=0)
+
+
+def _one_hot_of_largest(scores: Any, classes: int) -> Any:
+    """1 for the largest on the last axis (of equals, the first), 0 for the others."""
+    # Not by `argmax`, for which Keras reads bits that exporters have no operator for.
+    largest = ops.top_k(scores, 1)[1]
+    return ops.one_hot(ops.squeeze(largest, axis=-1), classes, dtype=scores.dtype)
 
 
 def mean(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
@@ -51,15 +63,13 @@ def mean(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
 def _vote_classes(stack: Any, logits: bool) -> Any:
     """The share of members that vote for each class; the last axis holds the classes."""
     classes = stack.shape[-1]
-    votes = ops.one_hot(ops.argmax(stack, axis=-1), classes, dtype=stack.dtype)
+    votes = _one_hot_of_largest(stack, classes)
     share = ops.mean(votes, axis=0)
     # Log-probabilities are in the order of probabilities, which is all that a tie asks for.
     order = mean(stack, "multiclass", logits)
     first = share >= ops.max(share, axis=-1, keepdims=True)
     lowest = ops.min(order, axis=-1, keepdims=True) - 1
-    winner = ops.one_hot(
-        ops.argmax(ops.where(first, order, lowest), axis=-1), classes, dtype=stack.dtype
-    )
+    winner = _one_hot_of_largest(ops.where(first, order, lowest), classes)
     drawn = ops.sum(ops.cast(first, stack.dtype), axis=-1, keepdims=True) > 1
     lifted = share * (1 + _TIE * winner)
     lifted = lifted / ops.sum(lifted, axis=-1, keepdims=True)
@@ -105,7 +115,7 @@ def geometric(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
         return ops.mean(stack, axis=0)
     epsilon = keras.config.epsilon()
     clipped = ops.clip(stack, epsilon, 1 - epsilon)
-    return ops.sigmoid(ops.mean(ops.log(clipped) - ops.log1p(-clipped), axis=0))
+    return ops.sigmoid(ops.mean(ops.log(clipped) - ops.log(1 - clipped), axis=0))
 
 
 def median(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
