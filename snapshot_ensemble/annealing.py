@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from snapshot_ensemble.schedules import Cycle, anneal
@@ -93,7 +94,9 @@ class AnnealedRate:
         overridden = "train_step" in vars(model)
 
         def train_step(data: Any) -> Any:
-            self._assign()
+            # Not before there is a batch: the last call on data of unknown length finds none.
+            with tf.control_dependencies(_tensors(data)):
+                self._assign()
             return step(data)
 
         with self._plain_variable():
@@ -146,6 +149,10 @@ class AnnealedRate:
         finally:
             optimizer._learning_rate = variable
             variable.assign(rate)
+
+
+def _tensors(data: Any) -> list[Any]:
+    return [part for part in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(part)]
 
 
 def _variable(value: Any, dtype: str) -> keras.Variable:

@@ -132,8 +132,8 @@ def merge(
     ]
     outputs = keras.tree.pack_sequence_as(graph._outputs_struct, named)
     merged = keras.Model(inputs, outputs, name=model.name)
-    # Its optimizer has no slots, which would be thrice the weights in a file.
-    compile_like(merged, model, optimizer=keras.optimizers.SGD())
+    # With plain SGD, which adds no slots to its file.
+    compile_like(merged, model)
     return merged
 
 

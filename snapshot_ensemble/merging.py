@@ -1,6 +1,7 @@
 """Many members, one Keras model: a model is a function, and a member its weights."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -111,17 +112,16 @@ def build_member(model: keras.Model, weights: Weights) -> keras.Model:
     except Exception:
         member = Member(model)
         member.set_weights(weights)
-    compile_like(member, model)
+    compile_like(member, model, optimizer=_copy(model._compile_config.config["optimizer"]))
     return member
 
 
-def compile_like(target: keras.Model, model: keras.Model, **changes: Any) -> None:
+def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd") -> None:
     """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
-    arguments = dict(model._compile_config.config)
-    arguments["optimizer"] = _copy(arguments["optimizer"])
+    arguments = {**model._compile_config.config, "optimizer": optimizer}
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(_copy, arguments[name])
-    keras.Model.compile(target, **{**arguments, **changes})
+    keras.Model.compile(target, **arguments)
 
 
 def _copy(thing: Any) -> Any:
@@ -129,6 +129,9 @@ def _copy(thing: Any) -> Any:
     if not isinstance(thing, (keras.Optimizer, keras.Metric)):
         return thing
     try:
-        return type(thing).from_config(thing.get_config())
+        with warnings.catch_warnings():
+            # A lambda in it, such as a rate, is not read from a file but used as it is.
+            warnings.simplefilter("ignore")
+            return type(thing).from_config(thing.get_config())
     except Exception:
         return thing

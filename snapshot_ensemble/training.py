@@ -1,10 +1,9 @@
 """One run: a plan through one `model.fit`, and a snapshot at the end of each cycle."""
 
-import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -65,6 +64,8 @@ class CycleCallback(keras.callbacks.Callback):
         number = self._cycles_before + cycle.index
         metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         steps = self._rate.steps_taken
+        # Another callback may have stopped training before the last batch.
+        whole = not self.model.stop_training or steps == self._steps
         if self._steps is None:
             self._steps = steps or None
         self._done["epochs"] += 1
@@ -76,7 +77,9 @@ class CycleCallback(keras.callbacks.Callback):
             values = self._history.setdefault(name, [None] * epochs_before)
             values.extend([None] * (epochs_before - len(values)))
             values.append(value)
-        if epoch - self._first_epoch == cycle.last_epoch:
+        for values in self._history.values():
+            values.extend([None] * (epochs_before + 1 - len(values)))
+        if epoch - self._first_epoch == cycle.last_epoch and whole:
             self._keep(cycle, number, metrics)
 
     def _keep(self, cycle: Cycle, number: int, metrics: dict[str, float]) -> None:
@@ -115,9 +118,7 @@ class CycleCallback(keras.callbacks.Callback):
 
 def check_callbacks(callbacks: Any) -> None:
     """Raises `ValueError` if a callback would set the learning rate, which the plan sets."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks = callbacks.callbacks
-    for callback in keras.tree.flatten(callbacks):
+    for callback in flat_callbacks(callbacks):
         if isinstance(callback, RATE_SETTERS):
             name = type(callback).__name__
             raise ValueError(
@@ -150,11 +151,12 @@ def steps_in_epoch(model: keras.Model, x: Any, arguments: dict[str, Any], steps:
     if arguments.get("steps_per_epoch") is None or steps % size == 0:
         return steps
     rounded = -(-steps // size) * size
-    held = _batches(x, arguments.get("batch_size"))
+    split = arguments.get("validation_split") if arguments.get("validation_data") is None else 0
+    held = _batches(x, arguments.get("batch_size"), split or 0)
     return rounded if held is None else min(rounded, held)
 
 
-def _batches(x: Any, batch_size: int | None) -> int | None:
+def _batches(x: Any, batch_size: int | None, split: float) -> int | None:
     """Number of batches in one pass over `x`; None if it is not known, or has no end."""
     if hasattr(x, "cardinality"):  # tf.data.Dataset
         count = int(x.cardinality())
@@ -163,23 +165,17 @@ def _batches(x: Any, batch_size: int | None) -> int | None:
         return x.num_batches
     arrays = keras.tree.flatten(x)
     if arrays and hasattr(arrays[0], "shape"):
-        return -(-arrays[0].shape[0] // (batch_size or 32))
+        return -(-int(arrays[0].shape[0] * (1 - split)) // (batch_size or 32))
     return None
 
 
-@contextlib.contextmanager
-def _with_callback(callbacks: Any, first: keras.callbacks.Callback) -> Iterator[Any]:
-    """The user's callbacks behind `first`."""
-    if not isinstance(callbacks, keras.callbacks.CallbackList):
-        yield [first, callbacks] if callbacks else [first]
-        return
-    first.set_params(callbacks.params)
-    first.set_model(callbacks.model)
-    callbacks.callbacks.insert(0, first)
-    try:
-        yield callbacks
-    finally:
-        callbacks.callbacks.remove(first)
+def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
+    """All callbacks one by one, out of lists and `CallbackList`s however nested."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = callbacks.callbacks
+    elif isinstance(callbacks, keras.callbacks.Callback) or callbacks is None:
+        return [callbacks] if callbacks else []
+    return [flat for callback in keras.tree.flatten(callbacks) for flat in flat_callbacks(callback)]
 
 
 def train(
@@ -227,8 +223,9 @@ def train(
         steps=steps,
         max_snapshots=max_snapshots,
     )
-    with rate.installed(), _with_callback(arguments.pop("callbacks", None), callback) as callbacks:
+    callbacks = [callback, *flat_callbacks(arguments.pop("callbacks", None))]
+    with rate.installed():
         epochs = first_epoch + plan[-1].last_epoch + 1
         result = model.fit(x, y, epochs=epochs, callbacks=callbacks, **arguments)
-    result.history["cycle"] = history["cycle"][-len(result.epoch) :]
+    result.history.setdefault("cycle", []).extend(history["cycle"][-len(result.epoch) :])
     return result
