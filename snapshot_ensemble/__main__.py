@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=int, default=50, help="the budget (default: 50)")
     demo.add_argument("--cycles", type=int, default=5, help="number of cycles (default: 5)")
     demo.add_argument("--seed", type=int, default=0, help="seed of both runs (default: 0)")
-    demo.add_argument("--directory", help="where to leave the ensemble (default: a new folder)")
-    demo.add_argument("--overwrite", action="store_true", help="replace an ensemble that is there")
+    demo.add_argument("--directory", help="where to leave what it makes (default: a new folder)")
+    demo.add_argument("--overwrite", action="store_true", help="replace what is there")
     return main
 
 

@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 from typing import Any
 
@@ -37,11 +40,11 @@ def digit_model(learning_rate: Any = PEAK) -> keras.Model:
     layers = keras.layers
     model = keras.Sequential(
         [
-            keras.Input((8, 8, 1)),
+            keras.Input((8, 8, 1), name="image"),
             layers.Flatten(),
             layers.Dense(128, activation="relu"),
             layers.Dense(128, activation="relu"),
-            layers.Dense(10, activation="softmax"),
+            layers.Dense(10, activation="softmax", name="digit"),
         ],
         name="digits",
     )
@@ -59,6 +62,42 @@ def ordinary_run(x: np.ndarray, y: np.ndarray, epochs: int, seed: int) -> keras.
     return model
 
 
+_FRESH_PROCESS = """
+import sys
+import numpy as np
+import tensorflow as tf
+served, inputs, outputs = sys.argv[1:]
+signature = tf.saved_model.load(served).signatures["serving_default"]
+np.save(outputs, signature(image=tf.constant(np.load(inputs)))["digit"].numpy())
+"""
+
+
+def predict_in_a_fresh_process(served: pathlib.Path, x: np.ndarray) -> np.ndarray:
+    """What an export predicts where there is only TensorFlow."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, outputs = f"{folder}/x.npy", f"{folder}/y.npy"
+        np.save(inputs, x)
+        command = [sys.executable, "-c", _FRESH_PROCESS, str(served), inputs, outputs]
+        subprocess.run(command, check=True, capture_output=True)
+        return np.load(outputs)
+
+
+def score(
+    ens: SnapshotEnsemble, single: keras.Model, x: np.ndarray, y: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """`error` and `nll` of the ordinary run, of each member and of each combination."""
+    rows = {"one ordinary run": single.evaluate(x, y, verbose=0)}
+    for snapshot in ens.snapshots:
+        last = ", the last" if snapshot.index == len(ens) - 1 else ""
+        name = f"member {snapshot.index} (epoch {snapshot.epoch + 1}{last})"
+        rows[name] = ens.evaluate(x, y, members=[snapshot.index], verbose=0)
+    # No data is left here to learn weights on: the later members get more by hand.
+    ens.weights = np.arange(1, len(ens) + 1) / np.arange(1, len(ens) + 1).sum()
+    for combine in ("vote", "geometric", "weighted", "mean"):
+        rows[f"ensemble, {combine}"] = ens.evaluate(x, y, combine=combine, verbose=0)
+    return {name: {"error": 1 - accuracy, "nll": loss} for name, (loss, accuracy) in rows.items()}
+
+
 def run_demo(
     directory: str | os.PathLike[str],
     *,
@@ -67,45 +106,39 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Trains on digits, prints what comes of it, and leaves the ensemble in a directory.
+    """Trains on digits, prints what comes of it, and leaves the ensemble and its export.
 
     Args:
-        directory: Where the ensemble is written.
+        directory: Where they are written: `ensemble` and `served/1` in it.
         epochs: The budget, of the ensemble and of the ordinary run beside it.
         cycles: Into how many cycles the ensemble splits it.
         seed: Seed of both runs.
-        overwrite: Whether an ensemble in the directory may be replaced.
+        overwrite: Whether what is in the directory may be replaced.
 
     Returns:
         `error` (a share) and `nll` (nats) on the held-out images, for each row of the table.
     """
     (x_train, y_train), (x_test, y_test) = load_digits()
     start = time.perf_counter()
+    home = pathlib.Path(directory).absolute() / "ensemble"
+    served = home.parent / "served" / "1"
     keras.utils.set_random_seed(seed)
-    ens = SnapshotEnsemble(digit_model(), cycles=cycles, directory=directory)
+    ens = SnapshotEnsemble(digit_model(), cycles=cycles, directory=home)
     print(f"{len(x_train)} images to train on, {len(x_test)} held out. The plan:\n")
     print(f"{ens.plan(epochs)}\n")
     ens.fit(x_train, y_train, epochs=epochs, batch_size=BATCH, verbose=2, overwrite=overwrite)
 
     print("\nOne ordinary run of the same budget ...", flush=True)
-    single = ordinary_run(x_train, y_train, epochs, seed)
-
-    rows = {"one ordinary run": single.evaluate(x_test, y_test, verbose=0)}
-    for snapshot in ens.snapshots:
-        last = ", the last" if snapshot.index == len(ens) - 1 else ""
-        rows[f"member {snapshot.index} (epoch {snapshot.epoch + 1}{last})"] = ens.evaluate(
-            x_test, y_test, members=[snapshot.index], verbose=0
-        )
-    # On weights: no data is left here to learn them on, so the later members get more by hand.
-    ens.weights = np.arange(1, len(ens) + 1) / np.arange(1, len(ens) + 1).sum()
-    for combine in ("vote", "weighted", "mean"):
-        rows[f"ensemble, {combine}"] = ens.evaluate(x_test, y_test, combine=combine, verbose=0)
-
-    scores = {name: {"error": 1 - accuracy, "nll": loss} for name, (loss, accuracy) in rows.items()}
+    scores = score(ens, ordinary_run(x_train, y_train, epochs, seed), x_test, y_test)
     print(f"\n{'on the held-out images':34}{'error %':>10}{'NLL':>10}")
-    for name, score in scores.items():
-        print(f"{name:34}{100 * score['error']:10.2f}{score['nll']:10.4f}")
-    path = pathlib.Path(directory).resolve()
-    print(f"\n{time.perf_counter() - start:.0f} s. The ensemble lies in {path}; it comes back with")
-    print(f"    SnapshotEnsemble.load({str(path)!r})")
+    for name, values in scores.items():
+        print(f"{name:34}{100 * values['error']:10.2f}{values['nll']:10.4f}")
+
+    ens.export(served, overwrite=overwrite)
+    found = predict_in_a_fresh_process(served, x_test)
+    difference = np.abs(found - ens.predict(x_test, verbose=0)).max()
+    print("\nThe mean as one SavedModel, in a fresh process with TensorFlow alone: largest")
+    print(f"difference in a probability {difference:.1g}. It lies in {served}")
+    print(f"\n{time.perf_counter() - start:.0f} s. The ensemble comes back with")
+    print(f"    SnapshotEnsemble.load({str(home)!r})")
     return scores

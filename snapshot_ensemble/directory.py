@@ -39,7 +39,7 @@ class DirectoryStore:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = pathlib.Path(directory)
+        self.directory = pathlib.Path(directory).absolute()  # Whoever changes folder later.
         self.snapshots: list[Snapshot] = []
         self.describe: Callable[[], dict[str, Any]] = dict  # What else the manifest shall say.
         self.described: dict[str, Any] = {}  # What it said when it was opened.

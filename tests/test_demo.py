@@ -19,7 +19,7 @@ def test_demo_prints_the_plan_and_a_table_and_leaves_the_ensemble(tmp_path, caps
     assert len(re.findall(r"^Snapshot of cycle", out, re.M)) == 2
     # The table, worked out again from what was left behind.
     _, (x, y) = demo.load_digits()
-    ens = SnapshotEnsemble.load(directory)
+    ens = SnapshotEnsemble.load(directory / "ensemble")
     members = ens.predict_members(x, verbose=0)
     rows = {"member 0": members[0], "member 1": members[1], "ensemble, mean": members.mean(0)}
     for name, probabilities in rows.items():
@@ -28,6 +28,8 @@ def test_demo_prints_the_plan_and_a_table_and_leaves_the_ensemble(tmp_path, caps
         picked = probabilities[np.arange(len(y)), y]
         assert float(nll) == pytest.approx(-np.log(picked).mean(), abs=2e-4)
     assert re.search(r"^one ordinary run +[\d.]+ +[\d.]+$", out, re.M)
+    assert float(re.search(r"difference in a probability ([\d.e-]+)\.", out).group(1)) < 1e-5
+    assert (directory / "served" / "1" / "saved_model.pb").exists()
     assert str(directory) in out
 
 
@@ -47,10 +49,11 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message, tmp_path, caps
 
 
 def test_a_directory_that_holds_something_is_refused(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("irreplaceable")
+    (tmp_path / "ensemble").mkdir()
+    (tmp_path / "ensemble" / "thesis.tex").write_text("irreplaceable")
     assert main(["demo", "--directory", str(tmp_path)]) == 2
     assert "The directory holds something already." in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "irreplaceable"
+    assert (tmp_path / "ensemble" / "thesis.tex").read_text() == "irreplaceable"
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, tmp_path):

@@ -1,21 +1,80 @@
 """The README's code, run as it stands there."""
 
+import contextlib
+import json
+import os
 import pathlib
 import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
+import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def test_every_python_block_runs_in_order():
+@pytest.fixture(scope="module")
+def readme(tmp_path_factory):
+    """The names that the blocks leave behind, run one after the other in a new folder."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
-    assert len(blocks) >= 5
-    names = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, block {number}", "exec"), names)
+    folder = tmp_path_factory.mktemp("readme")
+    names = {"__name__": "readme"}
+    with contextlib.chdir(folder):
+        for number, block in enumerate(blocks):
+            if block.startswith("# server.py"):
+                (folder / "server.py").write_text(block)
+            else:
+                exec(compile(block, f"README.md, block {number}", "exec"), names)
+    return names, folder
+
+
+def test_every_block_does_what_it_says(readme):
+    names, _ = readme
     ens, again, x_test = names["ens"], names["again"], names["x_test"]
     assert len(again) == len(ens) == 5
     np.testing.assert_array_equal(again.predict(x_test, verbose=0), ens.predict(x_test, verbose=0))
     assert ens.predict_members(x_test, verbose=0).shape == (5, 450, 10)
     assert ens.evaluate(x_test, names["y_test"], verbose=0)[1] > 0.9
+
+
+def test_the_server_answers_with_the_ensembles_predictions(readme):
+    pytest.importorskip("litserve")
+    names, folder = readme
+    x = names["x_test"][:3]
+    with (folder / "server.log").open("w") as log:
+        # In a session of its own, to end its workers with it.
+        server = subprocess.Popen(
+            [sys.executable, "server.py"],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        answer = ask("http://127.0.0.1:8000", {"pixels": x.tolist()}, server)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(30)
+    expected = names["ens"].predict(x, verbose=0)
+    np.testing.assert_allclose(answer["digit"], expected, atol=1e-5)
+
+
+def ask(address, request, server):
+    """Posts a request, as soon as the server is there to take it."""
+    for _ in range(120):
+        assert server.poll() is None
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health") as reply:
+            if reply.read() == b"ok":
+                break
+        time.sleep(1)
+    posted = urllib.request.Request(
+        f"{address}/predict",
+        data=json.dumps(request).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(posted) as reply:
+        return json.load(reply)

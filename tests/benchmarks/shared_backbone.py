@@ -1,0 +1,112 @@
+"""What an ensemble on a frozen backbone costs, beside one model of it.
+
+    python tests/benchmarks/shared_backbone.py
+
+Two ways to serve six members: the combined model, which stores and computes the backbone once,
+and the members side by side. Each is timed in turn with one model, several times; the ratio is
+the median of the pairs. The time of one model goes into its backbone's convolutions, so that the
+heads, six instead of one, hardly show.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+
+from snapshot_ensemble import Snapshot, SnapshotEnsemble
+
+layers = keras.layers
+
+
+def transfer_model(size):
+    """A frozen convolutional backbone and a trainable head of two dense layers."""
+    tensor = backbone_inputs = keras.Input((size, size, 3))
+    for filters in (32, 64, 128):
+        for _ in range(2):
+            tensor = layers.Conv2D(filters, 3, padding="same", use_bias=False)(tensor)
+            tensor = layers.ReLU()(layers.BatchNormalization()(tensor))
+        tensor = layers.MaxPooling2D()(tensor)
+    backbone = keras.Model(
+        backbone_inputs, layers.GlobalAveragePooling2D()(tensor), name="backbone"
+    )
+    backbone.trainable = False
+    inputs = keras.Input((size, size, 3), name="image")
+    hidden = layers.Dense(64, "relu")(backbone(inputs, training=False))
+    model = keras.Model(inputs, layers.Dense(10, "softmax", name="answer")(hidden))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model, backbone.count_params()
+
+
+def members_of(model, count):
+    """An ensemble whose members differ in their heads, as after training."""
+    rng = np.random.default_rng(0)
+    ens = SnapshotEnsemble(model)
+    for index in range(count):
+        weights = [
+            rng.normal(0, 0.1, array.shape).astype("float32") if variable.trainable else array
+            for variable, array in zip(model.weights, model.get_weights(), strict=True)
+        ]
+        ens._store.add_weights(weights, Snapshot(index))
+    return ens
+
+
+def measure(candidates, x, pairs):
+    """For each candidate, the median ratio of its prediction time to that of the first."""
+    for model in candidates.values():
+        model.predict(x, verbose=0, batch_size=64)  # Traced and warm.
+    first, *others = candidates
+    ratios = {name: [] for name in others}
+    times = []
+    for _ in range(pairs):
+        for name in others:
+            pair = []
+            for one in (first, name):
+                start = time.perf_counter()
+                candidates[one].predict(x, verbose=0, batch_size=64)
+                pair.append(time.perf_counter() - start)
+            times.append(pair[0])
+            ratios[name].append(pair[1] / pair[0])
+    return statistics.median(times), {n: statistics.median(r) for n, r in ratios.items()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--members", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--size", type=int, default=32, help="pixels along a side")
+    parser.add_argument("--pairs", type=int, default=7, help="timed pairs")
+    args = parser.parse_args(argv)
+    keras.utils.set_random_seed(0)
+    model, in_backbone = transfer_model(args.size)
+    ens = members_of(model, args.members)
+    x = np.random.default_rng(1).normal(size=(args.rows, args.size, args.size, 3))
+    x = x.astype("float32")
+    merged = ens.to_keras()
+    candidates = {
+        "one model": model,
+        "combined model": merged,
+        "members side by side": ens._combined("mean", None),
+    }
+    seconds, ratios = measure(candidates, x, args.pairs)
+    head = model.count_params() - in_backbone
+    parameters = {
+        "one model": model.count_params(),
+        "combined model": merged.count_params(),
+        "members side by side": args.members * model.count_params(),
+    }
+    print(f"{args.members} members, backbone {in_backbone:,} and head {head:,} parameters, ")
+    print(f"{args.rows} rows, medians of {args.pairs} pairs\n")
+    print(f"{'':24}{'time / one model':>18}{'parameters':>14}")
+    for name, count in parameters.items():
+        print(f"{name:24}{ratios.get(name, 1.0):18.2f}{count:14,}")
+    print(f"\none model: {seconds:.3f} s")
+    return parameters, ratios
+
+
+if __name__ == "__main__":
+    main()
