@@ -122,6 +122,7 @@ class AnnealedRate:
                 yield
             finally:
                 own.assign(self._own)
+                self._own = None
             return
         self._own = own
         # The setter refuses a number once there was a schedule. The new variable has the place
@@ -135,10 +136,14 @@ class AnnealedRate:
         finally:
             optimizer._learning_rate = own
             optimizer._untrack_variable(variable)
+            self._own = None
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Shows the optimizer's own rate for a moment, for saving the model as it was compiled."""
+        if self._own is None:  # Not installed.
+            yield
+            return
         optimizer, variable, rate = self._optimizer, self._optimizer._learning_rate, self.last
         if isinstance(self._own, float):
             variable.assign(self._own)

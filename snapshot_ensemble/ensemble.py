@@ -1,5 +1,6 @@
 """`SnapshotEnsemble`: the face of the package."""
 
+import contextlib
 import operator
 import os
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble import training
-from snapshot_ensemble.annealing import compiled_rate
+from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.combining import (
     check_combine,
@@ -29,6 +30,7 @@ from snapshot_ensemble.exporting import (
     serving_graph,
 )
 from snapshot_ensemble.graphs import graph_of, merge
+from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.merging import MembersModel, build_member, compile_like
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
@@ -39,6 +41,7 @@ from snapshot_ensemble.schedules import (
 from snapshot_ensemble.snapshots import (
     MemoryStore,
     Snapshot,
+    SnapshotError,
     SnapshotStore,
     Weights,
     load_weights,
@@ -113,13 +116,7 @@ class SnapshotEnsemble:
                 "`SnapshotEnsemble` runs on Keras with TensorFlow. Received: "
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
             )
-        if not isinstance(model, keras.Model):
-            raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r}")
-        if not model.compiled or model.optimizer is None:
-            raise ValueError(
-                "`model` must be compiled, so that it can be trained. "
-                f"Received: model={model.name!r}, not compiled. Call `model.compile(...)` first."
-            )
+        check_model(model)
         check_task(model, task)
         self.model = model
         self.task = task
@@ -135,10 +132,13 @@ class SnapshotEnsemble:
         )
         self._describe_to(self._store)
         self._weights: np.ndarray | None = None
+        self._weights_of: Any = None  # The state of the store that they belong to.
+        self._rate = AnnealedRate(model)
         self.history: dict[str, list[Any]] = {}
         self._done = {"cycles": 0, "epochs": 0, "steps": 0}
-        self._tensors: list[list[Any]] = []
+        self._tensors: dict[int, list[Any]] = {}
         self._models: dict[Any, MembersModel] = {}
+        self._built_of: Any = None  # The state of the store that they were made of.
 
     # Training
 
@@ -223,20 +223,19 @@ class SnapshotEnsemble:
         plan = self.plan(epochs - first if first else epochs)
         before = (self._store, self._directory_is_own, self.history, self._done)
         if self.directory is not None and not self._directory_is_own:
-            self._store, self._directory_is_own = (
-                DirectoryStore.create(self.directory, overwrite),
-                True,
-            )
+            self._store = DirectoryStore.create(self.directory, overwrite)
+            self._directory_is_own = True
             self._describe_to(self._store)
         if overwrite:
             self._store.restart()
             self.history, self._done = {}, dict.fromkeys(self._done, 0)
-        cycles = self._done["cycles"]
+        members = self._members_now()
         try:
-            return training.train(
+            result = training.train(
                 self.model,
                 plan,
                 self._store,
+                self._rate,
                 x=x,
                 y=y,
                 arguments=fit_arguments,
@@ -244,18 +243,21 @@ class SnapshotEnsemble:
                 done=self._done,
                 max_snapshots=self.max_snapshots,
             )
-        finally:
-            if self._done["cycles"] > cycles:
-                self._members_changed()
-            elif overwrite:
+        except BaseException:
+            if overwrite and self._members_now() == members:
                 # Nothing took the place of what there was, so that it is still there.
                 self._store.restart(False)
                 self._store, self._directory_is_own, self.history, self._done = before
-
-    def _members_changed(self) -> None:
-        self._weights = None  # They belonged to other members.
-        self._tensors, self._models = [], {}
+            elif len(self):
+                with contextlib.suppress(OSError):  # What is raised already matters more.
+                    self._store.commit()
+            raise
         self._store.commit()
+        return result
+
+    def _members_now(self) -> Any:
+        """Another value whenever the members are others."""
+        return self._store, self._store.version
 
     # Predictions
 
@@ -372,12 +374,12 @@ class SnapshotEnsemble:
         """The model that runs the members; built once for each choice. None: not combined."""
         chosen, weights = self._choice(combine, members)
         key = (combine, tuple(chosen), None if weights is None else tuple(weights))
+        if self._built_of != self._members_now():
+            self._tensors, self._models, self._built_of = {}, {}, self._members_now()
         if key not in self._models:
-            if not self._tensors:
-                self._tensors = [
-                    [ops.convert_to_tensor(array) for array in self._store.weights(self.model, i)]
-                    for i in range(len(self))
-                ]
+            for i in set(chosen) - set(self._tensors):
+                arrays = self._store.weights(self.model, i)
+                self._tensors[i] = [ops.convert_to_tensor(array) for array in arrays]
             with self.model.distribute_strategy.scope():
                 model = MembersModel(
                     self.model,
@@ -404,7 +406,7 @@ class SnapshotEnsemble:
             # Of a subclass, the outputs are known only when it runs.
             check_meanings(combine, read_outputs(self.model, self.task, graph._outputs_struct))
         if combine == "weighted":
-            weights = weights_of(self._weights, chosen)
+            weights = weights_of(self.weights, chosen)
             # Who has no say need not be run.
             chosen = [member for member, weight in zip(chosen, weights, strict=True) if weight]
             weights = weights[weights > 0]
@@ -447,7 +449,7 @@ class SnapshotEnsemble:
 
         >>> model = ens.to_keras()
         >>> model.save("ensemble.keras")
-        >>> keras.models.load_model("ensemble.keras").predict(x)  # as ens.predict(x)
+        >>> again = keras.models.load_model("ensemble.keras")  # also without this package
 
         Args:
             combine: As for `predict`. Defaults to `"mean"`.
@@ -512,15 +514,14 @@ class SnapshotEnsemble:
         One a member, float64, at least 0 and summing to 1; `None` until they are set. They go
         when the members change.
         """
-        return None if self._weights is None else self._weights.copy()
+        if self._weights is None or self._weights_of != self._members_now():
+            return None
+        return self._weights.copy()
 
     @weights.setter
     def weights(self, weights: Any) -> None:
-        if weights is None:
-            self._weights = None
-        else:
-            self._weights = check_weights(weights, len(self))
-        self._models = {key: model for key, model in self._models.items() if key[0] != "weighted"}
+        self._weights = None if weights is None else check_weights(weights, len(self))
+        self._weights_of = self._members_now()
         if self._directory_is_own:
             self._store.commit()
 
@@ -571,9 +572,10 @@ class SnapshotEnsemble:
         self._describe_to(target)
         own = self.model.get_weights()
         try:
-            for snapshot in self.snapshots:
-                self.model.set_weights(self._store.weights(self.model, snapshot.index))
-                target.add(self.model, snapshot, commit=False)
+            with self._rate.lifted():
+                for snapshot in self.snapshots:
+                    self.model.set_weights(self._store.weights(self.model, snapshot.index))
+                    target.add(self.model, snapshot, commit=False)
         finally:
             self.model.set_weights(own)
         target.commit()
@@ -589,8 +591,8 @@ class SnapshotEnsemble:
         """Loads an ensemble from the directory that `fit` or `save` wrote.
 
         Nothing in the directory is executed, and every file is checked against the manifest.
-        The ensemble stays in its directory: a further `fit` adds to it there, going on from the
-        weights of the last snapshot.
+        The ensemble stays in its directory: a further `fit` adds to it there. The model has the
+        weights of the last snapshot, to go on from; a given one keeps its own.
 
         Args:
             directory: Path of the directory.
@@ -609,20 +611,22 @@ class SnapshotEnsemble:
         described = store.described
         given = model is not None
         model = model if given else store.model(custom_objects)
-        settings = dict(described["settings"])
-        if settings["schedule"] is not None:
-            settings["schedule"] = CosineAnnealing(**settings["schedule"])
-        ensemble = cls(model, directory=directory, **settings)
+        check_model(model)
+        check_built(model)
+        try:
+            settings = dict(described["settings"])
+            if settings["schedule"] is not None:
+                settings["schedule"] = CosineAnnealing(**settings["schedule"])
+            ensemble = cls(model, directory=directory, **settings)
+        except (KeyError, TypeError, ValueError) as error:
+            manifest = store.directory / MANIFEST
+            raise SnapshotError(f"The settings in '{manifest}' do not hold: {error}") from error
         ensemble._store, ensemble._directory_is_own = store, True
-        ensemble._describe_to(store)
-        ensemble._done = described["done"]
-        ensemble.history = {
-            # JSON has no word for the numbers that come as strings.
-            name: [float(value) if isinstance(value, str) else value for value in values]
-            for name, values in described["history"].items()
-        }
+        ensemble.history, ensemble._done = described["history"], described["done"]
         if described["weights"] is not None:
             ensemble._weights = check_weights(described["weights"], len(ensemble))
+            ensemble._weights_of = ensemble._members_now()
+        ensemble._describe_to(store)
         if len(ensemble) and not given:
             model.set_weights(store.weights(model, len(ensemble) - 1))
         return ensemble
@@ -645,7 +649,7 @@ class SnapshotEnsemble:
             SnapshotError: If a file does not hold weights of this model; the message names it.
             ValueError: If there are no paths, or the model is not built.
         """
-        if isinstance(paths, (str, os.PathLike)) or not len(paths := list(paths)):
+        if not isinstance(paths, (list, tuple)) or not paths:
             raise ValueError(f"`paths` must be a list of weight files. Received: paths={paths!r}")
         if arguments.get("directory") is not None:
             raise ValueError(
@@ -653,11 +657,7 @@ class SnapshotEnsemble:
                 f"directory={arguments['directory']!r}. Call `save(directory)` afterwards."
             )
         ensemble = cls(model, **arguments)
-        if not model.built:
-            raise ValueError(
-                "`model` must be built, so that it has weights to load. "
-                f"Received: model={model.name!r}, not built. Call it on a batch first."
-            )
+        check_built(model)
         store = MemoryStore()
         for index, path in enumerate(paths):
             store.add_weights(load_weights(model, path), Snapshot(index))
@@ -678,7 +678,27 @@ class SnapshotEnsemble:
             settings["schedule"] = schedule.get_config()
         return {
             "settings": {**settings, "task": self.task},
-            "weights": None if self._weights is None else self._weights.tolist(),
+            "weights": None if self.weights is None else self.weights.tolist(),
             "history": self.history,
             "done": self._done,
         }
+
+
+def check_model(model: Any) -> None:
+    """Raises an error unless it is a compiled Keras model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r}")
+    if not model.compiled or model.optimizer is None:
+        raise ValueError(
+            "`model` must be compiled, so that it can be trained. "
+            f"Received: model={model.name!r}, not compiled. Call `model.compile(...)` first."
+        )
+
+
+def check_built(model: keras.Model) -> None:
+    """Raises an error unless the model has weights."""
+    if not model.built or not model.weights:
+        raise ValueError(
+            "`model` must be built, so that it has weights to load. "
+            f"Received: model={model.name!r}, not built. Call it on a batch first."
+        )

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import h5py
 import keras
 import numpy as np
 
@@ -40,9 +42,17 @@ class Snapshot:
 
 
 class SnapshotStore(Protocol):
-    """Where snapshots are kept."""
+    """Where snapshots are kept.
 
-    snapshots: list[Snapshot]
+    Attributes:
+        snapshots: Those that there are, oldest first.
+        version: Another number whenever they change.
+    """
+
+    @property
+    def snapshots(self) -> list[Snapshot]: ...
+
+    version: int
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
         """Keeps the model's weights of this moment."""
@@ -70,6 +80,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
+        self.version = 0
         self._weights: list[Weights] = []
         self._restarting = False
 
@@ -90,27 +101,60 @@ class MemoryStore:
             pairs = zip(self._weights[-1], weights, strict=True)
             weights = [old if np.array_equal(old, new) else new for old, new in pairs]
         self._weights.append(weights)
+        self.version += 1
         self.snapshots = renumbered([*self.snapshots, snapshot])
 
     def keep_newest(self, count: int) -> None:
         self._weights = self._weights[-count:]
+        self.version += 1
         self.snapshots = renumbered(self.snapshots[-count:])
 
     def weights(self, model: keras.Model, index: int) -> Weights:
         return self._weights[index]
 
 
-def load_weights(model: keras.Model, path: str | os.PathLike[str]) -> Weights:
-    """Reads a weight file of Keras's into arrays; the model is as it was afterwards."""
+def load_weights(
+    model: keras.Model, path: str | os.PathLike[str], *, foreign: bool = True
+) -> Weights:
+    """Reads a weight file of Keras's into arrays; the model is as it was afterwards.
+
+    Args:
+        model: A built model.
+        path: The file.
+        foreign: Whether the file may belong to another model. Keras itself takes one that has
+            more layers than it needs.
+
+    Raises:
+        SnapshotError: If the file does not hold the weights of this model.
+    """
     own = model.get_weights()
     try:
         with weights_only(model):
+            if foreign and str(path).endswith(".weights.h5"):
+                _check_layout(model, path)
             model.load_weights(path)
         return model.get_weights()
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     finally:
         model.set_weights(own)
+
+
+def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        reference = f"{folder}/reference.weights.h5"
+        model.save_weights(reference)
+        more = _layout(path) - _layout(reference)
+    if more:
+        raise ValueError(f"it also holds {', '.join(sorted(more))}")
+
+
+def _layout(path: str | os.PathLike[str]) -> set[str]:
+    """The names of the arrays in a file, without an optimizer's and those of random seeds."""
+    names: set[str] = set()
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: names.add(name) if hasattr(item, "shape") else None)
+    return {n for n in names if not n.startswith("optimizer/") and "seed_generator" not in n}
 
 
 @contextlib.contextmanager

@@ -85,8 +85,10 @@ def _activation(tensor: Any) -> str | None:
         return _activation(outputs[index]) if outputs else None
     if isinstance(operation, _PASS_ON):
         return _activation(operation._inbound_nodes[node].input_tensors[0])
-    if isinstance(operation, keras.layers.Softmax):
-        return "softmax"
+    return _own_activation(operation)
+
+
+def _own_activation(operation: Any) -> str | None:
     function = getattr(operation, "activation", None)
     if function is None:
         name = type(operation).__name__.lower()
@@ -127,12 +129,14 @@ def _per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) 
     """One loss for each flat output, from whatever structure `compile` took."""
     if not isinstance(losses, (list, tuple, dict)):
         return [losses] * count
-    if isinstance(losses, dict) and isinstance(outputs, dict):
-        return [losses.get(key) for key in sorted(outputs)]
-    if isinstance(losses, dict) and names is not None and len(names) == count:
+    if isinstance(losses, dict) and not isinstance(outputs, dict) and names is not None:
         return [losses.get(name) for name in names]
     flat = keras.tree.flatten(losses)
-    return flat if len(flat) == count else [None] * count
+    if len(flat) == count:
+        return flat
+    if isinstance(losses, dict) and isinstance(outputs, dict) and len(outputs) == count:
+        return [losses.get(key) for key in sorted(outputs)]
+    return [None] * count
 
 
 def check_task(model: keras.Model, task: Any) -> None:
@@ -144,9 +148,11 @@ def check_task(model: keras.Model, task: Any) -> None:
     if symbolic:
         read_outputs(model, task, getattr(model, "_outputs_struct", symbolic))
     elif len(losses := keras.tree.flatten(model.loss)) == 1:
-        # A subclassed model shows neither its outputs nor its activations.
+        # A model that is not built shows no outputs, and a subclassed one no activations.
+        layers = model.layers if isinstance(model, keras.Sequential) else ()
+        activation = _own_activation(layers[-1]) if layers else None
         for leaf in keras.tree.flatten(task):
-            _classify(leaf, None, losses[0], None, "the model's output")
+            _classify(leaf, activation, losses[0], None, "the model's output")
 
 
 def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
@@ -165,9 +171,10 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
     """
     flat = keras.tree.flatten(outputs)
     tasks = keras.tree.flatten(task)
-    if len(tasks) == 1:
+    by_name = isinstance(task, dict)
+    if len(tasks) == 1 and not by_name:
         tasks *= len(flat)
-    if len(tasks) != len(flat):
+    if len(tasks) != len(flat) or by_name != (by_name and isinstance(outputs, dict)):
         raise ValueError(
             f"`task` must have one entry for each of the model's {len(flat)} outputs. "
             f"Received: task={task!r}"
@@ -179,6 +186,12 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
     for i, tensor in enumerate(flat):
         where = "the model's output" if len(flat) == 1 else f"output {i} of the model"
         activation = None if symbolic[i] is None else _activation(symbolic[i])
+        axis = getattr(losses[i], "axis", -1)
+        if axis not in (-1, len(tensor.shape) - 1):
+            raise ValueError(
+                f"The classes of {where} must lie on the last axis. Received: axis={axis} in "
+                f"loss={losses[i]!r}. End the model in a `Permute` layer."
+            )
         units = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         found.append(_classify(tasks[i], activation, losses[i], units, where))
     return found

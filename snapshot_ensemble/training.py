@@ -92,8 +92,12 @@ class CycleCallback(keras.callbacks.Callback):
             metrics=metrics,
         )
         self._done["cycles"] = number + 1
-        with self._rate.lifted():
-            self._store.add(self.model, snapshot)
+        try:
+            with self._rate.lifted():
+                self._store.add(self.model, snapshot)
+        except BaseException:
+            self._done["cycles"] = number
+            raise
         if self._max is not None:
             self._store.keep_newest(self._max)
         shown = " - ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
@@ -182,6 +186,7 @@ def train(
     model: keras.Model,
     plan: Plan,
     store: SnapshotStore,
+    rate: AnnealedRate,
     *,
     x: Any,
     y: Any,
@@ -196,6 +201,7 @@ def train(
         model: A compiled model.
         plan: The cycles, their epochs counted from 0.
         store: Takes the snapshots.
+        rate: The learning rate of the model's optimizer.
         x: As for `model.fit`.
         y: As for `model.fit`.
         arguments: The other arguments of `model.fit`, without `epochs`.
@@ -212,7 +218,6 @@ def train(
     def steps(known: int | None) -> int | None:
         return None if known is None else steps_in_epoch(model, x, arguments, known)
 
-    rate = AnnealedRate(model)
     callback = CycleCallback(
         plan,
         rate,
