@@ -183,6 +183,9 @@ def combine_outputs(
     for i, meaning in enumerate(meanings):
         stack = ops.stack([_wide(outputs[i]) for outputs in flat])
         combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
+        # What is padding in the members' outputs is left out of the scores.
+        if (mask := getattr(flat[0][i], "_keras_mask", None)) is not None:
+            combined[-1]._keras_mask = mask
     return keras.tree.pack_sequence_as(members[0], combined)
 
 
@@ -199,6 +202,8 @@ def check_members(members: Any, count: int) -> list[int]:
         return list(range(count))
     if isinstance(members, (list, tuple, range, np.ndarray)):
         try:
+            if any(isinstance(member, (bool, np.bool_)) for member in members):
+                raise TypeError  # A mask, which would be read as 0 and 1.
             chosen = [range(count)[operator.index(member)] for member in members]
         except (IndexError, TypeError):
             raise ValueError(
@@ -221,8 +226,11 @@ def check_members(members: Any, count: int) -> list[int]:
 
 def check_weights(weights: Any, count: int) -> np.ndarray:
     """`weights` as float64 that sum to 1, or an error."""
-    array = np.asarray(weights, "float64")
-    if array.shape != (count,):
+    try:
+        array = np.asarray(weights, "float64")
+    except (TypeError, ValueError):
+        array = None
+    if array is None or array.shape != (count,):
         raise ValueError(
             f"`weights` must be one number for each of the {count} members. "
             f"Received: weights={weights!r}"

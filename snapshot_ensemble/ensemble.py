@@ -29,9 +29,9 @@ from snapshot_ensemble.exporting import (
     serving_function,
     serving_graph,
 )
-from snapshot_ensemble.graphs import graph_of, merge
 from snapshot_ensemble.manifest import NAME as MANIFEST
-from snapshot_ensemble.merging import MembersModel, build_member, compile_like
+from snapshot_ensemble.members import MembersModel, build_member, compile_like, metrics_lent
+from snapshot_ensemble.merging import graph_of, merge
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     EqualCycles,
@@ -45,6 +45,7 @@ from snapshot_ensemble.snapshots import (
     SnapshotStore,
     Weights,
     load_weights,
+    set_weights,
 )
 from snapshot_ensemble.tasks import check_task, read_outputs
 
@@ -298,6 +299,7 @@ class SnapshotEnsemble:
         Raises:
             ValueError: If there are no members, or `combine` or `members` make no sense.
         """
+        check_combine(combine)
         model = self._combined(combine, members)
         return model.predict(
             x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
@@ -367,15 +369,19 @@ class SnapshotEnsemble:
         Raises:
             ValueError: If there are no members, or `combine` or `members` make no sense.
         """
+        check_combine(combine)
         model = self._combined(combine, members)
-        return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
+        with metrics_lent(self.model):
+            return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
 
     def _combined(self, combine: str | None, members: Any) -> MembersModel:
         """The model that runs the members; built once for each choice. None: not combined."""
         chosen, weights = self._choice(combine, members)
         key = (combine, tuple(chosen), None if weights is None else tuple(weights))
-        if self._built_of != self._members_now():
-            self._tensors, self._models, self._built_of = {}, {}, self._members_now()
+        # A new `compile` brings other metrics, and maybe another loss.
+        state = (*self._members_now(), self.model._compile_config)
+        if self._built_of != state:
+            self._tensors, self._models, self._built_of = {}, {}, state
         if key not in self._models:
             for i in set(chosen) - set(self._tensors):
                 arrays = self._store.weights(self.model, i)
@@ -398,9 +404,9 @@ class SnapshotEnsemble:
 
     def _choice(self, combine: str | None, members: Any) -> tuple[list[int], np.ndarray | None]:
         """The members to run and, for a weighted combination, their weights; all checked."""
-        chosen, weights = self._chosen(members), None
         if combine is not None:
             check_combine(combine)
+        chosen, weights = self._chosen(members), None
         graph = graph_of(self.model)
         if combine is not None and graph is not None:
             # Of a subclass, the outputs are known only when it runs.
@@ -574,10 +580,10 @@ class SnapshotEnsemble:
         try:
             with self._rate.lifted():
                 for snapshot in self.snapshots:
-                    self.model.set_weights(self._store.weights(self.model, snapshot.index))
+                    set_weights(self.model, self._store.weights(self.model, snapshot.index))
                     target.add(self.model, snapshot, commit=False)
         finally:
-            self.model.set_weights(own)
+            set_weights(self.model, own)
         target.commit()
 
     @classmethod
@@ -628,7 +634,7 @@ class SnapshotEnsemble:
             ensemble._weights_of = ensemble._members_now()
         ensemble._describe_to(store)
         if len(ensemble) and not given:
-            model.set_weights(store.weights(model, len(ensemble) - 1))
+            set_weights(model, store.weights(model, len(ensemble) - 1))
         return ensemble
 
     @classmethod
@@ -649,7 +655,8 @@ class SnapshotEnsemble:
             SnapshotError: If a file does not hold weights of this model; the message names it.
             ValueError: If there are no paths, or the model is not built.
         """
-        if not isinstance(paths, (list, tuple)) or not paths:
+        paths = paths if isinstance(paths, (str, os.PathLike)) or paths is None else list(paths)
+        if not isinstance(paths, list) or not paths:
             raise ValueError(f"`paths` must be a list of weight files. Received: paths={paths!r}")
         if arguments.get("directory") is not None:
             raise ValueError(

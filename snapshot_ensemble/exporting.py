@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble.merging import Member
+from snapshot_ensemble.members import Member
 from snapshot_ensemble.snapshots import Weights
 
 Outputs = dict[str, np.ndarray]

@@ -1,137 +1,154 @@
-"""Many members, one Keras model: a model is a function, and a member its weights."""
+"""Many members -> one Functional model, in which what members share is computed once."""
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
+import numpy as np
 
-from snapshot_ensemble.snapshots import Weights
-
-
-@contextlib.contextmanager
-def _traced_inline() -> Iterator[None]:
-    """Runs a `tf.function` within the graph that calls it.
-
-    Left alone, one on a method of a user's layer would keep the weights of the first member that
-    it was traced with, for all the others.
-    """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
+from snapshot_ensemble.members import compile_like, copy_assets
+from snapshot_ensemble.snapshots import Weights, set_weights
 
 
-def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
-    """What the model predicts for a batch if it has these weights; its own are not touched.
-
-    Args:
-        model: A built model of any kind. Its `predict_step` does the work.
-        weights: Arrays or tensors, in the order of `model.weights`.
-        inputs: One batch.
-
-    Returns:
-        The outputs, in the model's own structure.
-    """
-    mapping = list(zip(model.weights, weights, strict=True))
-    with keras.StatelessScope(state_mapping=mapping), _traced_inline():
-        return model.predict_step((inputs,))
+def graph_of(model: Any) -> Any:
+    """The graph of layers that a model runs; None for what is no model, or runs code of its own."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    # A subclass that overrides `call` does something else than its graph says.
+    is_graph = getattr(type(model).call, "__qualname__", "") == "Functional.call"
+    return model if is_graph else None
 
 
-class MembersModel(keras.Model):
-    """A `keras.Model` that runs every member on each batch and puts their outputs together.
+class Merger:
+    """Lays the graphs of all members over each other.
 
-    Being one, it takes from Keras all kinds of data, callbacks, the progress bar and distribution
-    over devices, and goes through the data once.
+    Every layer whose weights are equal in all members is made once, and called once for the same
+    inputs: what depends on shared layers alone is one computation. From the first layer that
+    differs on, each member has its own.
 
     Args:
-        model: The model whose weights the members are. It is neither tracked nor changed.
-        weights: The weights of each member.
-        combine: Takes the list of the members' outputs and returns the model's output.
+        model: A Functional or Sequential model.
+        members: The weights of each member, in the order of `model.weights`.
+        reserved: Names that no layer may take.
     """
 
     def __init__(
-        self,
-        model: keras.Model,
-        weights: Sequence[Sequence[Any]],
-        combine: Callable[[list[Any]], Any],
+        self, model: keras.Model, members: Sequence[Weights], reserved: Sequence[str]
     ) -> None:
-        # Inputs reach the members as they are: each casts them by its own policy.
-        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
-
-        # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
-        def run(inputs: Any) -> Any:
-            return combine([member_outputs(model, member, inputs) for member in weights])
-
-        self._run = run
-        self.built = True
-        if getattr(model, "output_names", None):
-            self.output_names = model.output_names
-
-    def call(self, inputs: Any) -> Any:
-        return self._run(inputs)
-
-
-class Member(keras.Model):
-    """One member of an ensemble whose model cannot be cloned: the model with other weights."""
-
-    def __init__(self, model: keras.Model) -> None:
-        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
-        own = [
-            self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
-            for v in model.weights
+        self._members = members
+        self._place = {id(variable): i for i, variable in enumerate(model.weights)}
+        first = members[0]
+        self._equal = [
+            all(member[i] is first[i] or np.array_equal(member[i], first[i]) for member in members)
+            for i in range(len(first))
         ]
-        self._run = lambda inputs: member_outputs(model, [v.value for v in own], inputs)
-        # Keras lists trainable weights first; arrays come in the model's order.
-        self._in_model_order = own
-        self.built = True
+        self._names = set(reserved)
+        self._made: dict[tuple[int, int | None], Any] = {}
+        self._called: dict[Any, Any] = {}
 
-    def set_weights(self, weights: Weights) -> None:
-        for variable, value in zip(self._in_model_order, weights, strict=True):
-            variable.assign(value)
+    def outputs(self, graph: Any, inputs: Any, member: int, training: bool | None = None) -> Any:
+        """The symbolic outputs of one member on symbolic inputs."""
 
-    def get_weights(self) -> Weights:
-        return [variable.numpy() for variable in self._in_model_order]
+        def call(operation: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = graph_of(operation)
+            if inner is not None:
+                return self.outputs(inner, args[0], member, kwargs.get("training", training))
+            if training is not None and getattr(operation, "_call_has_training_arg", False):
+                kwargs.setdefault("training", training)
+            return self._call(operation, member, args, kwargs)
 
-    def call(self, inputs: Any) -> Any:
-        return self._run(inputs)
+        return graph._run_through_graph(inputs, call_fn=call)
+
+    def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
+        places = [self._place[id(v)] for v in getattr(operation, "weights", ())]
+        owner = None if all(self._equal[i] for i in places) else member
+        key = (id(operation), owner, _identity((args, kwargs)))
+        if key in self._called:
+            return self._called[key][0]
+        made = self._made.get((id(operation), owner))
+        if made is None:
+            prefix = "" if owner is None else f"member_{member}_"
+            made = clone_operation(operation, self._free_name(prefix + operation.name))
+            self._made[id(operation), owner] = made
+            result = made(*args, **kwargs)
+            if places:
+                set_weights(made, [self._members[member][i] for i in places])
+            copy_assets(operation, made)
+        else:
+            result = made(*args, **kwargs)
+        # The arguments are kept, so that no other object takes their identity.
+        self._called[key] = (result, args, kwargs)
+        return result
+
+    def _free_name(self, name: str) -> str:
+        free, number = name, 0
+        while free in self._names:
+            number += 1
+            free = f"{name}_{number}"
+        self._names.add(free)
+        return free
 
 
-def build_member(model: keras.Model, weights: Weights) -> keras.Model:
-    """A model of its own with the architecture of `model` and these weights, compiled alike."""
-    try:
-        # Not through `clone_model`, which stumbles over losses and metrics without a config.
-        member = type(model).from_config(model.get_config())
-        if not member.built:
-            member.build_from_config(model.get_build_config())
-        member.set_weights(weights)
-    except Exception:
-        member = Member(model)
-        member.set_weights(weights)
-    compile_like(member, model, optimizer=_copy(model._compile_config.config["optimizer"]))
-    return member
+def merge(
+    model: keras.Model,
+    members: Sequence[Weights],
+    combine: Callable[[list[Any]], Any],
+) -> keras.Model:
+    """One Functional model, of stock layers and operations, that combines the members.
+
+    Args:
+        model: The model whose weights the members are; Functional or Sequential, and built.
+        members: The weights of each member.
+        combine: Takes the list of the members' symbolic outputs, returns the combined ones.
+
+    Returns:
+        A `keras.Model` with the inputs' structure and names and the outputs' structure and
+        names of `model`, compiled as it is.
+
+    Raises:
+        ValueError: If the model is no graph of layers.
+    """
+    graph = graph_of(model)
+    if graph is None:
+        raise ValueError(
+            "Only a Functional or Sequential model can be laid out as one Keras model, since a "
+            f"subclass runs code of its own. Received: model={model.name!r} of class "
+            f"{type(model).__name__}. `export(filepath)` to a SavedModel works for every model."
+        )
+    inputs = keras.tree.map_structure(
+        lambda tensor: (
+            keras.layers.InputLayer.from_config(tensor._keras_history.operation.get_config()).output
+        ),
+        graph._inputs_struct,
+    )
+    names = [tensor.name for tensor in keras.tree.flatten(inputs)]
+    merger = Merger(model, members, [*names, *graph.output_names])
+    combined = combine([merger.outputs(graph, inputs, k) for k in range(len(members))])
+    # The last layer of an output gives it its name.
+    named = [
+        keras.layers.Identity(name=name, dtype=output.dtype)(output)
+        for name, output in zip(graph.output_names, keras.tree.flatten(combined), strict=True)
+    ]
+    outputs = keras.tree.pack_sequence_as(graph._outputs_struct, named)
+    merged = keras.Model(inputs, outputs, name=model.name)
+    # With plain SGD, which adds no slots to its file.
+    compile_like(merged, model)
+    return merged
 
 
-def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd") -> None:
-    """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
-    arguments = {**model._compile_config.config, "optimizer": optimizer}
-    for name in ("metrics", "weighted_metrics"):
-        arguments[name] = keras.tree.map_structure(_copy, arguments[name])
-    keras.Model.compile(target, **arguments)
+def _identity(structure: Any) -> Any:
+    """A key that is equal for the same symbolic tensors and equal plain values."""
+    return tuple(
+        id(leaf) if isinstance(leaf, keras.KerasTensor) else repr(leaf)
+        for leaf in keras.tree.flatten(structure)
+    )
 
 
-def _copy(thing: Any) -> Any:
-    """A new optimizer or metric like the one given, with a state of its own where it can."""
-    if not isinstance(thing, (keras.Optimizer, keras.Metric)):
-        return thing
-    try:
-        with warnings.catch_warnings():
-            # A lambda in it, such as a rate, is not read from a file but used as it is.
-            warnings.simplefilter("ignore")
-            return type(thing).from_config(thing.get_config())
-    except Exception:
-        return thing
+def clone_operation(operation: Any, name: str) -> Any:
+    """A layer or operation of its own with the same configuration, under another name."""
+    config = operation.get_config()
+    config["name"] = name
+    if isinstance(operation, keras.layers.Lambda):
+        # In this process its function is the user's own: nothing is read from a file.
+        return type(operation).from_config(config, safe_mode=False)
+    return type(operation).from_config(config)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import h5py
 import keras
@@ -137,7 +137,15 @@ def load_weights(
     except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     finally:
-        model.set_weights(own)
+        set_weights(model, own)
+
+
+def set_weights(model: Any, weights: Weights) -> None:
+    """Sets the weights of a model or layer, and what its layers work out from them."""
+    model.set_weights(weights)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # It holds its mean and variance a second time.
 
 
 def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:

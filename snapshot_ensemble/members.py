@@ -1,0 +1,189 @@
+"""Many members, one Keras model: a model is a function, and a member its weights."""
+
+import contextlib
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from snapshot_ensemble.snapshots import Weights, set_weights
+
+
+@contextlib.contextmanager
+def _traced_afresh() -> Iterator[None]:
+    """Traces every `tf.function` anew that is called meanwhile.
+
+    Left alone, one on a method of a user's layer would keep the weights of the first member that
+    it was traced with, for all the others.
+    """
+    function = type(tf.function(lambda: None))
+    call = function.__call__
+
+    def call_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self._clone(None), *args, **kwargs)
+
+    function.__call__ = call_afresh
+    try:
+        yield
+    finally:
+        function.__call__ = call
+
+
+@contextlib.contextmanager
+def _normalizing(model: keras.Model) -> Iterator[None]:
+    """Lets `Normalization` layers work with the weights of the scope, which they hold twice."""
+    found = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Normalization)]
+    own = [(layer.mean, layer.variance) for layer in found]
+    try:
+        for layer in found:
+            layer.finalize_state()
+        yield
+    finally:
+        for layer, (mean, variance) in zip(found, own, strict=True):
+            layer.mean, layer.variance = mean, variance
+
+
+def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
+    """What the model predicts for a batch if it has these weights; its own are not touched.
+
+    Args:
+        model: A built model of any kind. Its `predict_step` does the work.
+        weights: Arrays or tensors, in the order of `model.weights`.
+        inputs: One batch.
+
+    Returns:
+        The outputs, in the model's own structure.
+    """
+    mapping = list(zip(model.weights, weights, strict=True))
+    scope = keras.StatelessScope(state_mapping=mapping)
+    with scope, _traced_afresh(), _normalizing(model):
+        return model.predict_step((inputs,))
+
+
+class MembersModel(keras.Model):
+    """A `keras.Model` that runs every member on each batch and puts their outputs together.
+
+    Being one, it takes from Keras all kinds of data, callbacks, the progress bar and distribution
+    over devices, and goes through the data once.
+
+    Args:
+        model: The model whose weights the members are. It is neither tracked nor changed.
+        weights: The weights of each member.
+        combine: Takes the list of the members' outputs and returns the model's output.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        weights: Sequence[Sequence[Any]],
+        combine: Callable[[list[Any]], Any],
+    ) -> None:
+        # Inputs reach the members as they are: each casts them by its own policy.
+        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
+
+        # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
+        def run(inputs: Any) -> Any:
+            return combine([member_outputs(model, member, inputs) for member in weights])
+
+        self._run = run
+        self.built = True
+        if getattr(model, "output_names", None):
+            self.output_names = model.output_names
+
+    def call(self, inputs: Any) -> Any:
+        return self._run(inputs)
+
+
+class Member(keras.Model):
+    """One member of an ensemble whose model cannot be cloned: the model with other weights."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
+        own = [
+            self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
+            for v in model.weights
+        ]
+        self._run = lambda inputs: member_outputs(model, [v.value for v in own], inputs)
+        # Keras lists trainable weights first; arrays come in the model's order.
+        self._in_model_order = own
+        self.built = True
+
+    def set_weights(self, weights: Weights) -> None:
+        for variable, value in zip(self._in_model_order, weights, strict=True):
+            variable.assign(value)
+
+    def get_weights(self) -> Weights:
+        return [variable.numpy() for variable in self._in_model_order]
+
+    def call(self, inputs: Any) -> Any:
+        return self._run(inputs)
+
+
+def build_member(model: keras.Model, weights: Weights) -> keras.Model:
+    """A model of its own with the architecture of `model` and these weights, compiled alike."""
+    try:
+        # Not through `clone_model`, which stumbles over losses and metrics without a config.
+        member = type(model).from_config(model.get_config())
+        if not member.built:
+            member.build_from_config(model.get_build_config())
+        set_weights(member, weights)
+        copy_assets(model, member)
+    except Exception:
+        member = Member(model)
+        member.set_weights(weights)
+    compile_like(member, model, optimizer=_copy(model._compile_config.config["optimizer"]))
+    return member
+
+
+def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd") -> None:
+    """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
+    arguments = {**model._compile_config.config, "optimizer": optimizer}
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = keras.tree.map_structure(_copy, arguments[name])
+    keras.Model.compile(target, **arguments)
+
+
+def _copy(thing: Any) -> Any:
+    """A new optimizer or metric like the one given, with a state of its own where it can."""
+    if not isinstance(thing, (keras.Optimizer, keras.Metric)):
+        return thing
+    try:
+        with warnings.catch_warnings():
+            # A lambda in it, such as a rate, is not read from a file but used as it is.
+            warnings.simplefilter("ignore")
+            return type(thing).from_config(thing.get_config())
+    except Exception:
+        return thing
+
+
+@contextlib.contextmanager
+def metrics_lent(model: keras.Model) -> Iterator[None]:
+    """Lends a model's metrics and gives them back as they were.
+
+    For those that cannot be made anew from a config, which are shared with the user's model.
+    """
+    config = model._compile_config.config
+    leaves = keras.tree.flatten([config["metrics"], config["weighted_metrics"]])
+    metrics = [leaf for leaf in leaves if isinstance(leaf, keras.Metric)]
+    state = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
+    for metric in metrics:
+        metric.reset_state()
+    try:
+        yield
+    finally:
+        for variable, value in state:
+            variable.assign(value)
+
+
+def copy_assets(layer: Any, clone: Any) -> None:
+    """Carries over what is neither configuration nor weights, such as an adapted vocabulary."""
+    if not isinstance(layer, keras.layers.Layer):
+        return
+    for own, other in zip(layer._flatten_layers(), clone._flatten_layers(), strict=True):
+        if hasattr(own, "save_assets"):
+            with tempfile.TemporaryDirectory() as directory:
+                own.save_assets(directory)
+                other.load_assets(directory)
