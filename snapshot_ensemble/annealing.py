@@ -43,7 +43,6 @@ class AnnealedRate:
 
     def __init__(self, model: keras.Model) -> None:
         self.model = model
-        self._optimizer = innermost(model.optimizer)
         self._own: Any = None
         with model.distribute_strategy.scope():
             # First step, length and warmup of the cycle in steps; its peak and its floor.
@@ -67,6 +66,10 @@ class AnnealedRate:
             position = [epoch * steps, n, warmup, cycle.lr_max, cycle.lr_min]
         self._position.assign(np.asarray(position, "float64"))
         self._step.assign(0)
+
+    @property
+    def _optimizer(self) -> Any:
+        return innermost(self.model.optimizer)  # Another one after a new `compile`.
 
     @property
     def steps_taken(self) -> int:

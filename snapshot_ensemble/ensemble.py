@@ -449,7 +449,8 @@ class SnapshotEnsemble:
         It is made of stock Keras layers and operations (and the layers of your own model), so
         that it is saved and loaded without this package. Layers whose weights are equal in all
         members and that depend only on such layers, a frozen backbone or preprocessing, are in
-        it once, and computed once.
+        it once, and computed once. Its output carries no Keras mask: to score padded sequences
+        with it, mark the padding by `sample_weight`.
 
         Example:
 

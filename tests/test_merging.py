@@ -168,6 +168,22 @@ def test_an_adapted_vocabulary_is_carried_over():
     assert sum(isinstance(layer, layers.StringLookup) for layer in model.layers) == 1
 
 
+def test_members_may_normalise_differently():
+    inputs = keras.Input((4,))
+    hidden = layers.Normalization()(inputs)
+    source = keras.Model(inputs, layers.Dense(3, "softmax")(hidden))
+    source.compile("sgd", "sparse_categorical_crossentropy")
+    ens = ensemble_of(source, 3)
+    x = batch_for(source)
+    expected = np.zeros((7, 3))
+    for member in ens:
+        mean, variance, kernel, bias = (w for w in member.get_weights() if w.ndim)
+        logits = ((x - mean) / np.sqrt(variance) @ kernel + bias).astype("float64")
+        expected += np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) / 3
+    np.testing.assert_allclose(ens.to_keras().predict(x, verbose=0), expected, atol=1e-5)
+    np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_a_frozen_backbone_is_stored_once(nested, count):

@@ -873,3 +873,12 @@ def test_checkpoint_in_mid_training_is_that_of_a_plain_optimizer(tmp_path, data,
         np.testing.assert_array_equal(ours, theirs)
     loaded.fit(x, y, verbose=0)
     assert float(loaded.optimizer.learning_rate) == rate
+
+
+def test_a_model_that_is_compiled_anew_trains_with_its_new_optimizer():
+    model = one_weight()
+    ens = ensemble(model)
+    model.compile(keras.optimizers.SGD(0.3), first_row)
+    ens.fit(epochs=4, verbose=0, **arrays())
+    assert members(ens) == descend(cosine(16), cosine(16))
+    assert float(model.optimizer.learning_rate.numpy()) == np.float32(0.3)
