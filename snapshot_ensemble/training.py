@@ -71,16 +71,16 @@ class CycleCallback(keras.callbacks.Callback):
         self._done["epochs"] += 1
         self._done["steps"] += steps
         logs["learning_rate"] = self._rate.last
-        epochs_before = len(self._history.get("cycle", ()))
-        for name, value in {**logs, "cycle": number}.items():
-            # A metric that is not there every epoch (`validation_freq`) leaves gaps.
-            values = self._history.setdefault(name, [None] * epochs_before)
-            values.extend([None] * (epochs_before - len(values)))
-            values.append(value)
-        for values in self._history.values():
-            values.extend([None] * (epochs_before + 1 - len(values)))
+        self._record({**logs, "cycle": number})
         if epoch - self._first_epoch == cycle.last_epoch and whole:
             self._keep(cycle, number, metrics)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        """Adds an epoch; what is not there every epoch (`validation_freq`) leaves gaps."""
+        epochs = len(self._history.get("cycle", ()))
+        for name in {**self._history, **values}:
+            column = self._history.setdefault(name, [None] * epochs)
+            column.append(values.get(name))
 
     def _keep(self, cycle: Cycle, number: int, metrics: dict[str, float]) -> None:
         snapshot = Snapshot(

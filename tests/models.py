@@ -7,6 +7,22 @@ from snapshot_ensemble import Snapshot, SnapshotEnsemble
 
 layers = keras.layers
 
+# Arguments of `dense` for each task, and the combinations that make sense for it.
+TASKS = {
+    "softmax": ("sparse_categorical_crossentropy", 3, "softmax"),
+    "logits": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), 3, None),
+    "sigmoid": ("binary_crossentropy", 1, "sigmoid"),
+    "log-odds": (keras.losses.BinaryCrossentropy(from_logits=True), 1, None),
+    "multilabel": ("binary_crossentropy", 3, "sigmoid"),
+    "regression": ("mse", 2, None),
+}
+COMBINATIONS = [
+    (task, combine)
+    for task in TASKS
+    for combine in ("mean", "vote", "weighted", "geometric", "median")
+    if combine not in (("vote", "geometric") if task == "regression" else ("median",))
+]
+
 
 def ensemble_of(model, count=3, *, shared=lambda variable: False, **arguments):
     """An ensemble of members with random weights, except for `shared` ones."""

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import dense, ensemble_of, with_backbone
+from models import COMBINATIONS, TASKS, dense, ensemble_of, with_backbone
 
 from snapshot_ensemble import SnapshotEnsemble, exporting
 
@@ -49,22 +49,6 @@ def run(format, path, inputs):
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     results = compiled(inputs)
     return {name: results[output] for output in compiled.outputs for name in output.names}
-
-
-TASKS = {
-    "softmax": ("sparse_categorical_crossentropy", 3, "softmax"),
-    "logits": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), 3, None),
-    "sigmoid": ("binary_crossentropy", 1, "sigmoid"),
-    "log-odds": (keras.losses.BinaryCrossentropy(from_logits=True), 1, None),
-    "multilabel": ("binary_crossentropy", 3, "sigmoid"),
-    "regression": ("mse", 2, None),
-}
-COMBINATIONS = [
-    (task, combine)
-    for task in TASKS
-    for combine in ("mean", "vote", "weighted", "geometric", "median")
-    if combine not in (("vote", "geometric") if task == "regression" else ("median",))
-]
 
 
 # Conversions take seconds each: every day a few of each kind, in CI all.

@@ -6,7 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from models import dense, ensemble_of, with_backbone
+from models import COMBINATIONS, TASKS, dense, ensemble_of, with_backbone
 
 layers = keras.layers
 
@@ -28,22 +28,6 @@ def assert_same(actual, expected, atol=1e-6):
     keras.tree.map_structure(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=atol), actual, expected
     )
-
-
-TASKS = {
-    "softmax": ("sparse_categorical_crossentropy", 3, "softmax"),
-    "logits": (keras.losses.SparseCategoricalCrossentropy(from_logits=True), 3, None),
-    "sigmoid": ("binary_crossentropy", 1, "sigmoid"),
-    "log-odds": (keras.losses.BinaryCrossentropy(from_logits=True), 1, None),
-    "multilabel": ("binary_crossentropy", 3, "sigmoid"),
-    "regression": ("mse", 2, None),
-}
-COMBINATIONS = [
-    (task, combine)
-    for task in TASKS
-    for combine in ("mean", "vote", "weighted", "geometric", "median")
-    if combine not in (("vote", "geometric") if task == "regression" else ("median",))
-]
 
 
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
