@@ -228,6 +228,11 @@ def _advice(error: Exception) -> str:
             "This is the exact GELU, which tf2onnx writes as an operator that ONNX does not have: "
             "use `keras.activations.gelu(x, approximate=True)`, or export a SavedModel."
         )
+    if "Select TensorFlow op" in str(error):
+        return (
+            "LiteRT alone does not have all of its operations. A recurrent layer is one of the "
+            "common reasons: make it with `unroll=True`, or export a SavedModel."
+        )
     return "A SavedModel (format='tf_saved_model') takes every TensorFlow operation."
 
 

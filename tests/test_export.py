@@ -1,6 +1,8 @@
 """Exports: names, any batch size, inference mode, agreement, and what happens when it fails."""
 
+import importlib.util
 import logging
+import sys
 
 import keras
 import numpy as np
@@ -160,6 +162,31 @@ def test_recurrent_attention_and_convolutional_layers(layer, format_name, tmp_pa
     np.testing.assert_allclose(found, ens.predict(x, verbose=0), atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.GRU(4, unroll=True),
+        lambda x: layers.MultiHeadAttention(2, 3)(x, x),
+        layers.Conv1D(4, 3, padding="same", activation="relu"),
+    ],
+    ids=["unrolled gru", "attention", "convolution"],
+)
+@pytest.mark.slow
+def test_layers_that_litert_has(layer, tmp_path):
+    ens = ensemble_of(sequence_model(layer))
+    ens.export(tmp_path / "served.tflite", "litert")
+    x = np.random.default_rng(2).normal(size=(3, 5, 4)).astype("float32")
+    found = run("litert", tmp_path / "served.tflite", {"series": x})["answer"]
+    np.testing.assert_allclose(found, ens.predict(x, verbose=0), atol=1e-4)
+
+
+def test_a_recurrent_layer_that_litert_does_not_have_is_an_error_with_advice(tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    with pytest.raises(ValueError, match="make it with `unroll=True`, or export a SavedModel"):
+        ensemble_of(sequence_model(layers.GRU(4))).export(tmp_path / "served.tflite", "litert")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy, tmp_path):
     inputs = keras.Input((4,), name="features")
@@ -226,8 +253,16 @@ def exact_gelu():
     return model
 
 
-def test_an_operator_that_onnxruntime_refuses_is_an_error_with_advice(tmp_path):
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("runtime", ["installed", "not installed"])
+def test_an_operator_that_onnx_does_not_have_is_an_error_with_advice(
+    runtime, tmp_path, monkeypatch
+):
+    if runtime == "not installed":  # Then the checker of onnx has to do.
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else found(n)
+        )
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # It only logs the matter.
     with pytest.raises(ValueError, match="approximate=True"):
         ensemble_of(exact_gelu()).export(tmp_path / "served.onnx", "onnx")
