@@ -57,7 +57,7 @@ class Merger:
                 kwargs.setdefault("training", training)
             return self._call(operation, member, args, kwargs)
 
-        return graph._run_through_graph(inputs, call_fn=call)
+        return graph._run_through_graph(inputs, lambda operation: operation, call)
 
     def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
         places = [self._place[id(v)] for v in getattr(operation, "weights", ())]
