@@ -214,14 +214,7 @@ class SnapshotEnsemble:
         """
         training.check_fit_arguments(self.model, fit_arguments)
         training.check_callbacks(fit_arguments.get("callbacks"))
-        first = whole_number("initial_epoch", fit_arguments.get("initial_epoch") or 0, 0)
-        epochs = first + self.schedule.default_epochs() if epochs is None else epochs
-        if first and whole_number("epochs", epochs, 1) <= first:
-            raise ValueError(
-                "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
-                f"Received: epochs={epochs}, initial_epoch={first}"
-            )
-        plan = self.plan(epochs - first if first else epochs)
+        plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
         before = (self._store, self._directory_is_own, self.history, self._done)
         if self.directory is not None and not self._directory_is_own:
             self._store = DirectoryStore.create(self.directory, overwrite)
@@ -255,6 +248,18 @@ class SnapshotEnsemble:
             raise
         self._store.commit()
         return result
+
+    def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:
+        """The plan of the epochs that are left, of as many as there are by default."""
+        first = whole_number("initial_epoch", initial_epoch or 0, 0)
+        if epochs is None:
+            return self.plan(self.schedule.default_epochs())
+        if first and whole_number("epochs", epochs, 1) <= first:
+            raise ValueError(
+                "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
+                f"Received: epochs={epochs}, initial_epoch={first}"
+            )
+        return self.plan(epochs - first if first else epochs)
 
     def _members_now(self) -> Any:
         """Another value whenever the members are others."""
