@@ -271,7 +271,10 @@ np.save(sys.argv[1] + "/y.npy", model.predict(x, verbose=0))
 """
 
 
-@pytest.mark.parametrize("combine", ["mean", "vote", "weighted", "geometric"])
+@pytest.mark.parametrize(
+    "combine",
+    ["mean", "vote", *(pytest.param(c, marks=pytest.mark.slow) for c in ("weighted", "geometric"))],
+)
 def test_its_file_loads_where_the_package_is_not(combine, tmp_path):
     source, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(source, 3, shared=in_backbone)
