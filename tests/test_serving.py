@@ -90,3 +90,12 @@ def test_in_a_c_program(served):
     assert done.returncode == 0, done.stderr
     found = np.array(done.stdout.split(), "float32").reshape(5, 4)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_in_openvino_which_reads_the_saved_model_itself(served):
+    openvino = pytest.importorskip("openvino")
+    folder, expected = served
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(folder / "served"), "CPU", precise)
+    (found,) = compiled({"image": np.load(folder / "x.npy")}).values()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
