@@ -366,6 +366,7 @@ for steps_per_execution in 1, 7:
 """
 
 
+@pytest.mark.slow
 def test_rate_is_exact_on_two_devices():
     # Devices are set up before TensorFlow starts, so that this takes a process of its own.
     here = pathlib.Path(__file__).parent
