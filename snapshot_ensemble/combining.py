@@ -108,7 +108,7 @@ def geometric(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
     are taken as the smallest positive number, yes-or-no ones within Keras's epsilon of 0 and 1.
     """
     if task == "multiclass":
-        logs = ops.log_softmax(stack, axis=-1) if logits else ops.log(ops.maximum(stack, _TINY))
+        logs = ops.log_softmax(stack, axis=-1) if logits else log_of(stack)
         combined = ops.mean(logs, axis=0)
         return ops.log_softmax(combined, axis=-1) if logits else ops.softmax(combined, axis=-1)
     if logits:
@@ -123,6 +123,42 @@ def median(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
     ordered = ops.sort(stack, axis=0)
     count = stack.shape[0]
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def temper(combined: Any, task: str, logits: bool, temperature: float) -> Any:
+    """Combined probabilities with their logarithms divided by the temperature, normalised.
+
+    For binary and multilabel it divides the log-odds. The largest class stays the largest, also
+    where rounding would make it equal to another.
+    """
+    if task == "multiclass":
+        logs = combined if logits else log_of(combined)
+        cooled = (ops.log_softmax if logits else ops.softmax)(logs / temperature, axis=-1)
+        classes = combined.shape[-1]
+        winner = _one_hot_of_largest(combined, classes)
+        kept = ops.sum(winner * _one_hot_of_largest(cooled, classes), axis=-1, keepdims=True)
+        top = ops.max(cooled, axis=-1, keepdims=True)
+        lifted = ops.where(winner > 0, top + _TIE if logits else top * (1 + _TIE), cooled)
+        return ops.where(kept > 0, cooled, lifted)
+    if logits:
+        return combined / temperature
+    cooled = ops.sigmoid((log_of(combined) - log_of_rest(combined)) / temperature)
+    no_more = ops.where(combined < 0.5, ops.minimum(cooled, 0.5 - _TIE), cooled)
+    return ops.where(combined > 0.5, ops.maximum(cooled, 0.5 + _TIE), no_more)
+
+
+def log_of(probabilities: Any) -> Any:
+    """The logarithm, of 0 that of the smallest positive number of float32."""
+    return ops.log(ops.maximum(probabilities, _TINY))
+
+
+def log_of_rest(probabilities: Any) -> Any:
+    """The logarithm of one minus each, of 1 that of half the step below it.
+
+    A float32 sigmoid that shows 1 may be that much below.
+    """
+    half_step = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).epsneg) / 2
+    return ops.log(ops.maximum(1 - probabilities, half_step))
 
 
 COMBINATIONS: dict[str, Callable[..., Any]] = {
@@ -161,7 +197,11 @@ def check_meanings(combine: str, meanings: Sequence[Any]) -> None:
 
 
 def combine_outputs(
-    members: Sequence[Any], combine: str, meanings: Sequence[Any], weights: Any = None
+    members: Sequence[Any],
+    combine: str,
+    meanings: Sequence[Any],
+    weights: Any = None,
+    temperature: float = 1.0,
 ) -> Any:
     """Combines whole structures of outputs.
 
@@ -170,6 +210,7 @@ def combine_outputs(
         combine: A key of `COMBINATIONS`.
         meanings: An `Output` (with `task` and `logits`) for each flat output.
         weights: For `"weighted"`: one a member, summing to 1.
+        temperature: What the logarithms of combined probabilities are divided by.
 
     Returns:
         The combined outputs, float32 or better, in the structure of one member's.
@@ -183,6 +224,8 @@ def combine_outputs(
     for i, meaning in enumerate(meanings):
         stack = ops.stack([_wide(outputs[i]) for outputs in flat])
         combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
+        if temperature != 1 and meaning.is_classes:
+            combined[-1] = temper(combined[-1], meaning.task, meaning.logits, temperature)
         # What is padding in the members' outputs is left out of the scores.
         if (mask := getattr(flat[0][i], "_keras_mask", None)) is not None:
             combined[-1]._keras_mask = mask
@@ -248,8 +291,9 @@ def weights_of(weights: np.ndarray | None, chosen: list[int]) -> np.ndarray:
     """The weights of chosen members, summing to 1 again, or an error."""
     if weights is None:
         raise ValueError(
-            "`combine='weighted'` needs weights. Received: weights=None. Set "
-            "`ensemble.weights` to one number a member, at least 0 and summing to 1."
+            "`combine='weighted'` needs weights. Received: weights=None. Call "
+            "`fit_weights(x, y)` on held-out data, or set `weights` to one number a member, at "
+            "least 0 and summing to 1."
         )
     weights = weights[chosen]
     if weights.sum() == 0:

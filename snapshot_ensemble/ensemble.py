@@ -1,37 +1,19 @@
 """`SnapshotEnsemble`: the face of the package."""
 
 import contextlib
-import operator
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
 
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
 from snapshot_ensemble.checks import whole_number
-from snapshot_ensemble.combining import (
-    check_combine,
-    check_meanings,
-    check_members,
-    check_weights,
-    combine_outputs,
-    weights_of,
-)
 from snapshot_ensemble.directory import DirectoryStore
-from snapshot_ensemble.exporting import (
-    check_format,
-    export_model,
-    serving_function,
-    serving_graph,
-)
 from snapshot_ensemble.manifest import NAME as MANIFEST
-from snapshot_ensemble.members import MembersModel, build_member, compile_like, metrics_lent
-from snapshot_ensemble.merging import graph_of, merge
+from snapshot_ensemble.prediction import Predictor, check_built, check_model
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     EqualCycles,
@@ -43,14 +25,12 @@ from snapshot_ensemble.snapshots import (
     Snapshot,
     SnapshotError,
     SnapshotStore,
-    Weights,
     load_weights,
     set_weights,
 )
-from snapshot_ensemble.tasks import check_task, read_outputs
 
 
-class SnapshotEnsemble:
+class SnapshotEnsemble(Predictor):
     """Trains a compiled Keras model once and makes an ensemble of it.
 
     The learning rate is annealed from its peak to its floor along a cosine, the weights are
@@ -117,10 +97,9 @@ class SnapshotEnsemble:
                 "`SnapshotEnsemble` runs on Keras with TensorFlow. Received: "
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
             )
-        check_model(model)
-        check_task(model, task)
-        self.model = model
-        self.task = task
+        store: SnapshotStore = MemoryStore() if directory is None else DirectoryStore(directory)
+        super().__init__(model, task, store)
+        self._describe_to(store)
         self.schedule = as_schedule(cycles, schedule, lr_init, lr_min)
         if max_snapshots is not None:
             max_snapshots = whole_number("max_snapshots", max_snapshots, 1)
@@ -128,18 +107,9 @@ class SnapshotEnsemble:
         self.directory = None if directory is None else pathlib.Path(directory)
         # Until `fit` or `load` a directory is only a name: what lies there is not this ensemble's.
         self._directory_is_own = False
-        self._store: SnapshotStore = (
-            MemoryStore() if self.directory is None else DirectoryStore(self.directory)
-        )
-        self._describe_to(self._store)
-        self._weights: np.ndarray | None = None
-        self._weights_of: Any = None  # The state of the store that they belong to.
         self._rate = AnnealedRate(model)
         self.history: dict[str, list[Any]] = {}
         self._done = {"cycles": 0, "epochs": 0, "steps": 0}
-        self._tensors: dict[int, list[Any]] = {}
-        self._models: dict[Any, MembersModel] = {}
-        self._built_of: Any = None  # The state of the store that they were made of.
 
     # Training
 
@@ -261,299 +231,6 @@ class SnapshotEnsemble:
             )
         return self.plan(epochs - first if first else epochs)
 
-    def _members_now(self) -> Any:
-        """Another value whenever the members are others."""
-        return self._store, self._store.version
-
-    # Predictions
-
-    def predict(
-        self,
-        x: Any,
-        *,
-        combine: str = "mean",
-        members: int | Sequence[int] | None = None,
-        batch_size: int | None = None,
-        verbose: Any = "auto",
-        steps: int | None = None,
-        callbacks: Any = None,
-    ) -> Any:
-        """The members' predictions, combined.
-
-        The data is gone through once, however many members there are. Combination runs in
-        float32, or float64 if the model does.
-
-        Args:
-            x: As for `model.predict`.
-            combine: `"mean"` of the members' probabilities or values; `"vote"`, the share of
-                members that vote for each class (classes only; of equal shares at the top, the
-                one with the higher mean is raised by a millionth of itself, so that `argmax`
-                is the winner); `"weighted"`, the mean by `weights`; `"geometric"`, the
-                normalised geometric mean (classes only); `"median"` (regression only).
-                Defaults to `"mean"`.
-            members: Which members: `None` for all, an int for the last that many, or a list of
-                indices. Defaults to `None`.
-            batch_size: As for `model.predict`.
-            verbose: As for `model.predict`.
-            steps: As for `model.predict`.
-            callbacks: As for `model.predict`.
-
-        Returns:
-            NumPy arrays in the structure and shapes of `model.predict`.
-
-        Raises:
-            ValueError: If there are no members, or `combine` or `members` make no sense.
-        """
-        check_combine(combine)
-        model = self._combined(combine, members)
-        return model.predict(
-            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-        )
-
-    def predict_members(
-        self,
-        x: Any,
-        *,
-        members: int | Sequence[int] | None = None,
-        batch_size: int | None = None,
-        verbose: Any = "auto",
-        steps: int | None = None,
-        callbacks: Any = None,
-    ) -> Any:
-        """Each member's own output.
-
-        Args:
-            x: As for `model.predict`.
-            members: Which members, as for `predict`.
-            batch_size: As for `model.predict`.
-            verbose: As for `model.predict`.
-            steps: As for `model.predict`.
-            callbacks: As for `model.predict`.
-
-        Returns:
-            As `model.predict`, with the members on a new first axis of each array.
-
-        Raises:
-            ValueError: If there are no members, or `members` makes no sense.
-        """
-        model = self._combined(None, members)
-        stacked = model.predict(
-            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-        )
-        # Keras joins batches along the first axis, so that the members come second till here.
-        return keras.tree.map_structure(lambda array: np.moveaxis(array, 1, 0), stacked)
-
-    def evaluate(
-        self,
-        x: Any = None,
-        y: Any = None,
-        *,
-        combine: str = "mean",
-        members: int | Sequence[int] | None = None,
-        return_dict: bool = False,
-        **evaluate_arguments: Any,
-    ) -> Any:
-        """The compiled loss and metrics, on the combined output.
-
-        The loss is that of the predictions alone: penalties on weights (regularizers) belong to
-        single members and are not in it.
-
-        Args:
-            x: As for `model.evaluate`.
-            y: As for `model.evaluate`.
-            combine: As for `predict`.
-            members: As for `predict`.
-            return_dict: Whether to return a dict by name rather than a list.
-                Defaults to `False`.
-            **evaluate_arguments: `batch_size`, `verbose`, `sample_weight`, `steps` and
-                `callbacks`, as for `model.evaluate`.
-
-        Returns:
-            The loss and metrics as `model.evaluate` returns them.
-
-        Raises:
-            ValueError: If there are no members, or `combine` or `members` make no sense.
-        """
-        check_combine(combine)
-        model = self._combined(combine, members)
-        with metrics_lent(self.model):
-            return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
-
-    def _combined(self, combine: str | None, members: Any) -> MembersModel:
-        """The model that runs the members; built once for each choice. None: not combined."""
-        chosen, weights = self._choice(combine, members)
-        key = (combine, tuple(chosen), None if weights is None else tuple(weights))
-        # A new `compile` brings other metrics, and maybe another loss.
-        state = (*self._members_now(), self.model._compile_config)
-        if self._built_of != state:
-            self._tensors, self._models, self._built_of = {}, {}, state
-        if key not in self._models:
-            for i in set(chosen) - set(self._tensors):
-                arrays = self._store.weights(self.model, i)
-                self._tensors[i] = [ops.convert_to_tensor(array) for array in arrays]
-            with self.model.distribute_strategy.scope():
-                model = MembersModel(
-                    self.model,
-                    [self._tensors[i] for i in chosen],
-                    self._put_together(combine, weights),
-                )
-                compile_like(model, self.model)
-            self._models[key] = model
-        return self._models[key]
-
-    def _parts(self, combine: str, members: Any) -> tuple[list[Weights], Callable[[list], Any]]:
-        """What one model is made of: the members' weights, and what combines their outputs."""
-        chosen, weights = self._choice(combine, members)
-        arrays = [self._store.weights(self.model, i) for i in chosen]
-        return arrays, self._put_together(combine, weights)
-
-    def _choice(self, combine: str | None, members: Any) -> tuple[list[int], np.ndarray | None]:
-        """The members to run and, for a weighted combination, their weights; all checked."""
-        if combine is not None:
-            check_combine(combine)
-        chosen, weights = self._chosen(members), None
-        graph = graph_of(self.model)
-        if combine is not None and graph is not None:
-            # Of a subclass, the outputs are known only when it runs.
-            check_meanings(combine, read_outputs(self.model, self.task, graph._outputs_struct))
-        if combine == "weighted":
-            weights = weights_of(self.weights, chosen)
-            # Who has no say need not be run.
-            chosen = [member for member, weight in zip(chosen, weights, strict=True) if weight]
-            weights = weights[weights > 0]
-        return chosen, weights
-
-    def _put_together(
-        self, combine: str | None, weights: np.ndarray | None
-    ) -> Callable[[list[Any]], Any]:
-        """What makes one output of the members' outputs; of arrays, tensors or symbols."""
-
-        def put_together(outputs: list[Any]) -> Any:
-            if combine is None:
-                return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
-            meanings = read_outputs(self.model, self.task, outputs[0])
-            return combine_outputs(outputs, combine, meanings, weights)
-
-        return put_together
-
-    def _chosen(self, members: Any) -> list[int]:
-        if not len(self):
-            raise ValueError(
-                "The ensemble has no members yet. Call `fit`, or make it with `load` or "
-                "`from_weights`."
-            )
-        return check_members(members, len(self))
-
-    # One model to serve
-
-    def to_keras(
-        self, combine: str = "mean", members: int | Sequence[int] | None = None
-    ) -> keras.Model:
-        """One Keras model that computes the combination.
-
-        It is made of stock Keras layers and operations (and the layers of your own model), so
-        that it is saved and loaded without this package. Layers whose weights are equal in all
-        members and that depend only on such layers, a frozen backbone or preprocessing, are in
-        it once, and computed once. Its output carries no Keras mask: to score padded sequences
-        with it, mark the padding by `sample_weight`.
-
-        Example:
-
-        >>> model = ens.to_keras()
-        >>> model.save("ensemble.keras")
-        >>> again = keras.models.load_model("ensemble.keras")  # also without this package
-
-        Args:
-            combine: As for `predict`. Defaults to `"mean"`.
-            members: As for `predict`. Defaults to `None`, all.
-
-        Returns:
-            A Functional `keras.Model` with the inputs' structure and names and the outputs'
-            structure and names of the wrapped model, compiled with its loss and metrics (and
-            plain SGD, which adds no slots to its file).
-
-        Raises:
-            ValueError: If there are no members, `combine` or `members` make no sense, or the
-                model is a subclass, which is no graph of layers.
-        """
-        return merge(self.model, *self._parts(combine, members))
-
-    def export(
-        self,
-        filepath: str | os.PathLike[str],
-        format: str = "tf_saved_model",
-        *,
-        combine: str = "mean",
-        members: int | Sequence[int] | None = None,
-        overwrite: bool = False,
-        **export_arguments: Any,
-    ) -> None:
-        """Exports one artefact that computes the combination, to be served without Keras.
-
-        Its signature has the model's own input and output names and takes any batch size. The
-        file is opened by its own runtime, where that is installed, and compared with `predict`
-        on random inputs before it is moved into place.
-
-        Args:
-            filepath: Path of the folder or file. Files end with `.onnx`, `.tflite` (LiteRT) or
-                `.xml` (OpenVINO, with a `.bin` beside it).
-            format: `"tf_saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to
-                `"tf_saved_model"`.
-            combine: As for `predict`. Defaults to `"mean"`.
-            members: As for `predict`. Defaults to `None`, all.
-            overwrite: Whether what lies at the path may be replaced. Defaults to `False`.
-            **export_arguments: As for `keras.Model.export`.
-
-        Raises:
-            ValueError: If there are no members, `combine`, `members` or `format` make no sense,
-                something lies at the path, or the file does not give the ensemble's numbers.
-            ImportError: If the format needs a package that is not installed.
-        """
-        path = check_format(filepath, format)
-        reference = self._combined(combine, members)
-        if graph_of(self.model) is not None:
-            served = serving_graph(self.to_keras(combine, members), reference)
-        else:
-            served = serving_function(self.model, *self._parts(combine, members), reference)
-        export_model(served, path, format, overwrite=overwrite, **export_arguments)
-
-    # Weights of the members
-
-    @property
-    def weights(self) -> np.ndarray | None:
-        """The weights of `combine="weighted"`.
-
-        One a member, float64, at least 0 and summing to 1; `None` until they are set. They go
-        when the members change.
-        """
-        if self._weights is None or self._weights_of != self._members_now():
-            return None
-        return self._weights.copy()
-
-    @weights.setter
-    def weights(self, weights: Any) -> None:
-        self._weights = None if weights is None else check_weights(weights, len(self))
-        self._weights_of = self._members_now()
-        if self._directory_is_own:
-            self._store.commit()
-
-    # The members
-
-    @property
-    def snapshots(self) -> list[Snapshot]:
-        """A `Snapshot` for each member, oldest first."""
-        return list(self._store.snapshots)
-
-    def __len__(self) -> int:
-        return len(self._store.snapshots)
-
-    def __getitem__(self, index: int) -> keras.Model:
-        weights = self._store.weights(self.model, range(len(self))[operator.index(index)])
-        return build_member(self.model, weights)
-
-    def __iter__(self) -> Iterator[keras.Model]:
-        return (self[i] for i in range(len(self)))
-
     def __repr__(self) -> str:
         where = "in memory" if self.directory is None else f"in '{self.directory}'"
         return f"<SnapshotEnsemble of {self.model.name!r}: {len(self)} members {where}>"
@@ -633,12 +310,13 @@ class SnapshotEnsemble:
         except (KeyError, TypeError, ValueError) as error:
             manifest = store.directory / MANIFEST
             raise SnapshotError(f"The settings in '{manifest}' do not hold: {error}") from error
-        ensemble._store, ensemble._directory_is_own = store, True
+        ensemble._store = store
         ensemble.history, ensemble._done = described["history"], described["done"]
         if described["weights"] is not None:
-            ensemble._weights = check_weights(described["weights"], len(ensemble))
-            ensemble._weights_of = ensemble._members_now()
+            ensemble.weights = described["weights"]
+        ensemble.temperature = described["temperature"]
         ensemble._describe_to(store)
+        ensemble._directory_is_own = True
         if len(ensemble) and not given:
             set_weights(model, store.weights(model, len(ensemble) - 1))
         return ensemble
@@ -677,6 +355,10 @@ class SnapshotEnsemble:
         ensemble._store = store
         return ensemble
 
+    def _keep_learned(self) -> None:
+        if self._directory_is_own:
+            self._store.commit()
+
     def _describe_to(self, store: SnapshotStore) -> None:
         if isinstance(store, DirectoryStore):
             store.describe = self._description
@@ -692,26 +374,7 @@ class SnapshotEnsemble:
         return {
             "settings": {**settings, "task": self.task},
             "weights": None if self.weights is None else self.weights.tolist(),
+            "temperature": self.temperature,
             "history": self.history,
             "done": self._done,
         }
-
-
-def check_model(model: Any) -> None:
-    """Raises an error unless it is a compiled Keras model."""
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r}")
-    if not model.compiled or model.optimizer is None:
-        raise ValueError(
-            "`model` must be compiled, so that it can be trained. "
-            f"Received: model={model.name!r}, not compiled. Call `model.compile(...)` first."
-        )
-
-
-def check_built(model: keras.Model) -> None:
-    """Raises an error unless the model has weights."""
-    if not model.built or not model.weights:
-        raise ValueError(
-            "`model` must be built, so that it has weights to load. "
-            f"Received: model={model.name!r}, not built. Call it on a batch first."
-        )

@@ -146,8 +146,12 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
         weights = [_typed(weight, (int, float), "weights") for weight in _typed(weights, list, "w")]
         if len(weights) != members or any(w < 0 for w in weights) or abs(sum(weights) - 1) > 1e-6:
             raise ValueError(f"`weights` are not those of {members} members")
+    temperature = _entry(content, "temperature", (int, float))
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}")
     return {
         **content,
+        "temperature": temperature,
         "settings": _entry(content, "settings", dict),
         "history": history,
         "done": {name: _count(done, name) for name in ("cycles", "epochs", "steps")},

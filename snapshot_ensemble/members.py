@@ -46,20 +46,32 @@ def _normalizing(model: keras.Model) -> Iterator[None]:
             layer.mean, layer.variance = mean, variance
 
 
+@contextlib.contextmanager
+def with_weights(model: keras.Model, weights: Sequence[Any]) -> Iterator[keras.StatelessScope]:
+    """Lets the model run with these weights; its own are not touched.
+
+    Args:
+        model: A built model of any kind.
+        weights: Arrays, tensors or variables, in the order of `model.weights`.
+    """
+    mapping = list(zip(model.weights, weights, strict=True))
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        with _traced_afresh(), _normalizing(model):
+            yield scope
+
+
 def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
-    """What the model predicts for a batch if it has these weights; its own are not touched.
+    """What the model predicts for a batch if it has these weights.
 
     Args:
         model: A built model of any kind. Its `predict_step` does the work.
-        weights: Arrays or tensors, in the order of `model.weights`.
+        weights: Arrays, tensors or variables, in the order of `model.weights`.
         inputs: One batch.
 
     Returns:
         The outputs, in the model's own structure.
     """
-    mapping = list(zip(model.weights, weights, strict=True))
-    scope = keras.StatelessScope(state_mapping=mapping)
-    with scope, _traced_afresh(), _normalizing(model):
+    with with_weights(model, weights):
         return model.predict_step((inputs,))
 
 
@@ -106,17 +118,17 @@ class Member(keras.Model):
             self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
             for v in model.weights
         ]
-        self._run = lambda inputs: member_outputs(model, [v.value for v in own], inputs)
+        self._run = lambda inputs: member_outputs(model, own, inputs)
         # Keras lists trainable weights first; arrays come in the model's order.
-        self._in_model_order = own
+        self.in_model_order = own
         self.built = True
 
     def set_weights(self, weights: Weights) -> None:
-        for variable, value in zip(self._in_model_order, weights, strict=True):
+        for variable, value in zip(self.in_model_order, weights, strict=True):
             variable.assign(value)
 
     def get_weights(self) -> Weights:
-        return [variable.numpy() for variable in self._in_model_order]
+        return [variable.numpy() for variable in self.in_model_order]
 
     def call(self, inputs: Any) -> Any:
         return self._run(inputs)

@@ -51,10 +51,12 @@ class Output:
             `"binary"`, `"multilabel"` or `"regression"`.
         logits: Whether a classifier gives logits (log-odds for binary and multilabel) rather
             than probabilities.
+        ignored: The label of what the compiled loss leaves out (`ignore_class`), or None.
     """
 
     task: str
     logits: bool = False
+    ignored: int | None = None
 
     @property
     def is_classes(self) -> bool:
@@ -125,7 +127,7 @@ def _classify(
     return Output(task, from_logits)
 
 
-def _per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) -> list[Any]:
+def per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) -> list[Any]:
     """One loss for each flat output, from whatever structure `compile` took."""
     if not isinstance(losses, (list, tuple, dict)):
         return [losses] * count
@@ -180,7 +182,7 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
             f"Received: task={task!r}"
         )
     names = getattr(model, "output_names", None)
-    losses = _per_output(model.loss, outputs, names, len(flat))
+    losses = per_output(model.loss, outputs, names, len(flat))
     symbolic = getattr(model, "outputs", None) or [None] * len(flat)
     found = []
     for i, tensor in enumerate(flat):
@@ -193,5 +195,7 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
                 f"loss={losses[i]!r}. End the model in a `Permute` layer."
             )
         units = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-        found.append(_classify(tasks[i], activation, losses[i], units, where))
+        output = _classify(tasks[i], activation, losses[i], units, where)
+        ignored = getattr(losses[i], "ignore_class", None) if output.is_classes else None
+        found.append(dataclasses.replace(output, ignored=ignored))
     return found

@@ -706,8 +706,9 @@ def test_weights_that_are_not_set():
     with pytest.raises(ValueError) as caught:
         weights_of(None, [0, 1])
     assert str(caught.value) == (
-        "`combine='weighted'` needs weights. Received: weights=None. Set "
-        "`ensemble.weights` to one number a member, at least 0 and summing to 1."
+        "`combine='weighted'` needs weights. Received: weights=None. Call "
+        "`fit_weights(x, y)` on held-out data, or set `weights` to one number a member, at "
+        "least 0 and summing to 1."
     )
 
 
