@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.prediction import Predictor, check_built, check_model
+from snapshot_ensemble.recovery import TrainingState, check_same, fingerprint
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     EqualCycles,
@@ -109,7 +111,8 @@ class SnapshotEnsemble(Predictor):
         self._directory_is_own = False
         self._rate = AnnealedRate(model)
         self.history: dict[str, list[Any]] = {}
-        self._done = {"cycles": 0, "epochs": 0, "steps": 0}
+        self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
+        self._runs = 0  # How many of the runs in the directory this object has been through.
 
     # Training
 
@@ -144,7 +147,10 @@ class SnapshotEnsemble(Predictor):
         y: Any = None,
         *,
         epochs: int | None = None,
+        resume: bool = False,
         overwrite: bool = False,
+        save_every: int | None = 1,
+        keep_going: bool = False,
         **fit_arguments: Any,
     ) -> keras.callbacks.History:
         """Trains through the cycles of `plan(epochs)` and keeps a snapshot at the end of each.
@@ -161,15 +167,32 @@ class SnapshotEnsemble(Predictor):
         of unknown length without `steps_per_epoch`), the first epoch runs at the mean of the
         rates that the plan has for it, and all later ones exactly by the plan.
 
+        With a `directory` the state of training is saved at the end of each epoch: weights,
+        optimizer, seeds of dropout, Python's and NumPy's random generators, history, and the
+        state of Keras's own callbacks and of those that have `get_state()` and
+        `set_state(state)`. If the run is broken off, by whatever, the same script with
+        `resume=True` goes on and ends with the same snapshots: to the bit on a CPU with
+        `keras.utils.set_random_seed` and `tf.config.experimental.enable_op_determinism`, for
+        arrays and for a `tf.data.Dataset` that is gone through once an epoch, also if it
+        shuffles with a seed. Data that go on from epoch to epoch (`steps_per_epoch`,
+        generators) begin anew where the run goes on.
+
         Args:
             x: As for `model.fit`.
             y: As for `model.fit`.
             epochs: The budget. Defaults to `None`: ten epochs a cycle, or five cycles of a
                 given schedule.
+            resume: Whether a run that was broken off goes on. One that has ended is not run
+                again, one that never began is begun. Defaults to `False`.
             overwrite: Whether new snapshots take the place of those that there are, in memory
-                or in the directory. They do as soon as the first one is kept, not before.
-                Defaults to `False`: a directory that holds something is refused, members of
-                this ensemble are added to.
+                or in the directory. They do as soon as the first one, or the first state of
+                training, is kept, not before. Defaults to `False`: a directory that holds
+                something is refused, members of this ensemble are added to.
+            save_every: After how many epochs the state of training is saved in the directory;
+                at the end of each cycle it is in any case. `None`: never. Defaults to `1`.
+            keep_going: Whether training goes on if a cycle ends with a loss or weights that are
+                not finite, from where the last good cycle ended. Such a cycle gives no member
+                and a warning. Defaults to `False`: training stops.
             **fit_arguments: All other arguments of `model.fit`. With `initial_epoch` the plan
                 splits the epochs from there to `epochs`.
 
@@ -178,45 +201,121 @@ class SnapshotEnsemble(Predictor):
             `cycle`, one value an epoch.
 
         Raises:
-            ValueError: If the plan is impossible, a callback sets the learning rate, or the
-                directory holds something. All before training.
+            ValueError: If the plan is impossible, a callback sets the learning rate, the
+                directory holds something, or a broken run had another plan, model or size of
+                data. All before training.
             TypeError: If `model.fit` has no such argument.
+            OSError: If the directory cannot be written to, or another process writes to it.
+            SnapshotError: If a file to go on from is not as it was saved.
         """
         training.check_fit_arguments(self.model, fit_arguments)
         training.check_callbacks(fit_arguments.get("callbacks"))
         plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
+        if save_every is not None:
+            save_every = whole_number("save_every", save_every, 1)
         before = (self._store, self._directory_is_own, self.history, self._done)
-        if self.directory is not None and not self._directory_is_own:
-            self._store = DirectoryStore.create(self.directory, overwrite)
-            self._directory_is_own = True
-            self._describe_to(self._store)
-        if overwrite:
-            self._store.restart()
-            self.history, self._done = {}, dict.fromkeys(self._done, 0)
-        members = self._members_now()
-        try:
-            result = training.train(
-                self.model,
-                plan,
-                self._store,
-                self._rate,
-                x=x,
-                y=y,
-                arguments=fit_arguments,
+        self._open(resume, overwrite)
+        with self._store.writing():
+            state = None
+            if resume:
+                # What broke off may have been to take the place of what is still here.
+                overwrite = self._store.replacing
+                path = None if overwrite else self._store.state
+                state = None if path is None else TrainingState.read(path)
+            number = self._runs if resume else self._done["runs"]
+            if overwrite:
+                self._store.restart()
+                self.history, self._done, number = {}, dict.fromkeys(self._done, 0), 0
+            same = fingerprint(self.model, plan, x, fit_arguments)
+            if resume and not overwrite:
+                if number < self._done["runs"] and (state is None or state.run != number):
+                    return self._ended_run()
+                state = self._go_back_to(state, number, same)
+            run = training.Run(
+                plan=plan,
+                number=number,
+                first_epoch=fit_arguments.get("initial_epoch") or 0,
+                store=self._store,
+                rate=self._rate,
                 history=self.history,
                 done=self._done,
                 max_snapshots=self.max_snapshots,
+                keep_going=keep_going,
+                save_every=None if self.directory is None else save_every,
+                fingerprint=same,
+                state=state,
             )
+            return self._train(
+                run, before if overwrite else None, x=x, y=y, arguments=fit_arguments
+            )
+
+    def _open(self, resume: bool, overwrite: bool) -> None:
+        """Makes the directory this ensemble's own, as far as it may."""
+        if resume and (overwrite or self.directory is None):
+            why = "and `overwrite=True` starts anew" if overwrite else "which needs a `directory`"
+            raise ValueError(
+                f"`resume=True` goes on with a run that was broken off, {why}. Received: "
+                f"resume=True, overwrite={overwrite}, directory={self.directory}"
+            )
+        if self.directory is None or self._directory_is_own:
+            return
+        if resume and (self.directory / MANIFEST).exists():
+            self._adopt(DirectoryStore.open(self.directory))
+            self._runs = 0
+        else:
+            self._store = DirectoryStore.create(self.directory, overwrite)
+        self._directory_is_own = True
+        self._describe_to(self._store)
+
+    def _go_back_to(
+        self, state: TrainingState | None, number: int, same: dict[str, Any]
+    ) -> TrainingState | None:
+        """Forgets what came after a state; None if the run never began."""
+        if state is None or state.run != number:
+            if self._done["epochs"] == (0 if state is None else state.done["epochs"]):
+                return None
+            raise ValueError(
+                "The directory holds no state of training to go on from. Received: "
+                f"resume=True, directory='{self.directory}'. `fit` keeps one with `save_every`. "
+                "Start anew with `overwrite=True`, or add cycles by "
+                "`SnapshotEnsemble.load(directory).fit(...)`."
+            )
+        check_same(state.facts["fingerprint"], same, self.directory)
+        self._done = dict(state.done)
+        self.history = {
+            name: column[: state.done["epochs"]] for name, column in self.history.items()
+        }
+        self._store.take_back(state.done["cycles"])
+        return state
+
+    def _ended_run(self) -> keras.callbacks.History:
+        """What `fit` returns for a run that ended before the last one did."""
+        self._runs += 1
+        result = keras.callbacks.History()
+        result.set_model(self.model)
+        result.epoch, result.history = [], {}
+        return result
+
+    def _train(
+        self, run: training.Run, before: Any, *, x: Any, y: Any, arguments: dict[str, Any]
+    ) -> keras.callbacks.History:
+        """Runs it; `before` is what there was, if that is to be replaced."""
+        members = self._members_now()
+        try:
+            result = training.train(self.model, run, x=x, y=y, arguments=arguments)
         except BaseException:
-            if overwrite and self._members_now() == members:
-                # Nothing took the place of what there was, so that it is still there.
-                self._store.restart(False)
-                self._store, self._directory_is_own, self.history, self._done = before
-            elif len(self):
-                with contextlib.suppress(OSError):  # What is raised already matters more.
+            with contextlib.suppress(OSError):  # What is raised already matters more.
+                if before is not None and self._members_now() == members:
+                    # Nothing took the place of what there was, so that it is still there.
+                    store = self._store
+                    self._store, self._directory_is_own, self.history, self._done = before
+                    store.restart(False)
+                elif len(self):
                     self._store.commit()
             raise
+        self._runs = self._done["runs"] = run.number + 1
         self._store.commit()
+        training.warn_of_stragglers(self.snapshots)
         return result
 
     def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:
@@ -261,7 +360,7 @@ class SnapshotEnsemble(Predictor):
         self._describe_to(target)
         own = self.model.get_weights()
         try:
-            with self._rate.lifted():
+            with self._rate.lifted(), target.writing():
                 for snapshot in self.snapshots:
                     set_weights(self.model, self._store.weights(self.model, snapshot.index))
                     target.add(self.model, snapshot, commit=False)
@@ -276,6 +375,7 @@ class SnapshotEnsemble(Predictor):
         *,
         custom_objects: dict[str, Any] | None = None,
         model: keras.Model | None = None,
+        skip_damaged: bool = False,
     ) -> "SnapshotEnsemble":
         """Loads an ensemble from the directory that `fit` or `save` wrote.
 
@@ -288,6 +388,8 @@ class SnapshotEnsemble(Predictor):
             custom_objects: Classes and functions of your own that the model uses, by name.
             model: The compiled model itself, where it cannot be made from a file: a subclass
                 without `get_config`, a loss that is a lambda.
+            skip_damaged: Whether to go on without snapshots that are not as they were saved; a
+                warning names them. Their files stay where they are. Defaults to `False`.
 
         Returns:
             A `SnapshotEnsemble`.
@@ -296,10 +398,26 @@ class SnapshotEnsemble(Predictor):
             SnapshotError: If the directory holds no ensemble, or a file is not as it was saved;
                 the message names it.
         """
-        store = DirectoryStore.open(directory)
-        described = store.described
-        given = model is not None
-        model = model if given else store.model(custom_objects)
+        while True:
+            store = DirectoryStore.open(directory)
+            try:
+                return cls._load(store, directory, custom_objects, model, skip_damaged)
+            except SnapshotError:
+                if store.is_current():
+                    raise
+                # A writer has replaced files in the meantime: all of it anew.
+
+    @classmethod
+    def _load(
+        cls,
+        store: DirectoryStore,
+        directory: str | os.PathLike[str],
+        custom_objects: dict[str, Any] | None,
+        model: keras.Model | None,
+        skip_damaged: bool,
+    ) -> "SnapshotEnsemble":
+        given, described = model is not None, store.described
+        model = store.model(custom_objects) if model is None else model
         check_model(model)
         check_built(model)
         try:
@@ -310,16 +428,36 @@ class SnapshotEnsemble(Predictor):
         except (KeyError, TypeError, ValueError) as error:
             manifest = store.directory / MANIFEST
             raise SnapshotError(f"The settings in '{manifest}' do not hold: {error}") from error
-        ensemble._store = store
-        ensemble.history, ensemble._done = described["history"], described["done"]
-        if described["weights"] is not None:
-            ensemble.weights = described["weights"]
-        ensemble.temperature = described["temperature"]
+        damaged, count = store.damaged(model if skip_damaged else None), len(store.snapshots)
+        if damaged and (not skip_damaged or len(damaged) == count):
+            told = str(next(iter(damaged.values())))
+            if len(damaged) < count:
+                told += (
+                    f" The other {count - len(damaged)} of {count} snapshots can be loaded with "
+                    "`skip_damaged=True`."
+                )
+            raise SnapshotError(told)
+        if damaged:
+            listed = "; ".join(f"snapshot {i}: {error}" for i, error in damaged.items())
+            warnings.warn(f"Loaded without what is damaged: {listed}", stacklevel=3)
+            store.leave_out(set(damaged))
+        ensemble._adopt(store)
+        ensemble._runs = ensemble._done["runs"]
         ensemble._describe_to(store)
         ensemble._directory_is_own = True
         if len(ensemble) and not given:
             set_weights(model, store.weights(model, len(ensemble) - 1))
         return ensemble
+
+    def _adopt(self, store: DirectoryStore) -> None:
+        """Takes over what a directory holds."""
+        described = store.described
+        self._store, self._directory_is_own = store, False
+        self.history, self._done = described["history"], described["done"]
+        if described["weights"] is not None and len(described["weights"]) == len(self):
+            self.weights = described["weights"]
+        if described["weights"] is None or len(described["weights"]) == len(self):
+            self.temperature = described["temperature"]
 
     @classmethod
     def from_weights(

@@ -1,6 +1,7 @@
 """The manifest of a directory: what is in it, in JSON, believed only if it is well formed."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -33,19 +34,24 @@ class Manifest:
         snapshots: The members, oldest first.
         files: The weight file of each.
         model: The file of the model that they belong to; None if it could not be saved.
-        written: Number of snapshots that were ever written; it numbers the files.
+        state: The file of the state of training; None if no run can go on.
+        replacing: Whether a run has begun that will take the place of all this.
+        written: Number of files that were ever written; it numbers them.
         ensemble: What an ensemble says of itself beside its snapshots.
     """
 
     snapshots: tuple[Snapshot, ...] = ()
     files: tuple[File, ...] = ()
     model: File | None = None
+    state: File | None = None
+    replacing: bool = False
     written: int = 0
     ensemble: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def names(self) -> set[str]:
         """The names of all files."""
-        return {file.name for file in (*self.files, self.model) if file is not None}
+        found = (*self.files, self.model, self.state)
+        return {file.name for file in found if file is not None}
 
     def to_json(self) -> str:
         """Strict JSON; numbers that it has no word for become strings that `float` reads."""
@@ -57,17 +63,22 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "written": self.written,
+            "replacing": self.replacing,
             "model": None if self.model is None else dataclasses.asdict(self.model),
+            "state": None if self.state is None else dataclasses.asdict(self.state),
             "snapshots": entries,
             "ensemble": self.ensemble,
         }
-        return json.dumps(_plain(content), indent=1, allow_nan=False)
+        content = _plain(content)
+        return json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False)
 
 
-def read_manifest(path: pathlib.Path) -> Manifest:
+def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
     """Reads a manifest; raises `SnapshotError` that names it unless all of it is as written."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        if text is None:
+            raise FileNotFoundError("there is no such file, or it cannot be read")
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise SnapshotError(f"'{path}' is no readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -77,17 +88,27 @@ def read_manifest(path: pathlib.Path) -> Manifest:
             f"'{path}' has format version {content.get('version')!r}; this package reads "
             f"version {VERSION}. Update snapshot-ensemble to read it."
         )
+    if content.pop("sha256", None) != _digest(content):
+        raise SnapshotError(f"'{path}' is not as it was written: its SHA-256 is another.")
     try:
         entries = [_typed(entry, dict, "snapshot") for entry in _entry(content, "snapshots", list)]
         return Manifest(
             snapshots=tuple(_snapshot(index, entry) for index, entry in enumerate(entries)),
             files=tuple(_file(_entry(entry, "file", dict)) for entry in entries),
             model=None if content["model"] is None else _file(_entry(content, "model", dict)),
+            state=None if content["state"] is None else _file(_entry(content, "state", dict)),
+            replacing=_entry(content, "replacing", bool),
             written=_count(content, "written"),
             ensemble=_ensemble(_entry(content, "ensemble", dict), len(entries)),
         )
     except (KeyError, ValueError) as error:
         raise SnapshotError(f"'{path}' is not as it was written: {error}") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of all that a manifest says, in one way of writing it."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
@@ -154,7 +175,7 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
         "temperature": temperature,
         "settings": _entry(content, "settings", dict),
         "history": history,
-        "done": {name: _count(done, name) for name in ("cycles", "epochs", "steps")},
+        "done": {name: _count(done, name) for name in ("cycles", "epochs", "steps", "runs")},
         "weights": weights,
     }
 

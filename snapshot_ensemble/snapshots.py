@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import h5py
@@ -66,6 +66,12 @@ class SnapshotStore(Protocol):
     def weights(self, model: keras.Model, index: int) -> Weights:
         """The weights of one snapshot, in the order of `model.weights`."""
 
+    def keep_state(self, write: Callable[[str], None]) -> None:
+        """Keeps the state of training in the place of the one before, where there is a file."""
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps others from writing to the same place meanwhile."""
+
     def commit(self) -> None:
         """Makes sure that what is described beside the snapshots is kept as well."""
 
@@ -94,6 +100,12 @@ class MemoryStore:
 
     def commit(self) -> None:
         pass  # Memory has nothing to add.
+
+    def keep_state(self, write: Callable[[str], None]) -> None:
+        pass  # Nor would it outlive a break.
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def add_weights(self, weights: Weights, snapshot: Snapshot) -> None:
         """Keeps arrays; one that equals the last snapshot's (a frozen layer) is not kept twice."""

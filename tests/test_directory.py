@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble, SnapshotError
 
-MANIFEST = "ensemble.json"
+MANIFEST, LOCK = "ensemble.json", "ensemble.lock"
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = np.argmax(X[:, :3], axis=1)
 
@@ -92,7 +92,7 @@ def contents(directory):
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != LOCK
     }
 
 
@@ -107,10 +107,18 @@ def manifest_of(directory):
     return strict_json((directory / MANIFEST).read_text("utf-8"))
 
 
+def write_manifest(directory, manifest):
+    """Writes a manifest as a forger would, with the right hash."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    signed = {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (directory / MANIFEST).write_text(json.dumps(signed))
+
+
 def file_entries(node):
     """Whatever in a manifest describes a file, wherever it stands."""
     if isinstance(node, dict):
-        if "sha256" in node:
+        if "name" in node:
             return [node]
         node = list(node.values())
     return [entry for item in node for entry in file_entries(item)] if type(node) is list else []
@@ -164,7 +172,7 @@ def test_the_manifest_names_every_file_with_its_size_and_hash(made):
         for entry in file_entries(manifest_of(made.directory))
     }
     assert named == found
-    assert len(found) == 4  # The model and three snapshots.
+    assert len(found) == 5  # The model, three snapshots and the state of training.
 
 
 def test_the_manifest_says_what_it_is(made):
@@ -236,6 +244,7 @@ def test_max_snapshots_removes_the_files_of_the_others(tmp_path):
 
     def look(epoch):
         assert {path.name for path in directory.iterdir()} == {
+            LOCK,
             MANIFEST,
             *(entry["name"] for entry in file_entries(manifest_of(directory))),
         }
@@ -559,13 +568,14 @@ def test_a_file_is_no_directory(tmp_path, made_once, overwrite):
     assert path.read_text() == "something"
 
 
-def test_overwriting_waits_for_the_first_new_snapshot(made):
+def test_overwriting_waits_for_the_end_of_the_first_epoch(made):
     old, seen = contents(made.directory), []
 
     def look(epoch):
         seen.append(member_weights(SnapshotEnsemble.load(made.directory)))
         if epoch == 0:
-            assert contents(made.directory) == old
+            now = contents(made.directory)
+            assert {**now, MANIFEST: None} == {**old, MANIFEST: None}
 
     keras.utils.set_random_seed(1)
     ens = ensemble(made.directory)
@@ -947,8 +957,16 @@ def test_a_harmed_file_is_refused_by_name(made, tmp_path, harm):
         directory = tmp_path / f"harmed-{entry['name']}"
         shutil.copytree(made.directory, directory)
         harm(directory / entry["name"])
+        use = load_and_use
+        if entry["name"].startswith("state-"):
+            # No prediction depends on it.
+            np.testing.assert_array_equal(load_and_use(directory), made.predictions)
+
+            def use(directory):
+                fit(ensemble(directory), resume=True)
+
         with pytest.raises(SnapshotError, match=re.escape(str(directory / entry["name"]))):
-            load_and_use(directory)
+            use(directory)
 
 
 def test_swapped_files_are_refused_by_name(made):
@@ -961,9 +979,26 @@ def test_swapped_files_are_refused_by_name(made):
 
 
 def test_a_harmed_member_does_not_keep_the_others_from_use(made):
-    alter(weight_files(made.directory)[0])
-    loaded = SnapshotEnsemble.load(made.directory)
-    assert same(loaded[-1].get_weights(), made.weights[-1])
+    harmed = weight_files(made.directory)[0]
+    alter(harmed)
+    match = rf"{re.escape(str(harmed))}.*The other 2 of 3 snapshots.*`skip_damaged=True`"
+    with pytest.raises(SnapshotError, match=match):
+        SnapshotEnsemble.load(made.directory)
+    with pytest.warns(UserWarning, match=rf"without what is damaged: .*{re.escape(harmed.name)}"):
+        loaded = SnapshotEnsemble.load(made.directory, skip_damaged=True)
+    assert same(member_weights(loaded), made.weights[1:])
+    assert [(s.index, s.cycle) for s in loaded.snapshots] == [(0, 1), (1, 2)]
+    loaded.weights = [0.5, 0.5]  # Which writes the manifest.
+    assert harmed.exists()
+    assert same(member_weights(SnapshotEnsemble.load(made.directory)), made.weights[1:])
+
+
+def test_with_every_member_harmed_nothing_is_loaded(made):
+    for path in weight_files(made.directory):
+        alter(path)
+    with pytest.raises(SnapshotError, match="snapshot-") as caught:
+        SnapshotEnsemble.load(made.directory, skip_damaged=True)
+    assert "skip_damaged" not in str(caught.value)
 
 
 def test_files_that_no_manifest_names_are_not_read(made):
@@ -1017,7 +1052,7 @@ def test_a_place_without_an_ensemble_is_refused_by_name(tmp_path, path):
 def test_another_version_is_refused_by_name(made, version):
     manifest = manifest_of(made.directory)
     manifest["version"] = version
-    (made.directory / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(made.directory, manifest)
     match = rf"{MANIFEST}.*version {version!r}.*Update snapshot-ensemble"
     with pytest.raises(SnapshotError, match=match):
         load_and_use(made.directory)
@@ -1035,7 +1070,7 @@ def test_a_file_name_that_leads_outside_is_refused(made, tmp_path, name, place):
     for target in (tmp_path / "secret", made.directory / "sub" / "secret"):
         shutil.copy(made.directory / entry["name"], target)
     entry["name"] = name.format(outside=tmp_path)
-    (made.directory / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(made.directory, manifest)
     with pytest.raises(SnapshotError, match=MANIFEST):
         load_and_use(made.directory)
 
@@ -1070,6 +1105,9 @@ WRONG = {
     ("snapshots", 0, "metrics"): [None, True, 1, "x", [], [1], {"loss": None}, {"loss": "x"}],
     ("model",): [True, -1, "x", "", [], {}, [1], {"x": 1}],
     ("written",): [None, -1, "x", [], {}, math.inf],
+    ("replacing",): [None, 0, "x", [], {}],
+    ("state",): [True, -1, "x", "", [], {}, [1], {"x": 1}],
+    ("ensemble", "temperature"): [None, True, 0, -1, math.inf, "x", [], {}],
     ("ensemble",): [None, True, -1, "x", [], {}, [1], {"x": 1}],
     ("ensemble", "settings"): [None, True, -1, "x", [], {}, [1], {"x": 1}],
     ("ensemble", "settings", "cycles"): [None, True, 0, -1, 1.5, "x", [], {}],
@@ -1089,7 +1127,7 @@ WRONG = {
 def test_a_wrong_value_in_a_manifest_is_refused_by_name(made, path):
     model, manifest, wrong = compiled(), manifest_of(made.directory), []
     for value in WRONG[path]:
-        (made.directory / MANIFEST).write_text(json.dumps(with_node(manifest, path, value)))
+        write_manifest(made.directory, with_node(manifest, path, value))
         try:
             SnapshotEnsemble.load(made.directory, model=model)
         except SnapshotError as error:
@@ -1114,11 +1152,26 @@ def test_no_manifest_gives_any_other_error(made):
     )
 
     @settings(deadline=None, database=None, max_examples=60)
-    @given(path=st.sampled_from(list(paths_of(manifest))), value=values)
+    @given(path=st.sampled_from(list(paths_of(manifest))[1:]), value=values)
     def check(path, value):
-        (made.directory / MANIFEST).write_text(json.dumps(with_node(manifest, path, value)))
+        write_manifest(made.directory, with_node(manifest, path, value))
         with contextlib.suppress(SnapshotError):
             SnapshotEnsemble.load(made.directory, model=model)
+
+    check()
+
+
+def test_a_manifest_that_was_altered_is_refused_or_means_the_same(made):
+    path = made.directory / MANIFEST
+    text, model = path.read_bytes(), compiled()
+
+    @settings(deadline=None, database=None, max_examples=60)
+    @given(at=st.integers(0, len(text) - 1), value=st.integers(0, 255), cut=st.booleans())
+    def check(at, value, cut):
+        path.write_bytes(text[:at] + (b"" if cut else bytes([value])) + text[at + 1 :])
+        with contextlib.suppress(SnapshotError):
+            loaded = SnapshotEnsemble.load(made.directory, model=model)
+            np.testing.assert_array_equal(loaded.predict(X, verbose=0), made.predictions)
 
     check()
 

@@ -1,0 +1,320 @@
+"""The state of training at the end of an epoch, with which a broken run goes on to the bit."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.backend.common import global_state
+from keras.src.backend.tensorflow.trainer import TFEpochIterator
+
+from snapshot_ensemble.schedules import Plan
+from snapshot_ensemble.snapshots import SnapshotError
+
+Facts = dict[str, Any]
+_FACTS = {
+    "run": int,
+    "fingerprint": dict,
+    "next_epoch": int,
+    "finished": bool,
+    "steps": int | None,
+    "cycles_before": int,
+    "epochs": int,
+    "done": dict,
+    "callbacks": list,
+    "random": dict,
+}
+
+
+class TrainingState:
+    """What a run needs to go on: plain arrays, and facts that JSON can say.
+
+    Args:
+        arrays: By name.
+        facts: Numbers, strings, and lists and dicts of them.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray], facts: Facts) -> None:
+        self.arrays, self.facts = arrays, facts
+
+    @property
+    def run(self) -> int:
+        """The number of the run, from 0."""
+        return self.facts["run"]
+
+    @property
+    def done(self) -> dict[str, int]:
+        """Numbers of cycles, epochs, steps and runs that were done."""
+        return self.facts["done"]
+
+    @classmethod
+    def of(cls, model: keras.Model, callbacks: Sequence[Any], facts: Facts) -> "TrainingState":
+        """The state of this moment."""
+        arrays = {}
+        for number, variable in enumerate(variables_of(model)):
+            arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
+        found = []
+        for number, callback in enumerate(callbacks):
+            state = _pack(_state_of(callback), f"callback_{number}", arrays)
+            found.append([type(callback).__name__, state])
+        return cls(arrays, {**facts, "callbacks": found, "random": _random_state()})
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as `.npz`, in which nothing is pickled."""
+        text = np.frombuffer(json.dumps(self.facts).encode(), "uint8")
+        # NumPy has no name for bfloat16 and the like in a file: their bits go there.
+        plain = {
+            name: array.view(f"uint{8 * array.itemsize}") if array.dtype.kind == "V" else array
+            for name, array in self.arrays.items()
+        }
+        with open(path, "wb") as file:  # noqa: PTH123  A file, so that NumPy adds no ending.
+            np.savez(file, facts=text, **plain)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "TrainingState":
+        """Reads what `write` wrote; raises `SnapshotError` if it is something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            facts = json.loads(arrays.pop("facts").tobytes())
+            for name, kind in _FACTS.items():
+                if not isinstance(facts[name], kind):
+                    raise TypeError(f"{name}={facts[name]!r}")
+        except Exception as error:  # NumPy raises errors of many classes for a broken file.
+            raise SnapshotError(f"'{path}' is no state of training: {error}") from error
+        return cls(arrays, facts)
+
+    def restore_model(self, model: keras.Model) -> None:
+        """Gives the model, its optimizers and the random generators this state."""
+        variables = variables_of(model)
+        for number, variable in enumerate(variables):
+            array = self.arrays.get(f"variable_{number}")
+            if array is None or array.shape != tuple(variable.shape):
+                shape = None if array is None else array.shape
+                raise SnapshotError(
+                    "The state of training is not this model's and its optimizer's. Received: "
+                    f"{variable.path} of shape {tuple(variable.shape)}, in the state {shape}"
+                )
+            own = keras.ops.convert_to_numpy(variable.value).dtype
+            variable.assign(array.view(own) if own.kind == "V" else array)
+        _set_random_state(self.facts["random"])
+
+    def restore_callbacks(self, callbacks: Sequence[Any]) -> None:
+        """Gives the callbacks, those that are of the same class as then, their state."""
+        for callback, (kind, state) in zip(callbacks, self.facts["callbacks"], strict=False):
+            if type(callback).__name__ == kind and state is not None:
+                _give_back(callback, _unpack(state, self.arrays))
+
+
+def variables_of(model: keras.Model) -> list[Any]:
+    """All that training changes: weights, seeds of dropout, the slots of optimizers."""
+    found = list(model.variables)
+    # A model with a training step of its own may have more than one.
+    optimizers = [model.optimizer, *(v for v in vars(model).values() if _is_optimizer(v))]
+    for optimizer in optimizers:
+        inner: Any = optimizer
+        while inner is not None:  # A `LossScaleOptimizer` has one inside.
+            found += inner.variables
+            inner = getattr(inner, "inner_optimizer", None)
+    seeds = global_state.get_global_attribute("global_seed_generator")
+    if seeds is not None:
+        found.append(seeds.state)
+    return list({id(variable): variable for variable in found}.values())
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, keras.Optimizer)
+
+
+def _state_of(callback: Any) -> Any:
+    """What a callback says of itself, and what a callback of Keras holds in plain attributes."""
+    if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
+        return callback.get_state()
+    if not type(callback).__module__.startswith("keras."):
+        return None
+    plain = (bool, int, float, str, np.generic, np.ndarray, list, type(None))
+    return {name: v for name, v in vars(callback).items() if isinstance(v, plain)}
+
+
+def _give_back(callback: Any, state: Any) -> None:
+    if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
+        callback.set_state(state)
+    else:
+        vars(callback).update(state)
+
+
+def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
+    """What JSON can say of a value; arrays go beside it."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        arrays[name] = value
+        return {"array": name}
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, f"{name}_{i}", arrays) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {"dict": {str(k): _pack(v, f"{name}_{k}", arrays) for k, v in value.items()}}
+    return value
+
+
+def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, arrays) for item in value]
+    if isinstance(value, dict) and "array" in value:
+        return arrays[value["array"]]
+    if isinstance(value, dict):
+        return {name: _unpack(item, arrays) for name, item in value["dict"].items()}
+    return value
+
+
+def _random_state() -> Facts:
+    """Python's and NumPy's generators, by which generators and callbacks may shuffle."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002  It is that one's state.
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def _set_random_state(state: Facts) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, "uint32"), *rest))  # noqa: NPY002
+
+
+class StateKeeper(keras.callbacks.Callback):
+    """Goes last among the callbacks: keeps the state when all others have seen an epoch's end.
+
+    Args:
+        callbacks: The user's callbacks.
+        keep: Takes the number of the epoch that ended.
+        state: The state to go on from, if any.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Any],
+        keep: Callable[[int], None],
+        state: TrainingState | None,
+    ) -> None:
+        super().__init__()
+        self._callbacks, self._keep, self._state = callbacks, keep, state
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self._state is not None:
+            self._state.restore_callbacks(self._callbacks)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if not self.model.stop_training:
+            self._keep(epoch)
+
+
+class Passes:
+    """Makes the order of a dataset that shuffles with a seed a matter of the epoch alone.
+
+    Such a dataset draws the seed of a pass from a generator whenever a pass over it begins, and
+    Keras begins one or two for an epoch. So that a run which goes on in mid-way sees the order
+    that the unbroken one sees, both begin exactly two for each epoch before, and one more.
+
+    Args:
+        x: The data of a run.
+    """
+
+    def __init__(self, x: Any) -> None:
+        self._data = x if isinstance(x, tf.data.Dataset) else None
+        self._begun = 0
+        self._wanted = 0
+
+    def up_to(self, epoch: int) -> None:
+        """Before the next pass, as many must have begun as belong before this epoch."""
+        self._wanted = 1 + 2 * epoch
+
+    def catch_up(self) -> None:
+        """Begins those that are missing."""
+        while self._data is not None and self._begun < self._wanted:
+            iter(self._data)
+            self._begun += 1
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts the passes that Keras begins in training, and adds to them meanwhile."""
+        if self._data is None:
+            yield
+            return
+        get_iterator, trained = TFEpochIterator._get_iterator, []
+
+        def counting(iterator: TFEpochIterator) -> Any:
+            # The first to be asked is that of training, others are of validation.
+            trained.append(iterator)
+            if iterator is trained[0]:
+                self.catch_up()
+                self._begun += 1
+            return get_iterator(iterator)
+
+        TFEpochIterator._get_iterator = counting
+        try:
+            yield
+        finally:
+            TFEpochIterator._get_iterator = get_iterator
+
+
+def fingerprint(model: keras.Model, plan: Plan, x: Any, arguments: dict[str, Any]) -> Facts:
+    """What must be the same for a run to go on: the plan, the model, the size of the data."""
+    cycles = [[c.first_epoch, c.last_epoch, c.lr_max, c.lr_min, c.warmup] for c in plan]
+    sizes = {name: arguments.get(name) for name in ("batch_size", "steps_per_epoch")}
+    return {
+        "plan": cycles,
+        "first epoch": arguments.get("initial_epoch") or 0,
+        "layers": _digest(model),
+        "optimizer": type(model.optimizer).__name__,
+        "rows or batches of data": _size(x),
+        **{name: None if value is None else int(value) for name, value in sizes.items()},
+    }
+
+
+def _size(x: Any) -> int | None:
+    if hasattr(x, "cardinality"):
+        return int(x.cardinality())
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches
+    leaves = keras.tree.flatten(x)
+    return int(leaves[0].shape[0]) if leaves and getattr(leaves[0], "shape", None) else None
+
+
+def _digest(model: keras.Model) -> str:
+    """The classes and settings of the layers; their names may differ from process to process."""
+    try:
+        config = _nameless(model.get_config())
+    except Exception:  # A subclass need not have one; its variables' shapes are compared anyway.
+        config = None
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=_class_name)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _class_name(value: Any) -> str:
+    return type(value).__name__
+
+
+def _nameless(value: Any) -> Any:
+    if isinstance(value, dict):
+        skipped = ("name", "inbound_nodes", "input_layers", "output_layers", "build_config")
+        return {str(k): _nameless(v) for k, v in value.items() if k not in skipped}
+    if isinstance(value, (list, tuple)):
+        return [_nameless(item) for item in value]
+    return value
+
+
+def check_same(found: Facts, now: Facts, where: Any) -> None:
+    """Raises `ValueError` that says what differs between a broken run and the one to go on."""
+    found, now = json.loads(json.dumps(found)), json.loads(json.dumps(now))
+    different = [name for name in now if found.get(name) != now[name]]
+    if different:
+        told = "; ".join(f"{name}: {found.get(name)}, now {now[name]}" for name in different)
+        raise ValueError(
+            f"The run in '{where}' cannot go on as another one. Received: {told}. Give the same "
+            "model, data and plan, or start anew with `overwrite=True`."
+        )
