@@ -15,7 +15,7 @@ from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.prediction import Predictor, check_built, check_model
-from snapshot_ensemble.recovery import TrainingState, check_same, fingerprint
+from snapshot_ensemble.recovery import Passes, TrainingState, check_same, fingerprint
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     EqualCycles,
@@ -113,6 +113,7 @@ class SnapshotEnsemble(Predictor):
         self.history: dict[str, list[Any]] = {}
         self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
         self._runs = 0  # How many of the runs in the directory this object has been through.
+        self._earlier: list[int] = []  # The number of epochs of each.
 
     # Training
 
@@ -226,10 +227,12 @@ class SnapshotEnsemble(Predictor):
             if overwrite:
                 self._store.restart()
                 self.history, self._done, number = {}, dict.fromkeys(self._done, 0), 0
+                self._earlier = []
             same = fingerprint(self.model, plan, x, fit_arguments)
             if resume and not overwrite:
+                self._earlier = [] if state is None else state.epochs_of_runs()
                 if number < self._done["runs"] and (state is None or state.run != number):
-                    return self._ended_run()
+                    return self._ended_run(number, x)
                 state = self._go_back_to(state, number, same)
             run = training.Run(
                 plan=plan,
@@ -243,6 +246,7 @@ class SnapshotEnsemble(Predictor):
                 keep_going=keep_going,
                 save_every=None if self.directory is None else save_every,
                 fingerprint=same,
+                earlier=self._earlier[:number],
                 state=state,
             )
             return self._train(
@@ -288,12 +292,19 @@ class SnapshotEnsemble(Predictor):
         self._store.take_back(state.done["cycles"])
         return state
 
-    def _ended_run(self) -> keras.callbacks.History:
-        """What `fit` returns for a run that ended before the last one did."""
-        self._runs += 1
+    def _ended_run(self, number: int, x: Any) -> keras.callbacks.History:
+        """What `fit` returns for a run that ended before the last one began."""
+        self._runs = number + 1
+        first = sum(self._earlier[:number])
+        epochs = self._earlier[number] if number < len(self._earlier) else 0
+        Passes(x).end(epochs)
         result = keras.callbacks.History()
         result.set_model(self.model)
-        result.epoch, result.history = [], {}
+        result.epoch = list(range(epochs))
+        result.history = {
+            name: [value for value in column[first : first + epochs] if value is not None]
+            for name, column in self.history.items()
+        }
         return result
 
     def _train(
@@ -314,6 +325,7 @@ class SnapshotEnsemble(Predictor):
                     self._store.commit()
             raise
         self._runs = self._done["runs"] = run.number + 1
+        self._earlier = [*run.earlier, run.done["epochs"] - run.epochs_before]
         self._store.commit()
         training.warn_of_stragglers(self.snapshots)
         return result

@@ -158,8 +158,10 @@ class HeldOut:
         if count == 1 and not isinstance(given, dict):
             only = keras.tree.flatten(given) if _is_pack(given) else [given]
             flat = only if len(only) == 1 else [np.asarray(given)]
-        elif isinstance(given, dict) and not isinstance(self.structure, dict):
-            flat = [given.get(name) for name in self.names]
+        elif isinstance(given, dict):
+            by_key = isinstance(self.structure, dict)
+            names = sorted(self.structure) if by_key else self.names
+            flat = [given.get(name) for name in names]
         elif what == "sample_weight" and not _is_pack(given):
             flat = [given] * count
         else:
@@ -236,8 +238,8 @@ def gather(
     outputs = [np.moveaxis(array, 1, 0) for array in keras.tree.flatten(found["outputs"])]
     masks = found.get("masks", {})
     held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks)
-    for output in outputs:
-        wrong = [i for i, member in enumerate(output) if np.isnan(member).any()]
+    for output, meaning in zip(outputs, held.meanings, strict=True):
+        wrong = [i for i, member in enumerate(output) if _makes_no_sense(member, meaning)]
         if len(wrong) == len(output):
             raise ValueError("A prediction is NaN. Received: NaN from each member. Look at `x`.")
         if wrong:
@@ -247,6 +249,15 @@ def gather(
             )
     _ = held.truths  # Checked.
     return held
+
+
+def _makes_no_sense(member: np.ndarray, meaning: Output) -> bool:
+    """Whether a NaN is in it, or an infinity that is neither sure nor ruled out."""
+    if not meaning.is_classes:
+        return not np.isfinite(member).all()
+    if meaning.task == "multiclass" and meaning.logits:
+        return not np.isfinite(member.max(axis=-1)).all()
+    return bool(np.isnan(member).any())
 
 
 def _is_pack(given: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.random.seed_generator import global_seed_generator
 
 from snapshot_ensemble.schedules import Plan
 from snapshot_ensemble.snapshots import SnapshotError
@@ -26,8 +27,10 @@ _FACTS = {
     "steps": int | None,
     "cycles_before": int,
     "epochs": int,
+    "earlier": list,
     "done": dict,
     "callbacks": list,
+    "optimizers": list,
     "random": dict,
 }
 
@@ -53,17 +56,25 @@ class TrainingState:
         """Numbers of cycles, epochs, steps and runs that were done."""
         return self.facts["done"]
 
+    def epochs_of_runs(self) -> list[int]:
+        """The number of epochs of each run that has ended."""
+        return self.facts["earlier"] + [self.facts["epochs"]] * self.facts["finished"]
+
     @classmethod
     def of(cls, model: keras.Model, callbacks: Sequence[Any], facts: Facts) -> "TrainingState":
         """The state of this moment."""
         arrays = {}
         for number, variable in enumerate(variables_of(model)):
             arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
+        if global_state.get_global_attribute("global_seed_generator") is not None:
+            # The one that Keras draws from where nobody gave a seed.
+            arrays["keras_seed"] = global_seed_generator().state.numpy()
         found = []
         for number, callback in enumerate(callbacks):
             state = _pack(_state_of(callback), f"callback_{number}", arrays)
             found.append([type(callback).__name__, state])
-        return cls(arrays, {**facts, "callbacks": found, "random": _random_state()})
+        more = {"callbacks": found, "optimizers": _built_for(model), "random": _random_state()}
+        return cls(arrays, {**facts, **more})
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes it as `.npz`, in which nothing is pickled."""
@@ -92,17 +103,24 @@ class TrainingState:
 
     def restore_model(self, model: keras.Model) -> None:
         """Gives the model, its optimizers and the random generators this state."""
+        _build_optimizers(model, self.facts["optimizers"])
         variables = variables_of(model)
+        kept = [array for name, array in self.arrays.items() if name.startswith("variable_")]
         for number, variable in enumerate(variables):
             array = self.arrays.get(f"variable_{number}")
-            if array is None or array.shape != tuple(variable.shape):
+            if array is None or array.shape != tuple(variable.shape) or len(kept) > len(variables):
                 shape = None if array is None else array.shape
                 raise SnapshotError(
                     "The state of training is not this model's and its optimizer's. Received: "
-                    f"{variable.path} of shape {tuple(variable.shape)}, in the state {shape}"
+                    f"{variable.path} of shape {tuple(variable.shape)}, in the state {shape}; "
+                    f"{len(variables)} variables, in the state {len(kept)}"
                 )
+        for number, variable in enumerate(variables):
+            array = self.arrays[f"variable_{number}"]
             own = keras.ops.convert_to_numpy(variable.value).dtype
             variable.assign(array.view(own) if own.kind == "V" else array)
+        if "keras_seed" in self.arrays:
+            global_seed_generator().state.assign(self.arrays["keras_seed"])
         _set_random_state(self.facts["random"])
 
     def restore_callbacks(self, callbacks: Sequence[Any]) -> None:
@@ -115,21 +133,61 @@ class TrainingState:
 def variables_of(model: keras.Model) -> list[Any]:
     """All that training changes: weights, seeds of dropout, the slots of optimizers."""
     found = list(model.variables)
-    # A model with a training step of its own may have more than one.
-    optimizers = [model.optimizer, *(v for v in vars(model).values() if _is_optimizer(v))]
-    for optimizer in optimizers:
-        inner: Any = optimizer
-        while inner is not None:  # A `LossScaleOptimizer` has one inside.
-            found += inner.variables
-            inner = getattr(inner, "inner_optimizer", None)
-    seeds = global_state.get_global_attribute("global_seed_generator")
-    if seeds is not None:
-        found.append(seeds.state)
+    for optimizer in _optimizers(model):
+        found += optimizer.variables
     return list({id(variable): variable for variable in found}.values())
 
 
-def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, keras.Optimizer)
+def _optimizers(model: keras.Model) -> list[Any]:
+    """The model's optimizers, of which one with a training step of its own may have several."""
+    own = [v for v in vars(model).values() if isinstance(v, keras.Optimizer)]
+    found = [model.optimizer, *(optimizer for optimizer in own if optimizer is not model.optimizer)]
+    # A `LossScaleOptimizer` has one inside, which goes before it: it may ask for its variables.
+    inner = [o.inner_optimizer for o in found if hasattr(o, "inner_optimizer")]
+    return [*inner, *found]
+
+
+def _built_for(model: keras.Model) -> list[list[int] | None]:
+    """The model's variables that each optimizer was built for, by their numbers."""
+    place = {id(variable): number for number, variable in enumerate(model.variables)}
+    return [
+        [place[id(v)] for v in getattr(optimizer, "_trainable_variables", [])]
+        if optimizer.built
+        else None
+        for optimizer in _optimizers(model)
+    ]
+
+
+def _build_optimizers(model: keras.Model, built_for: list[list[int] | None]) -> None:
+    """Builds those that had been, which Keras does at their first step."""
+    for optimizer, numbers in zip(_optimizers(model), built_for, strict=True):
+        if numbers and not optimizer.built:
+            with model.distribute_strategy.scope():
+                optimizer.build([model.variables[number] for number in numbers])
+
+
+def build(model: keras.Model, x: Any) -> None:
+    """Builds a model that Keras would build at its first step, so that it can take a state."""
+    if model.built:
+        return
+    if isinstance(x, tf.data.Dataset):  # Of its kind, without beginning a pass.
+        spec = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
+        batch = (keras.tree.map_structure(lambda s: np.zeros(_one_row(s.shape), _name(s)), spec),)
+    elif isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    else:
+        batch = (keras.tree.map_structure(lambda array: np.asarray(array[:1]), x),)
+    # One that cannot be called is told from the state by its variables, when it takes them.
+    with contextlib.suppress(NotImplementedError):
+        model(keras.utils.unpack_x_y_sample_weight(batch)[0])
+
+
+def _one_row(shape: Any) -> list[int]:
+    return [1 if size is None else size for size in shape]
+
+
+def _name(spec: Any) -> str:
+    return spec.dtype.as_numpy_dtype
 
 
 def _state_of(callback: Any) -> Any:
@@ -139,7 +197,13 @@ def _state_of(callback: Any) -> Any:
     if not type(callback).__module__.startswith("keras."):
         return None
     plain = (bool, int, float, str, np.generic, np.ndarray, list, type(None))
-    return {name: v for name, v in vars(callback).items() if isinstance(v, plain)}
+    found = vars(callback).items()
+    return {name: v for name, v in found if isinstance(v, plain) or _is_operation(v)}
+
+
+def _is_operation(value: Any) -> bool:
+    """Whether it is one of Keras's, such as the comparison that `EarlyStopping` chose."""
+    return callable(value) and getattr(keras.ops, getattr(value, "__name__", ""), None) is value
 
 
 def _give_back(callback: Any, state: Any) -> None:
@@ -156,6 +220,8 @@ def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"array": name}
     if isinstance(value, (np.generic, np.ndarray)):
         return value.item()
+    if _is_operation(value):
+        return {"operation": value.__name__}
     if isinstance(value, (list, tuple)):
         return [_pack(item, f"{name}_{i}", arrays) for i, item in enumerate(value)]
     if isinstance(value, dict):
@@ -168,6 +234,8 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return [_unpack(item, arrays) for item in value]
     if isinstance(value, dict) and "array" in value:
         return arrays[value["array"]]
+    if isinstance(value, dict) and "operation" in value:
+        return getattr(keras.ops, value["operation"])
     if isinstance(value, dict):
         return {name: _unpack(item, arrays) for name, item in value["dict"].items()}
     return value
@@ -233,8 +301,12 @@ class Passes:
         """Before the next pass, as many must have begun as belong before this epoch."""
         self._wanted = 1 + 2 * epoch
 
-    def catch_up(self) -> None:
-        """Begins those that are missing."""
+    def end(self, epochs: int) -> None:
+        """After a run, as many have begun as belong to its epochs."""
+        self.up_to(epochs)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
         while self._data is not None and self._begun < self._wanted:
             iter(self._data)
             self._begun += 1
@@ -251,7 +323,7 @@ class Passes:
             # The first to be asked is that of training, others are of validation.
             trained.append(iterator)
             if iterator is trained[0]:
-                self.catch_up()
+                self._catch_up()
                 self._begun += 1
             return get_iterator(iterator)
 

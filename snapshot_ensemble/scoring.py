@@ -45,7 +45,7 @@ def items_of(output: Any, meaning: Output) -> np.ndarray:
     wide = output.astype("float64")
     if meaning.task != "multiclass" and not meaning.logits:
         # How close to 1 it can come is a matter of the type that it was worked out in.
-        wide = np.minimum(wide, 1 - np.finfo(output.dtype).epsneg / 2)
+        wide = np.minimum(wide, 1 - float(np.finfo(output.dtype).epsneg) / 2)
     logs = np.asarray(class_logs(wide, meaning))
     return np.maximum(logs.reshape(-1, logs.shape[-1]), _FLOOR)
 
@@ -96,7 +96,7 @@ def reliability(logs: np.ndarray, truth: Truth, bins: int = BINS) -> np.ndarray:
     mass = np.bincount(place, truth.weights)
     right = np.bincount(place, truth.weights * _right(logs, truth))
     right = np.divide(right, mass, out=np.zeros_like(right), where=mass > 0)[place]
-    order = np.argsort(place, kind="stable")
+    order = np.lexsort((truth.weights, place))
     # An item belongs to the bin that the middle of its mass falls into.
     middle = np.cumsum(truth.weights[order]) - truth.weights[order] / 2
     count = min(bins, len(order))

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.annealing import AnnealedRate
-from snapshot_ensemble.recovery import Passes, StateKeeper, TrainingState, variables_of
+from snapshot_ensemble.recovery import Passes, StateKeeper, TrainingState, build, variables_of
 from snapshot_ensemble.schedules import Cycle, Plan
 from snapshot_ensemble.snapshots import Snapshot, SnapshotStore
 
@@ -35,6 +35,7 @@ class Run:
         keep_going: Whether to go on after a cycle that ends in numbers that are not finite.
         save_every: After how many epochs the state is kept; None: never.
         fingerprint: What must be the same for the run to go on after a break.
+        earlier: Number of epochs of each run before this one.
         state: The state of a broken run to go on from, or None.
     """
 
@@ -49,6 +50,7 @@ class Run:
     keep_going: bool
     save_every: int | None
     fingerprint: dict[str, Any]
+    earlier: list[int]
     state: TrainingState | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class Run:
             "steps": self.steps,
             "cycles_before": self.cycles_before,
             "epochs": self.done["epochs"] - self.epochs_before,
+            "earlier": self.earlier,
             "done": dict(self.done),
         }
 
@@ -363,6 +366,8 @@ def train(
     Returns:
         What `model.fit` returns, with the epochs before a break.
     """
+    if run.state is not None:
+        build(model, x)
     arguments = {**arguments, "initial_epoch": run.next_epoch}
     own = flat_callbacks(arguments.pop("callbacks", None))
     passes = Passes(x if run.save_every is not None else None)
@@ -385,8 +390,7 @@ def train(
         if run.save_every is not None and not (run.state and run.state.facts["finished"]):
             run.keep_state(model, own, run.epochs, finished=True)
     epochs = run.done["epochs"] - run.epochs_before
-    passes.up_to(epochs)
-    passes.catch_up()
+    passes.end(epochs)
     if run.state is None:
         result.history.setdefault("cycle", []).extend(run.history["cycle"][-epochs:])
         return result

@@ -57,8 +57,10 @@ class Objective:
 
     @property
     def scale(self) -> float:
-        """The size of its values: about 1 nat for classes, the mean squared error for values."""
-        return float(self.counts.sum() + np.trace(self.products) / self.members)
+        """The size of its values: about 1 nat for classes, the best member's squared error."""
+        squares = np.diag(self.products)
+        # Not the mean, which one member that diverged would make as large as it likes.
+        return float(self.counts.sum() + max(squares.min(), 1e-12 * squares.mean()))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         """The loss of one vector of weights, or of each column of a matrix."""
@@ -89,7 +91,7 @@ def likelihood_weights(objective: Objective) -> np.ndarray:
     scale = objective.scale
     if scale == 0:
         return weights
-    barrier = scale / objective.members
+    barrier = (scale + np.trace(objective.products)) / objective.members
     while barrier * objective.members > TOLERANCE * scale / 10:
         barrier /= 10
         weights = _center(objective, weights, barrier)
@@ -110,7 +112,10 @@ def _center(objective: Objective, weights: np.ndarray, barrier: float) -> np.nda
         system[:count, :count] = objective.curvature(weights) * np.outer(weights, weights)
         system[np.arange(count), np.arange(count)] += barrier
         system[count, :count] = system[:count, count] = weights
-        share = np.linalg.solve(system, np.append(-slope, 0.0))[:count]
+        try:
+            share = np.linalg.solve(system, np.append(-slope, 0.0))[:count]
+        except np.linalg.LinAlgError:  # Rounding: a flat direction, in which nothing is gained.
+            return weights
         decrement = -float(slope @ share)
         if decrement < barrier * 1e-5:
             break
@@ -194,7 +199,7 @@ def learn_temperature(items: list[np.ndarray], truths: list[Truth], shares: list
         value, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-7}
     )
     # The search never looks at the ends themselves, nor at no change.
-    best = min([*np.log(TEMPERATURES), 0.0, float(found.x)], key=value)
+    best = min([0.0, *np.log(TEMPERATURES), float(found.x)], key=value)
     return float(np.clip(np.exp(best), *TEMPERATURES))
 
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/kills.py --kills 50
 
-A process is killed (SIGKILL) at random moments after training began, in the middle of a write or
-not, and the same script goes on with `resume=True`. Every weight of every snapshot, the final
-weights and the history must be those of the unbroken run, to the bit.
+A process is killed (SIGKILL) at random moments after training began, every other time in the
+middle of a write, and the same script goes on with `resume=True`. Every weight of every snapshot,
+the final weights and the history must be those of the unbroken run, to the bit.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def make_model():
 
 
 class Begun(keras.callbacks.Callback):
-    """Tells the parent that training has begun."""
+    """Tells the parent that training has begun, once the first step has been traced."""
 
     def __init__(self, pipe):
         super().__init__()
         self._pipe = pipe
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_train_batch_end(self, batch, logs=None):
         if self._pipe is not None:
             os.write(self._pipe, b"!")
             self._pipe = None
@@ -99,10 +99,24 @@ def train(kind, directory, pipe=None):
     np.savez(directory / "result.npz", epoch=history.epoch, **arrays)
 
 
-def attempt(kind, directory, alive):
-    """Trains in a process of its own, which is killed so many seconds after training began.
+def die_in_write(number):
+    """Lets this process be killed when it has written so many files, before they are in place."""
+    fsync, left = os.fsync, [number]
 
-    Forked before anything ran in TensorFlow, so that none waits for its import.
+    def fsync_or_die(handle):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        fsync(handle)
+
+    os.fsync = fsync_or_die
+
+
+def attempt(kind, directory, alive=None, writes=None):
+    """Trains in a process of its own, and kills it.
+
+    It dies so many seconds after training began, or in a write after so many others. It is forked
+    before anything ran in TensorFlow, so that none waits for its import.
 
     Returns:
         Whether it was killed.
@@ -113,6 +127,8 @@ def attempt(kind, directory, alive):
         code = 1
         try:
             os.close(reading)
+            if writes is not None:
+                die_in_write(writes)
             train(kind, directory, writing)
             code = 0
         finally:
@@ -141,28 +157,38 @@ def survive(kind, kills, seed, longest):
     """Kills until it was done as often as wanted.
 
     Returns:
-        Numbers of kills, of runs that came to their end, and of those equal to the unbroken one.
+        Numbers of kills, of those that hit a write, of runs that came to their end, and of those
+        equal to the unbroken one.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         home = pathlib.Path(scratch)
         (home / "unbroken").mkdir()
-        attempt(kind, home / "unbroken", None)
+        attempt(kind, home / "unbroken")
         expected = load(home / "unbroken")
-        killed = runs = equal = 0
+        killed = in_write = runs = equal = 0
         while killed < kills:
             broken = home / str(runs)
             broken.mkdir()
             while True:
-                alive = rng.uniform(0, longest) if killed < kills else None
-                if not attempt(kind, broken, alive):
+                how = {"alive": rng.uniform(0, longest)}
+                if killed % 2:
+                    how = {"writes": rng.randrange(8)}
+                if not attempt(kind, broken, **(how if killed < kills else {})):
                     break
                 killed += 1
+                in_write += any((broken / "ensemble").glob("writing-*"))
             found = load(broken)
             runs += 1
             same = [np.array_equal(found[name], expected[name]) for name in expected]
             equal += set(found) == set(expected) and all(same)
-        return {"kind": kind, "kills": killed, "runs": runs, "equal": equal}
+        return {
+            "kind": kind,
+            "kills": killed,
+            "in a write": in_write,
+            "runs": runs,
+            "equal": equal,
+        }
 
 
 def main():
@@ -177,9 +203,10 @@ def main():
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'data':10}{'kills':>7}{'runs':>7}{'equal to the unbroken run, to the bit':>40}")
+    print(f"{'data':10}{'kills':>7}{'in a write':>12}{'runs':>6}{'equal, to the bit':>20}")
     for row in rows:
-        print(f"{row['kind']:10}{row['kills']:7}{row['runs']:7}{row['equal']:40}")
+        figures = f"{row['kills']:7}{row['in a write']:12}{row['runs']:6}{row['equal']:20}"
+        print(f"{row['kind']:10}{figures}")
 
 
 if __name__ == "__main__":
