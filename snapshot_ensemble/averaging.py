@@ -31,6 +31,10 @@ def mean_weights(members: Sequence[Weights]) -> Weights:
     return means
 
 
+def _equal(arrays: Sequence[np.ndarray]) -> bool:
+    return all(np.array_equal(array, arrays[0]) for array in arrays)
+
+
 def normalizing_layers(model: keras.Model) -> list[Any]:
     """The layers that keep the statistics of batches, unless they are frozen."""
     needed = ("moving_mean", "moving_variance", "momentum")
@@ -55,13 +59,14 @@ class Statistics(keras.Model):
 
         # In a closure, so that Keras tracks nothing of it.
         def run(inputs: Any) -> dict[str, Any]:
-            with with_weights(model, member.in_model_order) as scope, _by_batch(layers):
+            with with_weights(model, member.in_model_order), _by_batch(layers) as calls:
                 model.predict_step((inputs,))
-                kept = [(la.moving_mean, la.moving_variance) for la in layers]
-                found = {str(i): scope.get_current_value(v) for i, v in _numbered(kept)}
-            rows = ops.shape(keras.tree.flatten(inputs)[0])[0]
-            found["rows"] = ops.cast(rows, "float32")
-            return {name: ops.expand_dims(value, 0) for name, value in found.items()}
+            # A row for each call: Keras joins them over the batches.
+            return {
+                str(i): {name: ops.stack([call[name] for call in seen]) for name in seen[0]}
+                for i, seen in enumerate(calls)
+                if seen
+            }
 
         self._run = run
 
@@ -73,36 +78,53 @@ class Statistics(keras.Model):
         if not self.places:
             return weights
         found = self.predict(x, batch_size=batch_size, verbose=0)
-        share = found["rows"].astype("float64") / found["rows"].sum(dtype="float64")
         weights = list(weights)
-        for i, (mean_at, variance_at) in enumerate(self.places):
-            means, variances = (found[str(2 * i + k)].astype("float64") for k in (0, 1))
+        for number, calls in found.items():
+            counts, means, variances = (calls[name].astype("float64") for name in _STATISTICS)
+            share = counts / counts.sum()
             mean = np.tensordot(share, means, 1)
-            # Of all rows together: within batches, and between them.
+            # Of all items together: within batches, and between them.
             variance = np.tensordot(share, variances + np.square(means - mean), 1)
-            weights[mean_at] = mean.astype(weights[mean_at].dtype)
-            weights[variance_at] = variance.astype(weights[variance_at].dtype)
+            for place, value in zip(self.places[int(number)], (mean, variance), strict=True):
+                weights[place] = value.astype(weights[place].dtype)
         return weights
 
 
-def _numbered(pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, Any]]:
-    return enumerate(variable for pair in pairs for variable in pair)
+_STATISTICS = ("count", "mean", "variance")
 
 
 @contextlib.contextmanager
-def _by_batch(layers: Sequence[Any]) -> Iterator[None]:
-    """Lets these layers, and no others, work as in training, and forget all earlier batches."""
+def _by_batch(layers: Sequence[Any]) -> Iterator[list[list[dict[str, Any]]]]:
+    """Lets these layers, and no others, work as in training, and forget all earlier batches.
 
-    def in_training(call: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: call(*args, **{**kwargs, "training": True})
+    Yields a list for each layer, to which each of its calls adds the statistics that it took, and
+    of how many items.
+    """
 
+    def in_training(layer: Any, seen: list[dict[str, Any]]) -> Callable[..., Any]:
+        call = layer.call
+
+        def call_in_training(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = call(inputs, *args, **{**kwargs, "training": True})
+            kept = layer.moving_mean.value, layer.moving_variance.value
+            mask = kwargs.get("mask")
+            if mask is None:
+                count = ops.cast(ops.size(inputs), "float64") / kept[0].shape[0]
+            else:
+                count = ops.sum(ops.cast(mask, "float64"))
+            seen.append(dict(zip(_STATISTICS, (count, *kept), strict=True)))
+            return outputs
+
+        return call_in_training
+
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
     momenta = [layer.momentum for layer in layers]
     try:
-        for layer in layers:
+        for layer, seen in zip(layers, calls, strict=True):
             layer.momentum = 0.0
             # Past Keras's own tracking of attributes: nothing is to be noticed.
-            object.__setattr__(layer, "call", in_training(layer.call))
-        yield
+            object.__setattr__(layer, "call", in_training(layer, seen))
+        yield calls
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -151,7 +173,13 @@ class Averager:
                 )
             return weights
         self._member.set_weights(weights)
-        return self._statistics.renewed(weights, self._x, self._batch_size)
+        renewed = self._statistics.renewed(weights, self._x, self._batch_size)
+        for pair in self._statistics.places:
+            # What is equal in all members was never trained: the layer always works in inference.
+            if len(members) > 1 and all(_equal([m[place] for m in members]) for place in pair):
+                for place in pair:
+                    renewed[place] = weights[place]
+        return renewed
 
     def loss(self, weights: Weights) -> float:
         """The loss on the data."""

@@ -327,7 +327,7 @@ class SnapshotEnsemble(Predictor):
         self._runs = self._done["runs"] = run.number + 1
         self._earlier = [*run.earlier, run.done["epochs"] - run.epochs_before]
         self._store.commit()
-        training.warn_of_stragglers(self.snapshots)
+        training.warn_of_stragglers(self.snapshots, self.history)
         return result
 
     def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:

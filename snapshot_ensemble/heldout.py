@@ -61,7 +61,9 @@ class HeldOut:
 
     @property
     def names(self) -> list[str]:
-        """A name for each flat output."""
+        """A name for each flat output; its key, of outputs in a dict."""
+        if isinstance(self.structure, dict) and len(self.structure) == len(self.outputs):
+            return sorted(self.structure)
         names = getattr(self.model, "output_names", None)
         if names and len(names) == len(self.outputs):
             return list(names)
@@ -159,9 +161,7 @@ class HeldOut:
             only = keras.tree.flatten(given) if _is_pack(given) else [given]
             flat = only if len(only) == 1 else [np.asarray(given)]
         elif isinstance(given, dict):
-            by_key = isinstance(self.structure, dict)
-            names = sorted(self.structure) if by_key else self.names
-            flat = [given.get(name) for name in names]
+            flat = [given.get(name) for name in self.names]
         elif what == "sample_weight" and not _is_pack(given):
             flat = [given] * count
         else:

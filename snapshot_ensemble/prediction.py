@@ -545,8 +545,8 @@ class Predictor:
         Example:
 
         >>> print(ens.report(x_test, y_test))
-                          loss  accuracy     nll  nll (T)   brier     ece
-        member 0        0.2871    0.9111  0.2871   0.2868  0.1340  0.0211
+                         loss  accuracy     nll  nll_calibrated   brier     ece  disagreement
+        member 0       0.2871    0.9111  0.2871          0.2868  0.1340  0.0211        0.0822
         ...
 
         Args:

@@ -15,7 +15,7 @@ from snapshot_ensemble.truth import Truth
 from snapshot_ensemble.weighting import learn_temperature
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Report:
     """Scores on held-out data; prints as a table, in a terminal and in a notebook.
 
@@ -28,7 +28,7 @@ class Report:
             likeliest class; of a member `disagreement`, with each of the others on average. For
             regression: `squared_error`. With several outputs each has the output's name before it.
         examples: Number of rows of data.
-        bins: Number of bins of equal mass in `ece`.
+        bins: Number of bins of equal mass in `ece`; 0 without classes.
         temperature: The temperature of the combinations.
         disagreement: For each output by name, the share of items for which each pair of members
             differs in the likeliest class; of values the root of their mean squared difference.
@@ -57,7 +57,10 @@ class Report:
         content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
         means = {name: scoring.mean_of_pairs(matrix) for name, matrix in pairs}
         content["mean_disagreement"] = means
-        return content
+        # JSON has no word for what is not known.
+        return keras.tree.map_structure(
+            lambda v: None if isinstance(v, float) and math.isnan(v) else v, content
+        )
 
     def _cells(self) -> list[tuple[str, ...]]:
         columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
@@ -72,8 +75,7 @@ class Report:
             + (f" ({name})" if len(self.disagreement) > 1 else "")
             for name, matrix in self.disagreement.items()
         )
-        classes = any(name.endswith("ece") for name in self.rows["mean"])
-        bins = f"; calibration error over {self.bins} bins of equal mass" if classes else ""
+        bins = f"; calibration error over {self.bins} bins of equal mass" if self.bins else ""
         remarks = [
             f"{self.examples} rows{bins}.",
             f"Mean pairwise disagreement: {', '.join(pairs)}.",
@@ -152,7 +154,7 @@ def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -
     return Report(
         rows=rows,
         examples=held.rows,
-        bins=min([scoring.BINS, *(len(truth.weights) for truth in held.truths)]),
+        bins=_bins(held),
         temperature=temperature,
         disagreement=dict(zip(held.names, matrices, strict=True)),
         added_from_last=from_last,
@@ -160,6 +162,13 @@ def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -
         worth=worth,
         notes=_notes(losses, from_last["loss"], worth, weights is not None),
     )
+
+
+def _bins(held: HeldOut) -> int:
+    """The number of bins of the calibration error; 0 where there are no classes."""
+    pairs = zip(held.truths, held.meanings, strict=True)
+    items = [len(truth.weights) for truth, meaning in pairs if meaning.is_classes]
+    return min([scoring.BINS, *items]) if items else 0
 
 
 def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
@@ -193,7 +202,9 @@ def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, floa
                 "brier": scoring.brier_score(items, truth, meaning),
                 "ece": scoring.calibration_error(items, truth),
             }
-        row |= {_columns(held, name)[i]: value for name, value in scores.items()}
+        named = {_columns(held, name)[i]: value for name, value in scores.items()}
+        # A metric of the user's keeps its name.
+        row |= {name: value for name, value in named.items() if name not in row}
     return row
 
 
@@ -266,7 +277,7 @@ def _notes(alone: list[float], from_last: list[float], worth: int, weighted: boo
         f"Worth it: {worth} of {count} members. The mean of the last {worth} is within one "
         "standard error of the best such mean."
     ]
-    if from_last[-1] > alone[best]:
+    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # More than by rounding.
         k = int(np.argmin(from_last)) + 1
         tries = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
         tries.append("combine='weighted'" if weighted else "fit_weights on held-out data")

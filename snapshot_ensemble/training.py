@@ -260,26 +260,26 @@ def not_finite(model: keras.Model, metrics: dict[str, float]) -> str:
     return ""
 
 
-def warn_of_stragglers(snapshots: Sequence[Snapshot]) -> None:
+def warn_of_stragglers(snapshots: Sequence[Snapshot], history: dict[str, list[Any]]) -> None:
     """Names the members that are far worse than the others on the validation data.
 
-    Far worse: more than twice the median validation loss of the others.
+    Far worse: their validation loss is more than twice the median of the others, and nearer to that
+    of the first epoch, when hardly anything was learned.
     """
     losses = {s.index: s.metrics["val_loss"] for s in snapshots if "val_loss" in s.metrics}
+    known = [loss for loss in history.get("val_loss", ()) if loss is not None]
     if len(losses) < 3 or min(losses.values()) <= 0:
         return
     far = []
     for index, loss in losses.items():
-        median = float(np.median([other for i, other in losses.items() if i != index]))
-        if not loss <= 2 * median:
-            far.append(
-                f"member {index} (val_loss {loss:.4g}, the median of the others {median:.4g})"
-            )
+        others = float(np.median([other for i, other in losses.items() if i != index]))
+        if not loss <= max(2 * others, (others + known[0]) / 2):
+            far.append(f"member {index} (val_loss {loss:.4g}, median of the others {others:.4g})")
     if far:
         warnings.warn(
             f"Far worse than the others on the validation data: {', '.join(far)}. Leave out by "
             "`members=`, or let `fit_weights` or `report` on held-out data tell.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,6 +1,14 @@
 """A smoke run of each benchmark: that it runs, and the figures that do not depend on time."""
 
-from benchmarks import shared_backbone
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from benchmarks import faults, recovery_cost, shared_backbone
+
+KILLS = [sys.executable, str(pathlib.Path(__file__).parent / "benchmarks" / "kills.py"), "--json"]
 
 
 def test_shared_backbone(capsys):
@@ -10,3 +18,38 @@ def test_shared_backbone(capsys):
     assert parameters["combined model"] == backbone + 6 * head
     assert set(ratios) == {"combined model", "members side by side"}
     assert "time / one model" in capsys.readouterr().out
+
+
+def test_faults(capsys):
+    counts = faults.main(["--flips", "20", "--mutations", "60"])
+    assert all(tried == survived > 0 for tried, survived in counts.values())
+    kinds = {"a bit flipped", "cut", "removed", "swapped", "manifest altered", "manifest forged"}
+    assert kinds < set(counts)
+    assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
+
+
+def test_recovery_cost(capsys):
+    size = ["--rows", "64", "--width", "8", "--epochs", "2", "--rounds", "1"]
+    assert set(recovery_cost.main(size)) == set(recovery_cost.WAYS)
+    assert "MB of weights" in capsys.readouterr().out
+
+
+def killed(*arguments):
+    done = subprocess.run([*KILLS, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_kills_in_short():
+    # In a process of its own: it forks, which is safe only before TensorFlow ran something.
+    (row,) = killed("--kills", "2", "--kinds", "tf.data")
+    assert row["kills"] == 2
+    assert row["runs"] == row["equal"] > 0
+
+
+@pytest.mark.slow
+def test_kills_at_length():
+    for row in killed("--kills", "50"):
+        assert row["kills"] == 50
+        assert row["in a write"] > 10
+        assert row["runs"] == row["equal"] > 0

@@ -41,6 +41,19 @@ def test_every_block_does_what_it_says(readme):
     assert ens.evaluate(x_test, names["y_test"], verbose=0)[1] > 0.9
 
 
+def test_what_is_learned_on_held_out_data(readme):
+    names, folder = readme
+    ens = names["ens"]
+    assert ens.weights.sum() == pytest.approx(1)
+    assert ens.temperature != 1
+    assert set(names["unsure"]) == {"mean", "total", "aleatoric", "epistemic"}
+    assert names["small"].count_params() == ens.model.count_params()
+    with contextlib.chdir(folder):
+        before = (folder / "run" / "ensemble.json").read_bytes()
+        assert len(names["train"]()) == 3
+        assert (folder / "run" / "ensemble.json").read_bytes() == before  # Nothing was to do.
+
+
 def test_the_server_answers_with_the_ensembles_predictions(readme):
     pytest.importorskip("litserve")
     names, folder = readme
@@ -59,6 +72,7 @@ def test_the_server_answers_with_the_ensembles_predictions(readme):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait(30)
+    names["ens"].temperature = 1.0  # It was exported before it was calibrated.
     expected = names["ens"].predict(x, verbose=0)
     np.testing.assert_allclose(answer["digit"], expected, atol=1e-5)
 

@@ -1,0 +1,261 @@
+"""What goes wrong in training, on disk and over the years: nothing is lost, nothing is believed."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+
+from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+
+layers = keras.layers
+HERE = pathlib.Path(__file__).parent
+X = np.random.default_rng(0).normal(size=(24, 4)).astype("float32")
+Y = np.argmax(X[:, :3], axis=1)
+
+
+def dense(**arguments):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(5), layers.Dense(3, "softmax")])
+    loss = arguments.pop("loss", "sparse_categorical_crossentropy")
+    model.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
+    return model
+
+
+def at_epoch(number, do):
+    """A callback that does something to the model at the end of the last batch of an epoch."""
+
+    class AtEpoch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch, logs=None):
+            if self.epoch == number and batch == 2:
+                do(self.model)
+
+    return AtEpoch()
+
+
+def fit(ens, epochs=8, **arguments):
+    return ens.fit(X, Y, epochs=epochs, batch_size=8, verbose=0, **arguments)
+
+
+# Training that goes wrong
+
+
+def spoil(model):
+    model.weights[0].assign(np.full(model.weights[0].shape, np.inf))
+
+
+def test_a_cycle_that_ends_in_infinite_weights_is_no_member_and_ends_training():
+    ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1)
+    told = (
+        r"Cycle 1 gives no member: its weights are not finite \(.*kernel\)\. 1 members are kept\."
+    )
+    with pytest.warns(UserWarning, match=told + r" Training stops\..*`keep_going=True`"):
+        history = fit(ens, callbacks=[at_epoch(3, spoil)])
+    assert [snapshot.cycle for snapshot in ens.snapshots] == [0]
+    assert history.epoch == [0, 1, 2, 3]
+    assert np.isfinite(ens.predict(X, verbose=0)).all()
+
+
+def overflowing(y, prediction):
+    return keras.ops.sum(prediction, axis=-1) * (np.inf if overflowing.on else 1.0)
+
+
+def test_a_cycle_that_ends_in_a_loss_that_is_not_finite_is_no_member():
+    overflowing.on = False
+    ens = SnapshotEnsemble(dense(loss=overflowing), cycles=2, lr_init=1e-6, task="multiclass")
+
+    def turn_on(model):
+        overflowing.on = True
+
+    with pytest.warns(UserWarning, match=r"Cycle 1 gives no member: its loss is (nan|inf)\. 1 mem"):
+        ens.fit(X, Y, epochs=4, batch_size=8, verbose=0, callbacks=[at_epoch(2, turn_on)])
+    assert len(ens) == 1
+
+
+def test_a_bad_number_in_mid_cycle_that_passes_does_no_harm():
+    kept = []
+
+    def spoil_and_mend(model):
+        if kept:
+            model.weights[0].assign(kept.pop())
+        else:
+            kept.append(model.weights[0].numpy())
+
+    callbacks = [at_epoch(2, spoil_and_mend), at_epoch(3, spoil_and_mend)]
+    ens = SnapshotEnsemble(dense(), cycles=2, lr_init=0.1)
+    fit(ens, epochs=4, callbacks=callbacks)
+    assert len(ens) == 2
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_told_to_go_on_it_goes_on_from_the_last_good_cycle(bad):
+    starts, own = [], []
+
+    def note(epoch, logs):
+        starts.append([v.numpy() for v in (*ens.model.weights, *ens.model.optimizer.variables)])
+
+    ens = SnapshotEnsemble(dense(), cycles=3, lr_init=0.1)
+    ens.model.optimizer.build(ens.model.trainable_variables)
+    own.extend(v.numpy() for v in (*ens.model.weights, *ens.model.optimizer.variables))
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=note)
+    with pytest.warns(UserWarning, match=rf"Cycle {bad} .*next cycle begins where the last one"):
+        fit(ens, 6, callbacks=[at_epoch(2 * bad + 1, spoil), note], keep_going=True)
+    assert [snapshot.cycle for snapshot in ens.snapshots] == sorted({0, 1, 2} - {bad})
+    begun, good = starts[2 * bad + 2], starts[2 * bad]
+    # The learning rate (the second variable of the optimizer) is set anew in each step.
+    place = len(ens.model.weights) + 1
+    for number, (one, other) in enumerate(zip(begun, good, strict=True)):
+        assert number == place or np.array_equal(one, other)
+    assert np.isfinite(ens.predict_members(X, verbose=0)).all()
+
+
+def test_a_straggler_is_named():
+    ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
+
+    def worsen(model):
+        model.weights[-1].assign(np.asarray([30.0, -30.0, 0.0]))
+
+    told = r"Far worse than the others on the validation data: member 2 \(val_loss .*Leave out by"
+    with pytest.warns(UserWarning, match=told):
+        fit(
+            ens,
+            validation_data=(X, Y),
+            callbacks=[
+                at_epoch(5, worsen),
+                at_epoch(6, lambda m: m.set_weights(ens._store.weights(m, 0))),
+            ],
+        )
+    losses = [snapshot.metrics["val_loss"] for snapshot in ens.snapshots]
+    assert losses[2] > 2 * np.median(np.delete(losses, 2))
+
+
+def test_members_that_are_alike_are_not_warned_of():
+    ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
+    fit(ens, validation_data=(X, Y))  # A warning would be an error.
+    assert len(ens) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_breaks_a_run_off_leaves_the_finished_cycles(tmp_path, error):
+    def stop(model):
+        raise error
+
+    ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=tmp_path / "run")
+    with pytest.raises(error):
+        fit(ens, callbacks=[at_epoch(5, stop)])
+    assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
+    found = SnapshotEnsemble.load(tmp_path / "run").predict(X, verbose=0)
+    np.testing.assert_array_equal(found, ens.predict(X, verbose=0))
+
+
+# A disk that does not take it
+
+
+FULL = """
+import json, os, resource, sys
+import numpy as np
+import keras
+from snapshot_ensemble import SnapshotEnsemble
+directory, fault = sys.argv[1:]
+x = np.random.default_rng(0).normal(size=(24, 200)).astype("float32")
+model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(50), keras.layers.Dense(3)])
+model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), run_eagerly=True)
+def harm(epoch, logs):
+    if epoch == 4 and fault == "permission":
+        os.chmod(directory, 0o500)
+        if os.geteuid() == 0:  # Who may write anywhere.
+            os.seteuid(65534)
+    elif epoch == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault), -1))
+ens = SnapshotEnsemble(model, cycles=4, lr_init=0.1, directory=directory)
+arguments = dict(x=x, y=np.arange(24) % 3, epochs=8, verbose=0)
+try:
+    callbacks = [keras.callbacks.LambdaCallback(on_epoch_begin=harm)]
+    ens.fit(**arguments, callbacks=callbacks)
+except OSError as error:
+    told = str(error)
+os.seteuid(os.getuid())
+usable = bool(np.isfinite(ens.predict(x, verbose=0)).all())
+members, loaded = len(ens), len(SnapshotEnsemble.load(directory))
+left = [name for name in os.listdir(directory) if name.startswith("writing-")]
+os.chmod(directory, 0o700)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+ens.fit(**arguments, resume=True)
+print(json.dumps([told, usable, members, loaded, left, len(ens)]))
+"""
+
+
+# A limit on the size of files stands in for the disk: it hits all files, the weights, the state.
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param("0", marks=pytest.mark.slow),
+        "3000",
+        pytest.param("30000", marks=pytest.mark.slow),
+        pytest.param("permission", marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_takes_no_more_is_told_of_and_what_was_written_stays(fault):
+    with tempfile.TemporaryDirectory() as scratch:
+        pathlib.Path(scratch).chmod(0o777)
+        command = [sys.executable, "-c", FULL, f"{scratch}/run", fault]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told, usable, members, loaded, left, in_the_end = json.loads(done.stdout)
+    assert "cannot be written to: " in told
+    assert "What was written before is as it was, 2 snapshots with it." in told
+    assert (usable, members, loaded, left, in_the_end) == (True, 2, 2, [], 4)
+
+
+def test_a_directory_that_is_gone_is_told_of():
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = pathlib.Path(scratch, "run")
+        ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=directory)
+        with pytest.raises(OSError, match=r"cannot be written to: .*The directory is gone\."):
+            fit(ens, callbacks=[at_epoch(4, lambda model: shutil.rmtree(directory))])
+    assert len(ens) == 2
+
+
+def test_a_place_where_no_directory_can_be_is_told_of_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=tmp_path / "file" / "run")
+    epochs = []
+    look = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    with pytest.raises(OSError, match="run"):
+        fit(ens, callbacks=[look])
+    assert epochs == []
+
+
+# Formats
+
+
+@pytest.mark.parametrize("version", [path.name for path in sorted((HERE / "formats").iterdir())])
+def test_a_directory_of_each_format_is_read(tmp_path, version):
+    made = HERE / "formats" / version
+    directory = shutil.copytree(made / "ensemble", tmp_path / "ensemble")
+    expected = np.load(made / "expected.npz")
+    ens = SnapshotEnsemble.load(directory)
+    found = ens.predict_members(expected["x"], verbose=0)
+    np.testing.assert_allclose(found, expected["members"], rtol=1e-5)
+    found = ens.predict(expected["x"], combine="weighted", verbose=0)
+    np.testing.assert_allclose(found, expected["weighted"], rtol=1e-5)
+    assert ens.temperature == float(expected["temperature"])
+    assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
+    assert len(ens.history["loss"]) == 2
+    ens.fit(expected["x"], np.arange(len(expected["x"])) % 3, epochs=2, verbose=0)
+    assert len(SnapshotEnsemble.load(directory)) == 4
+
+
+def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+    directory = shutil.copytree(HERE / "formats" / "1" / "ensemble", tmp_path / "ensemble")
+    path = directory / "ensemble.json"
+    path.write_text(path.read_text("utf-8").replace('"version": 1', '"version": 2'))
+    with pytest.raises(SnapshotError, match=r"ensemble\.json.*version 2.*Update"):
+        SnapshotEnsemble.load(directory)
