@@ -11,6 +11,7 @@ from snapshot_ensemble import SnapshotEnsemble, demo
 from snapshot_ensemble.__main__ import main
 
 
+@pytest.mark.slow
 def test_demo_prints_the_plan_and_a_table_and_leaves_the_ensemble(tmp_path, capsys):
     directory = tmp_path / "digits"
     assert main(["demo", "--epochs", "4", "--cycles", "2", "--directory", str(directory)]) == 0

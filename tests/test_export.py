@@ -149,9 +149,10 @@ def sequence_model(layer):
     ],
     ids=["gru", "lstm", "attention", "convolution"],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format_name",
-    ["tf_saved_model", *(pytest.param(f, marks=pytest.mark.slow) for f in ("onnx", "openvino"))],
+    ["tf_saved_model", "onnx", "openvino"],
 )
 def test_recurrent_attention_and_convolutional_layers(layer, format_name, tmp_path):
     path, tolerance = tmp_path / FORMATS[format_name][0], FORMATS[format_name][1]

@@ -273,7 +273,7 @@ np.save(sys.argv[1] + "/y.npy", model.predict(x, verbose=0))
 
 @pytest.mark.parametrize(
     "combine",
-    ["mean", "vote", *(pytest.param(c, marks=pytest.mark.slow) for c in ("weighted", "geometric"))],
+    ["mean", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vote", "weighted", "geometric"))],
 )
 def test_its_file_loads_where_the_package_is_not(combine, tmp_path):
     source, in_backbone = with_backbone(nested=True)

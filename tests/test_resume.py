@@ -215,6 +215,15 @@ CASES = {
 }
 
 
+EVERY_DAY = {
+    "arrays",
+    "a dataset of unknown length",
+    "a subclass",
+    "a callback with a state",
+    "early stopping",
+}
+
+
 def unpacked(case):
     case = dict(CASES[case])
     made = [c() for c in case.pop("callbacks", [])]
@@ -222,7 +231,10 @@ def unpacked(case):
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in EVERY_DAY else pytest.mark.slow) for case in CASES],
+)
 def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, case):
     case_arguments, callbacks = unpacked(case)
     expected = outcome(*run(tmp_path / "unbroken", callbacks=callbacks, **case_arguments))
