@@ -1,8 +1,24 @@
 """Snapshot ensembles for Keras: one training budget, one compiled model, an ensemble out of it."""
 
+from snapshot_ensemble.callbacks import (
+    GenerateSnapshotCallbacks,
+    SnapshotEnsembleCallback,
+    VisualizeLR,
+)
 from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.report import Report
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
 from snapshot_ensemble.snapshots import Snapshot, SnapshotError
 
-__all__ = ["CosineAnnealing", "Cycle", "Snapshot", "SnapshotEnsemble", "SnapshotError"]
+__all__ = [
+    "CosineAnnealing",
+    "Cycle",
+    "GenerateSnapshotCallbacks",
+    "Report",
+    "Snapshot",
+    "SnapshotEnsemble",
+    "SnapshotEnsembleCallback",
+    "SnapshotError",
+    "VisualizeLR",
+]
 __version__ = "2.0.0.dev0"

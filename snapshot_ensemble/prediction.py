@@ -161,7 +161,7 @@ class Predictor:
 
         Example:
 
-        >>> found = ens.predict_uncertainty(x)
+        >>> found = ens.predict_uncertainty(x, verbose=0)
         >>> most_unsure = np.argsort(-found["epistemic"])[:10]
 
         Args:
@@ -408,9 +408,10 @@ class Predictor:
 
         Example:
 
-        >>> ens.fit_weights(x_val, y_val)
-        array([0.        , 0.21346103, 0.78653897])
-        >>> ens.predict(x, combine="weighted")
+        >>> weights = ens.fit_weights(x_val, y_val, verbose=0)
+        >>> bool(weights.min() >= 0), round(float(weights.sum()), 6)
+        (True, 1.0)
+        >>> weighted = ens.predict(x, combine="weighted", verbose=0)
 
         Args:
             x: As for `model.evaluate`; data that training has not seen.
@@ -474,6 +475,12 @@ class Predictor:
         combination. The likeliest class never changes. `predict_members` and
         `predict_uncertainty` show the members as they are. Of several outputs those of classes
         share it. Learning anew starts from the uncalibrated probabilities.
+
+        Example:
+
+        >>> temperature = ens.calibrate(x_val, y_val, verbose=0)
+        >>> ens.temperature == temperature
+        True
 
         Args:
             x: As for `model.evaluate`; data that training has not seen.
@@ -544,10 +551,11 @@ class Predictor:
 
         Example:
 
-        >>> print(ens.report(x_test, y_test))
-                         loss  accuracy     nll  nll_calibrated   brier     ece  disagreement
-        member 0       0.2871    0.9111  0.2871          0.2868  0.1340  0.0211        0.0822
-        ...
+        >>> report = ens.report(x_val, y_val, verbose=0)
+        >>> list(report.rows)
+        ['member 0', 'member 1', 'last snapshot', 'best member', 'mean', 'vote', 'geometric']
+        >>> list(report.rows["mean"])
+        ['loss', 'nll', 'nll_calibrated', 'brier', 'ece']
 
         Args:
             x: As for `model.evaluate`; data that training has not seen.
@@ -587,6 +595,12 @@ class Predictor:
         under the new weights: in one pass over it, in which these layers normalise by the
         statistics of the batch (and nothing is dropped), the mean and variance of all rows,
         whatever the layers' momentum. Frozen layers keep theirs.
+
+        Example:
+
+        >>> small = ens.average_weights("greedy", x=x_val, y=y_val)
+        >>> small.count_params() == ens.model.count_params()
+        True
 
         Args:
             members: As for `predict`, or `"greedy"`: beginning with the best member on `x` and

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 
 import snapshot_ensemble
-from snapshot_ensemble import CosineAnnealing, Cycle, Snapshot, SnapshotEnsemble, SnapshotError
+from snapshot_ensemble import (
+    CosineAnnealing,
+    Cycle,
+    GenerateSnapshotCallbacks,
+    Snapshot,
+    SnapshotEnsemble,
+    SnapshotEnsembleCallback,
+    SnapshotError,
+    VisualizeLR,
+    plots,
+)
+from snapshot_ensemble.prediction import Predictor
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = np.argmax(X[:, :3], axis=1)
@@ -537,7 +548,15 @@ def test_importing_the_package_asks_for_nothing_that_is_not_always_needed(tmp_pa
 
 EXAMPLES = [
     test
-    for public in (SnapshotEnsemble, CosineAnnealing)
+    for public in (
+        SnapshotEnsemble,
+        Predictor,
+        CosineAnnealing,
+        SnapshotEnsembleCallback,
+        GenerateSnapshotCallbacks,
+        VisualizeLR,
+        plots.plot_schedule,
+    )
     for test in doctest.DocTestFinder().find(public, public.__name__)
     if test.examples
 ]
@@ -553,7 +572,13 @@ def test_examples_do_what_they_show(example, capsys, tmp_path, monkeypatch):
     ens = SnapshotEnsemble(compiled(), cycles=2)
     fit(ens, epochs=2)
     example.globs.update(
-        keras=keras, np=np, SnapshotEnsemble=SnapshotEnsemble, model=compiled(), ens=ens, x=X, y=Y
+        **{name: getattr(snapshot_ensemble, name) for name in snapshot_ensemble.__all__},
+        plot_schedule=plots.plot_schedule,
+        keras=keras,
+        np=np,
+        model=compiled(),
+        ens=ens,
+        **{"x": X, "y": Y, "x_val": X, "y_val": Y},
     )
     failed, attempted = doctest.DocTestRunner().run(example, clear_globs=False)
     assert attempted > 0

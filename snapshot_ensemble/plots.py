@@ -1,0 +1,370 @@
+"""Pictures: the schedule, a run, what members are worth, how honest their probabilities are.
+
+Each function draws into `ax`, or into a new figure, and returns the `Axes`; none shows it.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from snapshot_ensemble import scoring
+from snapshot_ensemble.averaging import Averager
+from snapshot_ensemble.combining import combine_outputs
+from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.report import Report
+from snapshot_ensemble.schedules import CosineAnnealing, Cycle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Told apart by all kinds of eyes (Okabe & Ito, 2008).
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt  # noqa: PLC0415  Loaded where it is used.
+
+    return plt.subplots(figsize=(6, 4), layout="constrained")[1]
+
+
+def _labelled(ax: "Axes", x: str, y: str, legend: bool = True) -> "Axes":
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    if legend:
+        ax.legend(frameon=False)
+    return ax
+
+
+def _mark_restarts(ax: "Axes", epochs: Sequence[float]) -> None:
+    for number, epoch in enumerate(epochs):
+        label = "restart" if number == 0 else None
+        ax.axvline(epoch, color=GREY, linestyle=":", linewidth=1, label=label)
+
+
+def plot_schedule(
+    schedule: SnapshotEnsemble | CosineAnnealing | Sequence[Cycle],
+    epochs: int | None = None,
+    *,
+    steps_per_epoch: int = 100,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws the learning rate of every step.
+
+    Example:
+
+    >>> ax = plot_schedule(CosineAnnealing(10, 2.0, lr_init=0.1), epochs=70)
+    >>> ax.figure.savefig("schedule.png")
+
+    Args:
+        schedule: A `CosineAnnealing`, a `SnapshotEnsemble`, or a plan of either.
+        epochs: The budget. Defaults to `None`, for a plan, which has one.
+        steps_per_epoch: Defaults to `100`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: epochs to the right, the learning rate upwards.
+
+    Raises:
+        ValueError: If there is no plan for these epochs.
+    """
+    plan = schedule if isinstance(schedule, list) else schedule.plan(epochs)
+    ax = _axes(ax)
+    for cycle in plan:
+        rates = cycle.rates(steps_per_epoch)
+        ax.plot(cycle.first_epoch + np.arange(len(rates)) / steps_per_epoch, rates, color=BLUE)
+    _mark_restarts(ax, [cycle.first_epoch for cycle in plan[1:]])
+    return _labelled(ax, "epoch", "learning rate", legend=len(plan) > 1)
+
+
+def plot_history(
+    ensemble: SnapshotEnsemble, metric: str = "loss", *, ax: "Axes | None" = None
+) -> "Axes":
+    """Draws a metric over the epochs, the learning rate behind it, and where it restarts.
+
+    Args:
+        ensemble: An ensemble that was trained.
+        metric: A name in `ensemble.history`; its validation value is drawn, too.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes` of the metric.
+
+    Raises:
+        ValueError: If the history has no such metric.
+    """
+    history = ensemble.history
+    if metric not in history:
+        raise ValueError(f"`metric` must be one of {sorted(history)}. Received: metric={metric!r}")
+    ax = _axes(ax)
+    epochs = np.arange(1, len(history["cycle"]) + 1)
+    cycles = np.asarray(history["cycle"])
+    for name, color in ((metric, BLUE), (f"val_{metric}", ORANGE)):
+        if name in history:
+            values = np.asarray([np.nan if v is None else v for v in history[name]], "float64")
+            known = np.isfinite(values)
+            ax.plot(epochs[known], values[known], color=color, label=name)
+    _mark_restarts(ax, epochs[1:][cycles[1:] != cycles[:-1]] - 0.5)
+    rate = ax.twinx()
+    rate.plot(epochs, history["learning_rate"], color=GREY, alpha=0.5, linewidth=1)
+    rate.set_ylabel("learning rate (end of the epoch)", color=GREY)
+    return _labelled(ax, "epoch", metric)
+
+
+def plot_members(report: Report, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the error against the number of members, added from the last and from the first.
+
+    Args:
+        report: Of `ensemble.report`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: the share of wrong classes, or the mean squared error, upwards.
+    """
+    ax = _axes(ax)
+    names = [name for name in report.added_from_last if name != "loss"]
+    styles = ("-", "--", ":", "-.")
+    for name, style in zip(names, styles * len(names), strict=False):
+        of = "" if len(names) == 1 else f" ({name})"
+        for curves, where, color in (
+            (report.added_from_last, "last", BLUE),
+            (report.added_from_first, "first", ORANGE),
+        ):
+            counts = np.arange(1, len(curves[name]) + 1)
+            label = f"from the {where}{of}"
+            ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
+    ax.axvline(report.worth, color=GREY, linestyle=":", label=f"worth it: {report.worth}")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return _labelled(ax, "number of members", "error")
+
+
+def plot_diversity(
+    report: Report, output: str | None = None, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Draws how far each pair of members is apart.
+
+    Args:
+        report: Of `ensemble.report`.
+        output: The name of an output. Defaults to `None`, the first.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: the share of rows for which a pair differs in the likeliest class; of values the
+        root of their mean squared difference.
+
+    Raises:
+        ValueError: If there is no such output.
+    """
+    names = list(report.disagreement)
+    if output is not None and output not in names:
+        raise ValueError(f"`output` must be one of {names}. Received: output={output!r}")
+    matrix = report.disagreement[names[0] if output is None else output]
+    ax = _axes(ax)
+    image = ax.imshow(matrix, cmap="cividis", vmin=0)
+    if len(matrix) <= 12:
+        for (i, j), value in np.ndenumerate(matrix):
+            color = "black" if value > matrix.max() / 2 else "white"
+            ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    ax.figure.colorbar(image, ax=ax, label="disagreement")
+    ax.set_xlabel("member")
+    ax.set_ylabel("member")
+    return ax
+
+
+def plot_reliability(
+    ensemble: SnapshotEnsemble,
+    x: Any,
+    y: Any = None,
+    *,
+    combine: str = "mean",
+    bins: int = scoring.BINS,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws how often the likeliest class is right against how probable it was said to be.
+
+    Honest probabilities lie on the diagonal. Of an ensemble with a temperature both are drawn,
+    before and after it.
+
+    Args:
+        ensemble: An ensemble of a classifier.
+        x: As for `model.evaluate`; data that training has not seen.
+        y: As for `model.evaluate`.
+        combine: As for `predict`. Defaults to `"mean"`.
+        bins: Number of bins of equal mass. Defaults to `15`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`.
+
+    Raises:
+        ValueError: If the first output is a regression, or the data do not fit the model.
+    """
+    chosen, weights = ensemble._choice(combine, None)
+    held = ensemble._gather(x, y, None, chosen, verbose=0)
+    if not held.meanings[0].is_classes:
+        raise ValueError(
+            "Reliability is that of probabilities. Received: a model whose first output is a "
+            "regression."
+        )
+    ax = _axes(ax)
+    cases = [(1.0, "as predicted" if ensemble.temperature == 1 else "before", ORANGE, "s")]
+    if ensemble.temperature != 1:
+        cases.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
+    for temperature, label, color, marker in cases:
+        combined = combine_outputs(held.members(), combine, held.meanings, weights, temperature)
+        logs = scoring.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
+        confidence, right, _ = scoring.reliability(logs, held.truths[0], bins).T
+        found = scoring.calibration_error(logs, held.truths[0], bins)
+        told = f"{label} (error {found:.3f})"
+        ax.plot(confidence, right, color=color, marker=marker, markersize=4, label=told)
+    ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="honest")
+    return _labelled(ax, "probability of the likeliest class", "share that is right")
+
+
+def plot_uncertainty(
+    ensemble: SnapshotEnsemble, x: Any, y: Any = None, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Draws the error among the items that are left as the least sure ones are set aside.
+
+    An uncertainty that knows its errors falls steeply. Of the first output.
+
+    Args:
+        ensemble: An ensemble.
+        x: As for `model.evaluate`; data that training has not seen.
+        y: As for `model.evaluate`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: the share of wrong classes, or the mean squared error, upwards.
+
+    Raises:
+        ValueError: If the data do not fit the model.
+    """
+    held = ensemble._gather(x, y, None, verbose=0)
+    members, meaning, truth = held.members(), held.meanings[0], held.truths[0]
+    mean = keras.tree.flatten(combine_outputs(members, "mean", held.meanings))[0]
+    flat = [keras.tree.flatten(outputs)[0] for outputs in members]
+    spread = scoring.uncertainty(flat, [meaning])
+    items = scoring.items_of(mean, meaning)
+    if meaning.is_classes:
+        right = np.take_along_axis(truth.targets, items.argmax(-1)[:, None], axis=-1)[:, 0]
+        wrong = 1 - right
+    else:
+        wrong = scoring.losses(items, truth)
+    ax = _axes(ax)
+    colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
+    for name, values in spread.items():
+        order = np.argsort(np.asarray(values).reshape(-1), kind="stable")
+        weights = truth.weights[order]
+        left = np.cumsum(weights)
+        error = np.cumsum(weights * wrong[order]) / np.maximum(left, np.finfo(float).tiny)
+        ax.plot(1 - left, error, color=colors[name], label=f"by {name}")
+    what = "share of wrong classes" if meaning.is_classes else "mean squared error"
+    return _labelled(ax, "share set aside, the least sure first", f"{what}, of the rest")
+
+
+def plot_landscape(
+    ensemble: SnapshotEnsemble,
+    x: Any,
+    y: Any = None,
+    *,
+    points: int = 9,
+    batch_size: int | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws the loss along the straight line from each snapshot to the next.
+
+    Where it rises between them, they lie in different basins: their predictions are worth
+    averaging, their weights are not.
+
+    Args:
+        ensemble: An ensemble of at least two members.
+        x: As for `model.evaluate`.
+        y: As for `model.evaluate`.
+        points: Number of points from one snapshot to the next. Defaults to `9`.
+        batch_size: As for `model.predict`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: member numbers to the right, the loss upwards.
+
+    Raises:
+        ValueError: If there are fewer than two members, or the data do not fit the model.
+
+    References:
+        - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109), figure 4
+    """
+    if len(ensemble) < 2:
+        raise ValueError(
+            f"There is no line between fewer than two members. Received: {len(ensemble)} members."
+        )
+    judge = Averager(ensemble.model, ensemble._read, x, y, batch_size)
+    members = [ensemble._store.weights(ensemble.model, i) for i in range(len(ensemble))]
+    places = np.linspace(0, len(members) - 1, (len(members) - 1) * points + 1)
+    losses = []
+    for place in places:
+        first = min(int(place), len(members) - 2)
+        share = place - first
+        pairs = zip(members[first], members[first + 1], strict=True)
+        weights = [((1 - share) * a + share * b).astype(a.dtype) for a, b in pairs]
+        losses.append(judge.loss(weights))
+    ax = _axes(ax)
+    ax.plot(places, losses, color=BLUE)
+    ax.plot(places[::points], losses[::points], "o", color=RED, label="snapshot")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return _labelled(ax, "member, and the line to the next", "loss")
+
+
+def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the snapshots in the plane of the first two principal components of their weights.
+
+    Args:
+        ensemble: An ensemble of at least three members.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`; its labels say which share of the variance each direction has.
+
+    Raises:
+        ValueError: If there are fewer than three members.
+    """
+    if len(ensemble) < 3:
+        raise ValueError(
+            "There is no plane through fewer than three members. Received: "
+            f"{len(ensemble)} members."
+        )
+    trained = [variable.trainable for variable in ensemble.model.weights]
+    rows = []
+    for index in range(len(ensemble)):
+        weights = ensemble._store.weights(ensemble.model, index)
+        flat = [w.astype("float64").ravel() for w, t in zip(weights, trained, strict=True) if t]
+        rows.append(np.concatenate(flat))
+    centred = np.stack(rows) - np.mean(rows, axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    places, shares = left[:, :2] * sizes[:2], sizes**2 / max((sizes**2).sum(), 1e-300)
+    ax = _axes(ax)
+    ax.plot(*places.T, color=GREY, linewidth=1, zorder=1)
+    ax.scatter(*places.T, c=range(len(rows)), cmap="cividis", zorder=2)
+    for index, place in enumerate(places):
+        ax.annotate(str(index), place, xytext=(5, 5), textcoords="offset points")
+    ax.margins(0.1)
+    labels = [f"principal component {k + 1} ({shares[k]:.0%} of the variance)" for k in (0, 1)]
+    return _labelled(ax, *labels, legend=False)
+
+
+__all__ = [
+    "plot_diversity",
+    "plot_history",
+    "plot_landscape",
+    "plot_members",
+    "plot_reliability",
+    "plot_schedule",
+    "plot_trajectory",
+    "plot_uncertainty",
+]
