@@ -1,40 +1,103 @@
-"""The command line: `python -m snapshot_ensemble`."""
+"""The command line: `python -m snapshot_ensemble`, or `snapshot-ensemble`."""
 
 import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from snapshot_ensemble.demo import run_demo
+from snapshot_ensemble.directory import DirectoryStore
+from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles
+from snapshot_ensemble.snapshots import SnapshotError
 
 EXAMPLES = """\
 examples:
-  python -m snapshot_ensemble demo
-  python -m snapshot_ensemble demo --epochs 30 --cycles 3 --directory digits
+  snapshot-ensemble demo --epochs 30 --cycles 3 --directory digits
+  snapshot-ensemble plan --epochs 50 --cycles 5 --lr-init 0.1 --plot plan.png
+  snapshot-ensemble inspect digits/ensemble
+  snapshot-ensemble report digits/ensemble --data held_out.npz
+  snapshot-ensemble export digits/ensemble served/2 --combine mean
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The arguments that the command line takes."""
-    main = argparse.ArgumentParser(
-        prog="python -m snapshot_ensemble",
-        description="Snapshot ensembles for Keras.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def plan(arguments: argparse.Namespace) -> None:
+    """Prints the cycles of a budget."""
+    if arguments.cycle_length is None:
+        schedule: Any = EqualCycles(arguments.cycles, arguments.lr_init, arguments.lr_min)
+    else:
+        schedule = CosineAnnealing(
+            arguments.cycle_length,
+            arguments.cycle_length_multiplier,
+            arguments.lr_init,
+            arguments.lr_min,
+            arguments.lr_multiplier,
+            arguments.warmup,
+        )
+    cycles = schedule.plan(arguments.epochs)
+    names = ("index", "first_epoch", "last_epoch", "lr_max", "lr_min", "warmup")
+    rows = [{name: getattr(cycle, name) for name in names} for cycle in cycles]
+    print(json.dumps(rows) if arguments.json else cycles)
+    if arguments.plot:
+        from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415  Needs matplotlib.
+
+        plot_schedule(cycles).figure.savefig(arguments.plot)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Prints what a directory holds, and whether it is as it was written; loads no model."""
+    found = DirectoryStore.open(arguments.directory).inspect()
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(f"{'file':28}{'bytes':>10}  {'cycle':>5}  {'epoch':>5}  metrics")
+        for entry in found["files"]:
+            metrics = " ".join(f"{k}={v:.4g}" for k, v in (entry["metrics"] or {}).items())
+            numbers = [
+                ("" if entry[name] is None else str(entry[name])) for name in ("cycle", "epoch")
+            ]
+            print(
+                f"{entry['name']:28}{entry['bytes']:10}  {numbers[0]:>5}  {numbers[1]:>5}  "
+                f"{metrics}{'' if entry['intact'] else '  NOT AS IT WAS SAVED'}"
+            )
+        print(f"weights: {found['weights']}  temperature: {found['temperature']:.4g}")
+    damaged = [entry["name"] for entry in found["files"] if not entry["intact"]]
+    if damaged:
+        raise SnapshotError(f"Not as they were saved: {', '.join(damaged)}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Exports the combination of a directory's members."""
+    SnapshotEnsemble.load(arguments.directory).export(
+        arguments.out,
+        arguments.format,
+        combine=arguments.combine,
+        members=arguments.members,
+        overwrite=arguments.overwrite,
+        verbose=False,
     )
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="train on handwritten digits and show what is gained")
-    demo.add_argument("--epochs", type=int, default=50, help="the budget (default: 50)")
-    demo.add_argument("--cycles", type=int, default=5, help="number of cycles (default: 5)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of both runs (default: 0)")
-    demo.add_argument("--directory", help="where to leave what it makes (default: a new folder)")
-    demo.add_argument("--overwrite", action="store_true", help="replace what is there")
-    return main
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, or 2 after one line on stderr that says what is wrong."""
-    arguments = parser().parse_args(argv)
+def report(arguments: argparse.Namespace) -> None:
+    """Prints what members and combinations are worth on the data of a file."""
+    with np.load(arguments.data, allow_pickle=False) as file:
+        missing = {arguments.x, arguments.y} - set(file.files)
+        if missing:
+            raise ValueError(
+                f"The file holds no {' nor '.join(map(repr, sorted(missing)))}. Received: "
+                f"{arguments.data} with {file.files}. Name its arrays by --x and --y."
+            )
+        x, y = file[arguments.x], file[arguments.y]
+    found = SnapshotEnsemble.load(arguments.directory).report(x, y, verbose=0)
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Trains on handwritten digits and shows what is gained."""
     try:
         run_demo(
             arguments.directory or tempfile.mkdtemp(prefix="snapshot-ensemble-"),
@@ -46,10 +109,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "sklearn":
             raise
-        print("The demo needs scikit-learn: pip install 'snapshot-ensemble[demo]'", file=sys.stderr)
-        return 2
-    except (TypeError, ValueError) as error:
-        print(f"{' '.join(str(error).split())}", file=sys.stderr)
+        raise ImportError(
+            "The demo needs scikit-learn: pip install 'snapshot-ensemble[demo]'"
+        ) from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments that the command line takes."""
+    main = argparse.ArgumentParser(
+        prog="snapshot-ensemble",
+        description="Snapshot ensembles for Keras.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=about, description=f"{about}.")
+        added.set_defaults(run=run)
+        return added
+
+    added = command(demo, "train on handwritten digits and show what is gained")
+    added.add_argument("--epochs", type=int, default=50, help="the budget (default: 50)")
+    added.add_argument("--cycles", type=int, default=5, help="number of cycles (default: 5)")
+    added.add_argument("--seed", type=int, default=0, help="seed of both runs (default: 0)")
+    added.add_argument("--directory", help="where to leave what it makes (default: a new folder)")
+    added.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    added = command(plan, "print the cycles of a budget")
+    added.add_argument("--epochs", type=int, required=True, help="the budget")
+    added.add_argument("--cycles", type=int, default=5, help="number of equal cycles (default: 5)")
+    added.add_argument("--lr-init", type=float, default=0.1, help="the peak (default: 0.1)")
+    added.add_argument("--lr-min", type=float, default=0.0, help="the floor (default: 0)")
+    added.add_argument("--cycle-length", type=int, help="epochs of the first cycle, not --cycles")
+    added.add_argument("--cycle-length-multiplier", type=float, default=1.0, help="(default: 1)")
+    added.add_argument("--lr-multiplier", type=float, default=1.0, help="(default: 1)")
+    added.add_argument("--warmup", type=int, default=0, help="epochs of linear rise (default: 0)")
+    added.add_argument("--plot", metavar="FILE", help="draw the rates, too")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command(inspect, "show what a directory holds, and whether it is as it was written")
+    added.add_argument("directory")
+    added.add_argument("--json", action="store_true", help="print JSON")
+
+    added = command(export, "export the combination as one model to serve")
+    added.add_argument("directory")
+    added.add_argument("out")
+    formats = ("tf_saved_model", "onnx", "litert", "openvino")
+    added.add_argument(
+        "--format", choices=formats, default=formats[0], help="(default: %(default)s)"
+    )
+    added.add_argument("--combine", default="mean", help="how to combine (default: mean)")
+    added.add_argument("--members", type=int, help="the last that many (default: all)")
+    added.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    added = command(report, "score members and combinations on held-out data")
+    added.add_argument("directory")
+    added.add_argument("--data", metavar="FILE", required=True, help="an .npz file")
+    added.add_argument("--x", default="x", help="name of the inputs in it (default: x)")
+    added.add_argument("--y", default="y", help="name of the targets in it (default: y)")
+    added.add_argument("--json", action="store_true", help="print JSON")
+    return main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, or 2 after one line on stderr that says what is wrong."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ImportError, OSError, SnapshotError, TypeError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 

@@ -247,6 +247,27 @@ class DirectoryStore:
             explained.explained = True  # type: ignore[attr-defined]
             raise explained from error
 
+    def inspect(self) -> dict[str, Any]:
+        """What the manifest says, and of each file whether it is as it was saved."""
+        kept, entries = self._kept, []
+        places: list[tuple[File | None, Snapshot | None]] = [(kept.model, None)]
+        places += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
+        for file, snapshot in places:
+            if file is None:
+                continue
+            try:
+                self._checked(file)
+                intact = True
+            except SnapshotError:
+                intact = False
+            names = ("index", "cycle", "epoch", "step", "learning_rate", "metrics")
+            facts = {name: getattr(snapshot, name, None) for name in names}
+            entries.append({"name": file.name, "bytes": file.size, "intact": intact, **facts})
+        ensemble = {
+            name: kept.ensemble.get(name) for name in ("weights", "temperature", "settings")
+        }
+        return {"files": entries, **ensemble}
+
     def damaged(self, model: keras.Model | None = None) -> dict[int, SnapshotError]:
         """What is wrong with snapshots, by index; with a model also whether they are its own."""
         found = {}

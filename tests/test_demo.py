@@ -67,4 +67,4 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, tmp_p
 def test_help_shows_examples():
     command = [sys.executable, "-m", "snapshot_ensemble", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "python -m snapshot_ensemble demo --epochs 30" in done.stdout
+    assert "snapshot-ensemble demo --epochs 30" in done.stdout

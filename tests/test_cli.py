@@ -1,0 +1,130 @@
+"""The command line beside the demonstration."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
+from snapshot_ensemble.__main__ import main, parser
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = np.argmax(X[:, :3], axis=1)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    keras.utils.set_random_seed(0)
+    path = tmp_path_factory.mktemp("cli") / "ensemble"
+    model = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    SnapshotEnsemble(model, cycles=2, lr_init=0.5, directory=path).fit(X, Y, epochs=4, verbose=0)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path):
+    np.savez(tmp_path / "held_out.npz", x=X, y=Y)
+    return str(tmp_path / "held_out.npz")
+
+
+def out_of(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_prints_the_plan(capsys, tmp_path):
+    plot = tmp_path / "plan.png"
+    arguments = ("plan", "--epochs", 7, "--cycle-length", 2, "--cycle-length-multiplier", 2)
+    found = out_of(capsys, *arguments, "--warmup", 1, "--lr-min", 0.01, "--plot", plot)
+    expected = CosineAnnealing(2, 2.0, lr_init=0.1, lr_min=0.01, warmup=1).plan(7)
+    assert found == f"{expected}\n"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_as_json(capsys):
+    found = json.loads(out_of(capsys, "plan", "--epochs", 5, "--cycles", 2, "--json"))
+    assert [(c["first_epoch"], c["last_epoch"], c["lr_max"]) for c in found] == [
+        (0, 1, 0.1),
+        (2, 4, 0.1),
+    ]
+
+
+def test_inspect_shows_each_file(capsys, directory):
+    text = out_of(capsys, "inspect", directory)
+    found = json.loads(out_of(capsys, "inspect", directory, "--json"))
+    assert found["temperature"] == 1
+    assert [entry["cycle"] for entry in found["files"]] == [None, 0, 1, None]
+    for entry in found["files"]:
+        assert entry["bytes"] == (directory / entry["name"]).stat().st_size
+        assert entry["intact"]
+        assert re.search(rf"^{re.escape(entry['name'])} +{entry['bytes']} ", text, re.M)
+    ens = SnapshotEnsemble.load(directory)
+    assert found["files"][2]["metrics"] == ens.snapshots[1].metrics
+
+
+def test_inspect_tells_what_is_damaged(capsys, directory, tmp_path):
+    harmed = shutil.copytree(directory, tmp_path / "harmed")
+    path = next(harmed.glob("snapshot-*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["inspect", str(harmed)]) == 2
+    captured = capsys.readouterr()
+    assert f"{path.name}" in captured.err
+    assert re.search(rf"^{re.escape(path.name)} .*NOT AS IT WAS SAVED$", captured.out, re.M)
+
+
+def test_report_is_that_of_the_ensemble(capsys, directory, data):
+    expected = SnapshotEnsemble.load(directory).report(X, Y, verbose=0)
+    assert out_of(capsys, "report", directory, "--data", data) == f"{expected}\n"
+    found = json.loads(out_of(capsys, "report", directory, "--data", data, "--json"))
+    assert found == json.loads(json.dumps(expected.to_dict()))
+
+
+def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_path):
+    out = tmp_path / "served"
+    out_of(capsys, "export", directory, out, "--combine", "vote", "--members", 1)
+    served = tf.saved_model.load(str(out)).signatures["serving_default"]
+    expected = SnapshotEnsemble.load(directory).predict(X, combine="vote", members=1, verbose=0)
+    (found,) = served(x=tf.constant(X)).values()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["plan", "--epochs", "2", "--cycles", "5"], "at least one epoch for each cycle"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["report", "nowhere", "--data", "nothing.npz"], "nothing.npz"),
+        (["export", "{directory}", "out", "--combine", "most"], "`combine` must be one of"),
+        (["report", "{directory}", "--data", "{data}", "--x", "z"], "The file holds no 'z'"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(arguments, told, capsys, directory, data):
+    arguments = [argument.format(directory=directory, data=data) for argument in arguments]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert told in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_each_command_has_help(capsys):
+    for command in ("demo", "plan", "inspect", "export", "report"):
+        with pytest.raises(SystemExit) as ended:
+            parser().parse_args([command, "--help"])
+        assert ended.value.code == 0
+        assert f"snapshot-ensemble {command}" in capsys.readouterr().out
+
+
+def test_a_typing_error_is_exit_code_2():
+    command = [sys.executable, "-m", "snapshot_ensemble", "plan", "--epochs", "many"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "invalid int value: 'many'" in done.stderr
+    assert "Traceback" not in done.stderr
