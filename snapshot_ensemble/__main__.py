@@ -43,9 +43,13 @@ def plan(arguments: argparse.Namespace) -> None:
     rows = [{name: getattr(cycle, name) for name in names} for cycle in cycles]
     print(json.dumps(rows) if arguments.json else cycles)
     if arguments.plot:
-        from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415  Needs matplotlib.
+        from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
 
-        plot_schedule(cycles).figure.savefig(arguments.plot)
+        from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415
+
+        figure = Figure(layout="constrained")
+        plot_schedule(cycles, ax=figure.subplots())
+        figure.savefig(arguments.plot)
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from snapshot_ensemble.annealing import AnnealedRate
+from snapshot_ensemble.arguments import steps_in_epoch
 from snapshot_ensemble.checks import whole_number
-from snapshot_ensemble.recovery import Passes
+from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.schedules import CosineAnnealing
 from snapshot_ensemble.snapshots import Snapshot, renumbered, weights_only
-from snapshot_ensemble.training import CycleCallback, Run, steps_in_epoch
+from snapshot_ensemble.training import CycleCallback, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -299,14 +300,14 @@ def VisualizeLR(  # noqa: N802  The name that it had.
     Raises:
         ValueError: If a value is impossible.
     """
-    from matplotlib import pyplot as plt  # noqa: PLC0415  Loaded where it is used.
+    # Not of pyplot's, which would show it in a notebook a second time.
+    from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
 
     from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415
 
     schedule = CosineAnnealing(
         min(cycle_length, epochs), cycle_length_multiplier, lr_init, lr_min, lr_multiplier
     )
-    ax = plot_schedule(schedule, epochs)
-    # Pyplot would show it in a notebook a second time.
-    plt.close(ax.figure)
-    return ax.figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot_schedule(schedule, epochs, ax=figure.subplots())
+    return figure

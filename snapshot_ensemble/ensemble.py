@@ -11,11 +11,14 @@ import keras
 
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
+from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.manifest import NAME as MANIFEST
+from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.prediction import Predictor, check_built, check_model
-from snapshot_ensemble.recovery import Passes, TrainingState, check_same, fingerprint
+from snapshot_ensemble.recovery import TrainingState
+from snapshot_ensemble.sameness import check_same, fingerprint
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     EqualCycles,
@@ -30,6 +33,9 @@ from snapshot_ensemble.snapshots import (
     load_weights,
     set_weights,
 )
+
+# What changes when the ensemble takes another place.
+_OF_A_DIRECTORY = ("_store", "_directory_is_own", "history", "_done", "_runs", "_earlier")
 
 
 class SnapshotEnsemble(Predictor):
@@ -209,31 +215,29 @@ class SnapshotEnsemble(Predictor):
             OSError: If the directory cannot be written to, or another process writes to it.
             SnapshotError: If a file to go on from is not as it was saved.
         """
-        training.check_fit_arguments(self.model, fit_arguments)
-        training.check_callbacks(fit_arguments.get("callbacks"))
+        check_fit_arguments(self.model, fit_arguments)
+        check_callbacks(fit_arguments.get("callbacks"))
         plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
         if save_every is not None:
             save_every = whole_number("save_every", save_every, 1)
-        before = (self._store, self._directory_is_own, self.history, self._done)
+        before = dict(vars(self))
         self._open(resume, overwrite)
         with self._store.writing():
-            state = None
-            if resume:
-                # What broke off may have been to take the place of what is still here.
-                overwrite = self._store.replacing
-                path = None if overwrite else self._store.state
-                state = None if path is None else TrainingState.read(path)
-            number = self._runs if resume else self._done["runs"]
-            if overwrite:
+            # What broke off may have been to take the place of what is still here.
+            anew = overwrite or (resume and self._store.replacing)
+            if anew:
                 self._store.restart()
-                self.history, self._done, number = {}, dict.fromkeys(self._done, 0), 0
-                self._earlier = []
-            same = fingerprint(self.model, plan, x, fit_arguments)
-            if resume and not overwrite:
-                self._earlier = [] if state is None else state.epochs_of_runs()
-                if number < self._done["runs"] and (state is None or state.run != number):
+                self.history, self._done = {}, dict.fromkeys(self._done, 0)
+                self._runs, self._earlier = 0, []
+            number, same = self._done["runs"], fingerprint(self.model, plan, x, fit_arguments)
+            state = None
+            if resume and not anew:
+                number = self._runs
+                state = self._state_of(number)
+                if state is None and number < self._done["runs"]:
                     return self._ended_run(number, x)
-                state = self._go_back_to(state, number, same)
+                if state is not None:
+                    self._go_back_to(state, same)
             run = training.Run(
                 plan=plan,
                 number=number,
@@ -249,9 +253,7 @@ class SnapshotEnsemble(Predictor):
                 earlier=self._earlier[:number],
                 state=state,
             )
-            return self._train(
-                run, before if overwrite else None, x=x, y=y, arguments=fit_arguments
-            )
+            return self._train(run, before if anew else None, x=x, y=y, arguments=fit_arguments)
 
     def _open(self, resume: bool, overwrite: bool) -> None:
         """Makes the directory this ensemble's own, as far as it may."""
@@ -271,26 +273,31 @@ class SnapshotEnsemble(Predictor):
         self._directory_is_own = True
         self._describe_to(self._store)
 
-    def _go_back_to(
-        self, state: TrainingState | None, number: int, same: dict[str, Any]
-    ) -> TrainingState | None:
-        """Forgets what came after a state; None if the run never began."""
-        if state is None or state.run != number:
-            if self._done["epochs"] == (0 if state is None else state.done["epochs"]):
-                return None
+    def _state_of(self, number: int) -> TrainingState | None:
+        """The state of a run in the directory; None if another run was the last to keep one."""
+        path = self._store.state
+        state = None if path is None else TrainingState.read(path)
+        self._earlier = [] if state is None else state.epochs_of_runs()
+        if state is not None and state.run == number:
+            return state
+        begun = self._done["epochs"] > (0 if state is None else state.done["epochs"])
+        if begun and number == self._done["runs"]:
             raise ValueError(
                 "The directory holds no state of training to go on from. Received: "
                 f"resume=True, directory='{self.directory}'. `fit` keeps one with `save_every`. "
                 "Start anew with `overwrite=True`, or add cycles by "
                 "`SnapshotEnsemble.load(directory).fit(...)`."
             )
+        return None
+
+    def _go_back_to(self, state: TrainingState, same: dict[str, Any]) -> None:
+        """Forgets what came after a state."""
         check_same(state.facts["fingerprint"], same, self.directory)
         self._done = dict(state.done)
         self.history = {
             name: column[: state.done["epochs"]] for name, column in self.history.items()
         }
         self._store.take_back(state.done["cycles"])
-        return state
 
     def _ended_run(self, number: int, x: Any) -> keras.callbacks.History:
         """What `fit` returns for a run that ended before the last one began."""
@@ -319,7 +326,7 @@ class SnapshotEnsemble(Predictor):
                 if before is not None and self._members_now() == members:
                     # Nothing took the place of what there was, so that it is still there.
                     store = self._store
-                    self._store, self._directory_is_own, self.history, self._done = before
+                    vars(self).update({name: before[name] for name in _OF_A_DIRECTORY})
                     store.restart(False)
                 elif len(self):
                     self._store.commit()

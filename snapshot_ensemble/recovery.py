@@ -1,21 +1,18 @@
 """The state of training at the end of an epoch, with which a broken run goes on to the bit."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state
-from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.random.seed_generator import global_seed_generator
 
-from snapshot_ensemble.schedules import Plan
 from snapshot_ensemble.snapshots import SnapshotError
 
 Facts = dict[str, Any]
@@ -279,114 +276,3 @@ class StateKeeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self.model.stop_training:
             self._keep(epoch)
-
-
-class Passes:
-    """Makes the order of a dataset that shuffles with a seed a matter of the epoch alone.
-
-    Such a dataset draws the seed of a pass from a generator whenever a pass over it begins, and
-    Keras begins one or two for an epoch. So that a run which goes on in mid-way sees the order
-    that the unbroken one sees, both begin exactly two for each epoch before, and one more.
-
-    Args:
-        x: The data of a run.
-    """
-
-    def __init__(self, x: Any) -> None:
-        self._data = x if isinstance(x, tf.data.Dataset) else None
-        self._begun = 0
-        self._wanted = 0
-
-    def up_to(self, epoch: int) -> None:
-        """Before the next pass, as many must have begun as belong before this epoch."""
-        self._wanted = 1 + 2 * epoch
-
-    def end(self, epochs: int) -> None:
-        """After a run, as many have begun as belong to its epochs."""
-        self.up_to(epochs)
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        while self._data is not None and self._begun < self._wanted:
-            iter(self._data)
-            self._begun += 1
-
-    @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts the passes that Keras begins in training, and adds to them meanwhile."""
-        if self._data is None:
-            yield
-            return
-        get_iterator, trained = TFEpochIterator._get_iterator, []
-
-        def counting(iterator: TFEpochIterator) -> Any:
-            # The first to be asked is that of training, others are of validation.
-            trained.append(iterator)
-            if iterator is trained[0]:
-                self._catch_up()
-                self._begun += 1
-            return get_iterator(iterator)
-
-        TFEpochIterator._get_iterator = counting
-        try:
-            yield
-        finally:
-            TFEpochIterator._get_iterator = get_iterator
-
-
-def fingerprint(model: keras.Model, plan: Plan, x: Any, arguments: dict[str, Any]) -> Facts:
-    """What must be the same for a run to go on: the plan, the model, the size of the data."""
-    cycles = [[c.first_epoch, c.last_epoch, c.lr_max, c.lr_min, c.warmup] for c in plan]
-    sizes = {name: arguments.get(name) for name in ("batch_size", "steps_per_epoch")}
-    return {
-        "plan": cycles,
-        "first epoch": arguments.get("initial_epoch") or 0,
-        "layers": _digest(model),
-        "optimizer": type(model.optimizer).__name__,
-        "rows or batches of data": _size(x),
-        **{name: None if value is None else int(value) for name, value in sizes.items()},
-    }
-
-
-def _size(x: Any) -> int | None:
-    if hasattr(x, "cardinality"):
-        return int(x.cardinality())
-    if isinstance(x, keras.utils.PyDataset):
-        return x.num_batches
-    leaves = keras.tree.flatten(x)
-    return int(leaves[0].shape[0]) if leaves and getattr(leaves[0], "shape", None) else None
-
-
-def _digest(model: keras.Model) -> str:
-    """The classes and settings of the layers; their names may differ from process to process."""
-    try:
-        config = _nameless(model.get_config())
-    except Exception:  # A subclass need not have one; its variables' shapes are compared anyway.
-        config = None
-    text = json.dumps([type(model).__name__, config], sort_keys=True, default=_class_name)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _class_name(value: Any) -> str:
-    return type(value).__name__
-
-
-def _nameless(value: Any) -> Any:
-    if isinstance(value, dict):
-        skipped = ("name", "inbound_nodes", "input_layers", "output_layers", "build_config")
-        return {str(k): _nameless(v) for k, v in value.items() if k not in skipped}
-    if isinstance(value, (list, tuple)):
-        return [_nameless(item) for item in value]
-    return value
-
-
-def check_same(found: Facts, now: Facts, where: Any) -> None:
-    """Raises `ValueError` that says what differs between a broken run and the one to go on."""
-    found, now = json.loads(json.dumps(found)), json.loads(json.dumps(now))
-    different = [name for name in now if found.get(name) != now[name]]
-    if different:
-        told = "; ".join(f"{name}: {found.get(name)}, now {now[name]}" for name in different)
-        raise ValueError(
-            f"The run in '{where}' cannot go on as another one. Received: {told}. Give the same "
-            "model, data and plan, or start anew with `overwrite=True`."
-        )

@@ -6,6 +6,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from snapshot_ensemble import (
@@ -211,15 +212,14 @@ def test_the_checkpoint_beside_it_has_the_weights_of_least_validation_loss():
 
 
 def test_a_figure_of_the_rates():
+    before = plt.get_fignums()
     figure = VisualizeLR(epochs=6, cycle_length=2, cycle_length_multiplier=2.0, lr_init=0.1)
     assert isinstance(figure, Figure)
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     drawn = np.concatenate([line.get_ydata() for line in lines])
     schedule = CosineAnnealing(2, 2.0, lr_init=0.1, lr_min=1e-6, lr_multiplier=0.9)
     np.testing.assert_allclose(drawn, schedule.rates(6, 100))
-    from matplotlib import pyplot as plt
-
-    assert plt.get_fignums() == []
+    assert plt.get_fignums() == before
 
 
 @pytest.mark.parametrize(
