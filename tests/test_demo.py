@@ -64,6 +64,7 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, tmp_p
     assert "pip install 'snapshot-ensemble[demo]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_help_shows_examples():
     command = [sys.executable, "-m", "snapshot_ensemble", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

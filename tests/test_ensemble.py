@@ -90,7 +90,9 @@ def paths(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "model", [None, "model", keras.Model, 3, keras.layers.Dense(3), [compiled]], ids=repr
+    "model",
+    [None, "model", keras.Model, 3, keras.layers.Dense(3), [compiled]],
+    ids=lambda model: type(model).__name__,
 )
 def test_what_is_no_model_is_refused(model):
     with pytest.raises(TypeError, match=r"`model` must be a `keras.Model`. Received: model="):

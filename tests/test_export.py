@@ -26,7 +26,15 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=list(FORMATS))
+# Each day the one that most use and the one whose conversion loads quickest.
+EACH_DAY = ("tf_saved_model", "openvino")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=() if name in EACH_DAY else pytest.mark.slow) for name in FORMATS
+    ]
+)
 def format(request, tmp_path):
     """A format, a path for it, how close it must come, and what runs it (written anew here)."""
     name, tolerance = FORMATS[request.param]

@@ -216,10 +216,8 @@ CASES = {
 
 
 EVERY_DAY = {
-    "arrays",
     "a dataset of unknown length",
     "a subclass",
-    "a callback with a state",
     "early stopping",
 }
 

@@ -76,6 +76,7 @@ def test_in_tensorflow_without_keras_and_without_this_package(served):
     np.testing.assert_allclose(np.load(folder / "y.npy"), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
 def test_in_a_c_program(served):
     folder, expected = served
