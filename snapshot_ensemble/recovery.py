@@ -167,6 +167,11 @@ def build(model: keras.Model, x: Any) -> None:
     """Builds a model that Keras would build at its first step, so that it can take a state."""
     if model.built:
         return
+    if hasattr(x, "__next__"):
+        raise ValueError(
+            "Only a model that is built can go on with data that are gone through once. Received: "
+            f"model={model.name!r}, not built, x={type(x).__name__}. Call it on a batch first."
+        )
     if isinstance(x, tf.data.Dataset):  # Of its kind, without beginning a pass.
         spec = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
         batch = (keras.tree.map_structure(lambda s: np.zeros(_one_row(s.shape), _name(s)), spec),)

@@ -458,6 +458,30 @@ def test_backup_and_restore_is_refused(tmp_path):
         run(tmp_path / "some", callbacks=[callback])
 
 
+def test_a_model_that_is_not_built_does_not_go_on_with_an_iterator(tmp_path):
+    def endless():
+        while True:
+            yield X[:8], Y[:8]
+
+    def data():
+        return {"x": endless(), "steps_per_epoch": 3, "shuffle": False}
+
+    with pytest.raises(BreakOffError):
+        run(tmp_path / "broken", subclass, data, callbacks=[break_off_in(3)])
+    with pytest.raises(ValueError, match=r"Only a model that is built .* Received: model='subcl"):
+        run(tmp_path / "broken", subclass, data, resume=True)
+
+    def built():
+        model = subclass()
+        model(X[:1])
+        return model
+
+    # The data begin anew, the rest goes on.
+    ens, history = run(tmp_path / "broken", built, data, resume=True)
+    assert len(ens) == 3
+    assert history.epoch == list(range(6))
+
+
 def forge_state(directory, **arrays):
     """Puts another state in, with a manifest that fits."""
     import hashlib
