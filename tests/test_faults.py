@@ -193,15 +193,8 @@ print(json.dumps([told, usable, members, loaded, left, len(ens)]))
 
 
 # A limit on the size of files stands in for the disk: it hits all files, the weights, the state.
-@pytest.mark.parametrize(
-    "fault",
-    [
-        pytest.param("0", marks=pytest.mark.slow),
-        "3000",
-        pytest.param("30000", marks=pytest.mark.slow),
-        pytest.param("permission", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["0", "3000", "30000", "permission"])
 def test_a_disk_that_takes_no_more_is_told_of_and_what_was_written_stays(fault):
     with tempfile.TemporaryDirectory() as scratch:
         pathlib.Path(scratch).chmod(0o777)

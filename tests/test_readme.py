@@ -54,6 +54,7 @@ def test_what_is_learned_on_held_out_data(readme):
         assert (folder / "run" / "ensemble.json").read_bytes() == before  # Nothing was to do.
 
 
+@pytest.mark.slow
 def test_the_server_answers_with_the_ensembles_predictions(readme):
     pytest.importorskip("litserve")
     names, folder = readme

@@ -42,7 +42,7 @@ def seconds(model, data, epochs, way, scratch):
     directory = None if way == "in memory" else tempfile.mkdtemp(dir=scratch) + "/run"
     ens = SnapshotEnsemble(model, cycles=2, lr_init=1e-3, directory=directory)
     start = time.perf_counter()
-    ens.fit(*data, epochs=epochs, verbose=0, save_every=WAYS[way])
+    ens.fit(*data, batch_size=128, epochs=epochs, verbose=0, save_every=WAYS[way])
     return time.perf_counter() - start
 
 
