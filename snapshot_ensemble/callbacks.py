@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -58,6 +58,12 @@ class Ring:
             temporary.unlink(missing_ok=True)
         self.version += 1
         self.snapshots = renumbered([*self.snapshots, snapshot][-self._size :])
+
+    def keep_newest(self, count: int) -> None:
+        pass  # It never holds more than its size.
+
+    def keep_state(self, write: Callable[[str], None]) -> None:
+        pass  # Version 1.0 has none.
 
 
 class SnapshotEnsembleCallback(keras.callbacks.Callback):
@@ -133,11 +139,12 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._cycles is None:
-            self._begin(epoch)
+            self._cycles = self._begin(epoch)
         self._cycles.on_epoch_begin(epoch, logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._cycles.on_epoch_end(epoch, logs)
+        if self._cycles is not None:
+            self._cycles.on_epoch_end(epoch, logs)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._installed.close()  # After a `fit` that ended in an exception.
@@ -149,7 +156,7 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         self._installed.close()
         self._cycles = None
 
-    def _begin(self, first_epoch: int) -> None:
+    def _begin(self, first_epoch: int) -> CycleCallback:
         """Now that the first epoch's number is known, the plan is."""
         model, epochs = self.model, self.params["epochs"] - first_epoch
         rate, config = AnnealedRate(model), self.schedule.get_config()
@@ -172,10 +179,10 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         def steps_of(known: int | None) -> int | None:
             return None if known is None else steps_in_epoch(model, None, {}, known)
 
-        self._cycles = CycleCallback(run, steps_of, Passes(None))
-        self._cycles.set_model(model)
-        self._cycles.set_params(self.params)
-        self._cycles.on_train_begin()
+        cycles = CycleCallback(run, steps_of, Passes(None))
+        cycles.set_model(model)
+        cycles.set_params(self.params)
+        cycles.on_train_begin()
         make_train_function = model.make_train_function
 
         def make(force: bool = False) -> Any:
@@ -187,6 +194,7 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         self._installed.enter_context(rate.installed())
         # Keras makes it before it asks callbacks, and does not look again.
         make_train_function(force=True)
+        return cycles
 
 
 @contextlib.contextmanager

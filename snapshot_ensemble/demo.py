@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -87,15 +88,59 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """`error` and `nll` of the ordinary run, of each member and of each combination."""
     rows = {"one ordinary run": single.evaluate(x, y, verbose=0)}
-    for snapshot in ens.snapshots:
-        last = ", the last" if snapshot.index == len(ens) - 1 else ""
-        name = f"member {snapshot.index} (epoch {snapshot.epoch + 1}{last})"
-        rows[name] = ens.evaluate(x, y, members=[snapshot.index], verbose=0)
+    epochs = [snapshot.epoch for snapshot in ens.snapshots if snapshot.epoch is not None]
+    for index, epoch in enumerate(epochs):
+        last = ", the last" if index == len(ens) - 1 else ""
+        name = f"member {index} (epoch {epoch + 1}{last})"
+        rows[name] = ens.evaluate(x, y, members=[index], verbose=0)
     # No data is left here to learn weights on: the later members get more by hand.
     ens.weights = np.arange(1, len(ens) + 1) / np.arange(1, len(ens) + 1).sum()
     for combine in ("vote", "geometric", "weighted", "mean"):
         rows[f"ensemble, {combine}"] = ens.evaluate(x, y, combine=combine, verbose=0)
     return {name: {"error": 1 - accuracy, "nll": loss} for name, (loss, accuracy) in rows.items()}
+
+
+def draw(ens: SnapshotEnsemble, x: np.ndarray, y: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
+    """Draws the run and what came of it: each picture by itself, and all of them in one.
+
+    Returns:
+        The path of the one that has all, `summary.png` in the folder.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
+
+    from snapshot_ensemble import plots  # noqa: PLC0415
+
+    report = ens.report(x, y, verbose=0)
+    pictures: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "history": ("The run", lambda ax: plots.plot_history(ens, ax=ax)),
+        "members": ("Error by number of members", lambda ax: plots.plot_members(report, ax=ax)),
+        "diversity": ("How far members differ", lambda ax: plots.plot_diversity(report, ax=ax)),
+        "reliability": (
+            "Whether probabilities are honest",
+            lambda ax: plots.plot_reliability(ens, x, y, ax=ax),
+        ),
+        "uncertainty": (
+            "Whether it knows its errors",
+            lambda ax: plots.plot_uncertainty(ens, x, y, ax=ax),
+        ),
+        "landscape": (
+            "The loss between members",
+            lambda ax: plots.plot_landscape(ens, x, y, ax=ax),
+        ),
+    }
+    if len(ens) < 2:
+        del pictures["landscape"]  # There is no line between fewer than two.
+    folder.mkdir(parents=True, exist_ok=True)
+    together = Figure(figsize=(15, 8), layout="constrained")
+    places = together.subplots(2, 3).flat
+    for place, (name, (title, plot)) in zip(places, pictures.items(), strict=False):
+        alone = Figure(figsize=(6, 4), layout="constrained")
+        for ax in (place, alone.subplots()):
+            plot(ax)
+            ax.set_title(title)
+        alone.savefig(folder / f"{name}.png")
+    together.savefig(folder / "summary.png")
+    return folder / "summary.png"
 
 
 def run_demo(
@@ -106,10 +151,10 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Trains on digits, prints what comes of it, and leaves the ensemble and its export.
+    """Trains on digits, prints what comes of it, and leaves the ensemble, its export and pictures.
 
     Args:
-        directory: Where they are written: `ensemble` and `served/1` in it.
+        directory: Where they are written: `ensemble`, `served/1` and `pictures` in it.
         epochs: The budget, of the ensemble and of the ordinary run beside it.
         cycles: Into how many cycles the ensemble splits it.
         seed: Seed of both runs.
@@ -139,6 +184,7 @@ def run_demo(
     difference = np.abs(found - ens.predict(x_test, verbose=0)).max()
     print("\nThe mean as one SavedModel, in a fresh process with TensorFlow alone: largest")
     print(f"difference in a probability {difference:.1g}. It lies in {served}")
+    print(f"Pictures: {draw(ens, x_test, y_test, home.parent / 'pictures')}")
     print(f"\n{time.perf_counter() - start:.0f} s. The ensemble comes back with")
     print(f"    SnapshotEnsemble.load({str(home)!r})")
     return scores

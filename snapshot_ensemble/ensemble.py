@@ -372,7 +372,8 @@ class SnapshotEnsemble(Predictor):
         """
         self._chosen(None)
         path = pathlib.Path(directory)
-        if self._directory_is_own and path.resolve() == self.directory.resolve():
+        here = self.directory if self._directory_is_own else None
+        if here is not None and path.resolve() == here.resolve():
             self._store.commit()  # Its snapshots are there already.
             return
         target = DirectoryStore.create(path, overwrite)
@@ -522,10 +523,10 @@ class SnapshotEnsemble(Predictor):
 
     def _description(self) -> dict[str, Any]:
         """What a manifest says beside the snapshots."""
-        schedule, settings = self.schedule, {"max_snapshots": self.max_snapshots}
+        schedule = self.schedule
+        settings: dict[str, Any] = {"max_snapshots": self.max_snapshots}
         if isinstance(schedule, EqualCycles):
-            settings |= {"schedule": None, "cycles": schedule.cycles}
-            settings |= {"lr_init": schedule.lr_init, "lr_min": schedule.lr_min}
+            settings |= {"schedule": None, **schedule.get_config()}
         else:
             settings["schedule"] = schedule.get_config()
         return {

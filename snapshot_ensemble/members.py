@@ -118,7 +118,11 @@ class Member(keras.Model):
             self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
             for v in model.weights
         ]
-        self._run = lambda inputs: member_outputs(model, own, inputs)
+
+        def run(inputs: Any) -> Any:
+            return member_outputs(model, own, inputs)
+
+        self._run = run
         # Keras lists trainable weights first; arrays come in the model's order.
         self.in_model_order = own
         self.built = True

@@ -18,6 +18,7 @@ from snapshot_ensemble.schedules import CosineAnnealing, Cycle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Told apart by all kinds of eyes (Okabe & Ito, 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
@@ -38,6 +39,13 @@ def _labelled(ax: "Axes", x: str, y: str, legend: bool = True) -> "Axes":
     if legend:
         ax.legend(frameon=False)
     return ax
+
+
+def _count(axis: "Axis") -> None:
+    """Marks whole numbers only."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _mark_restarts(ax: "Axes", epochs: Sequence[float]) -> None:
@@ -72,7 +80,7 @@ def plot_schedule(
     Raises:
         ValueError: If there is no plan for these epochs.
     """
-    plan = schedule if isinstance(schedule, list) else schedule.plan(epochs)
+    plan = schedule if isinstance(schedule, Sequence) else schedule.plan(epochs)  # type: ignore[arg-type]
     ax = _axes(ax)
     for cycle in plan:
         rates = cycle.rates(steps_per_epoch)
@@ -138,7 +146,7 @@ def plot_members(report: Report, *, ax: "Axes | None" = None) -> "Axes":
             label = f"from the {where}{of}"
             ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
     ax.axvline(report.worth, color=GREY, linestyle=":", label=f"worth it: {report.worth}")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    _count(ax.xaxis)
     return _labelled(ax, "number of members", "error")
 
 
@@ -170,7 +178,7 @@ def plot_diversity(
             color = "black" if value > matrix.max() / 2 else "white"
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
     for axis in (ax.xaxis, ax.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        _count(axis)
     ax.figure.colorbar(image, ax=ax, label="disagreement")
     ax.set_xlabel("member")
     ax.set_ylabel("member")
@@ -317,7 +325,7 @@ def plot_landscape(
     ax = _axes(ax)
     ax.plot(places, losses, color=BLUE)
     ax.plot(places[::points], losses[::points], "o", color=RED, label="snapshot")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    _count(ax.xaxis)
     return _labelled(ax, "member, and the line to the next", "loss")
 
 
@@ -349,13 +357,13 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     places, shares = left[:, :2] * sizes[:2], sizes**2 / max((sizes**2).sum(), 1e-300)
     ax = _axes(ax)
-    ax.plot(*places.T, color=GREY, linewidth=1, zorder=1)
-    ax.scatter(*places.T, c=range(len(rows)), cmap="cividis", zorder=2)
+    ax.plot(places[:, 0], places[:, 1], color=GREY, linewidth=1, zorder=1)
+    ax.scatter(places[:, 0], places[:, 1], c=range(len(rows)), cmap="cividis", zorder=2)
     for index, place in enumerate(places):
         ax.annotate(str(index), place, xytext=(5, 5), textcoords="offset points")
     ax.margins(0.1)
     labels = [f"principal component {k + 1} ({shares[k]:.0%} of the variance)" for k in (0, 1)]
-    return _labelled(ax, *labels, legend=False)
+    return _labelled(ax, labels[0], labels[1], legend=False)
 
 
 __all__ = [

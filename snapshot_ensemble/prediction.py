@@ -264,7 +264,9 @@ class Predictor:
             self._models[key] = model
         return self._models[key]
 
-    def _parts(self, combine: str, members: Any) -> tuple[list[Weights], Callable[[list], Any]]:
+    def _parts(
+        self, combine: str, members: Any
+    ) -> tuple[list[Weights], Callable[[list[Any]], Any]]:
         """What one model is made of: the members' weights, and what combines their outputs."""
         chosen, weights = self._choice(combine, members)
         arrays = [self._store.weights(self.model, i) for i in chosen]

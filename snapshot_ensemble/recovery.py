@@ -82,7 +82,7 @@ class TrainingState:
             for name, array in self.arrays.items()
         }
         with open(path, "wb") as file:  # noqa: PTH123  A file, so that NumPy adds no ending.
-            np.savez(file, facts=text, **plain)
+            np.savez(file, **plain, facts=text)  # type: ignore[arg-type]  # Names of arrays.
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "TrainingState":
@@ -245,7 +245,8 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 def _random_state() -> Facts:
     """Python's and NumPy's generators, by which generators and callbacks may shuffle."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002  It is that one's state.
+    found: Any = np.random.get_state()  # noqa: NPY002  It is that one's state.
+    kind, keys, *rest = found
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
 

@@ -108,6 +108,10 @@ class Schedule:
         """How many epochs to train for when nobody says."""
         raise NotImplementedError
 
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        raise NotImplementedError
+
     def _peak(self, lr_init: float | None) -> float:
         peak = self.lr_init if lr_init is None else real_number("lr_init", lr_init, positive=True)
         if peak is None:
@@ -179,6 +183,9 @@ class EqualCycles(Schedule):
 
     def default_epochs(self) -> int:
         return 10 * self.cycles
+
+    def get_config(self) -> dict[str, Any]:
+        return {"cycles": self.cycles, "lr_init": self.lr_init, "lr_min": self.lr_min}
 
 
 class CosineAnnealing(Schedule):
@@ -280,7 +287,6 @@ class CosineAnnealing(Schedule):
         return sum(map(self._length, range(5)))
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
         names = ("cycle_length", "cycle_length_multiplier", "lr_init", "lr_min")
         return {name: getattr(self, name) for name in (*names, "lr_multiplier", "warmup")}
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -41,18 +42,15 @@ class Snapshot:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class SnapshotStore(Protocol):
-    """Where snapshots are kept.
+class SnapshotSink(Protocol):
+    """Where a run puts its snapshots.
 
     Attributes:
         snapshots: Those that there are, oldest first.
-        version: Another number whenever they change.
     """
 
     @property
     def snapshots(self) -> list[Snapshot]: ...
-
-    version: int
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
         """Keeps the model's weights of this moment."""
@@ -60,14 +58,35 @@ class SnapshotStore(Protocol):
     def keep_newest(self, count: int) -> None:
         """Forgets all but the newest `count` snapshots."""
 
+    def keep_state(self, write: Callable[[str], None]) -> None:
+        """Keeps the state of training in the place of the one before, where there is a file."""
+
+
+class SnapshotStore(SnapshotSink, Protocol):
+    """Where snapshots are kept, and found again.
+
+    Attributes:
+        version: Another number whenever they change.
+        replacing: Whether a run has begun that will take the place of what there is.
+        state: The file with the state of the run that was last, if there is one.
+    """
+
+    version: int
+
+    @property
+    def replacing(self) -> bool: ...
+
+    @property
+    def state(self) -> pathlib.Path | None: ...
+
+    def take_back(self, cycles: int) -> None:
+        """Forgets the snapshots of this cycle and later ones, which a run will make again."""
+
     def restart(self, restarting: bool = True) -> None:
         """Lets the next `add` take the place of all snapshots that there are by then."""
 
     def weights(self, model: keras.Model, index: int) -> Weights:
         """The weights of one snapshot, in the order of `model.weights`."""
-
-    def keep_state(self, write: Callable[[str], None]) -> None:
-        """Keeps the state of training in the place of the one before, where there is a file."""
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Keeps others from writing to the same place meanwhile."""
@@ -83,6 +102,10 @@ def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 class MemoryStore:
     """Snapshots as arrays in memory."""
+
+    # No run that was broken off is found again here.
+    replacing = False
+    state = None
 
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
@@ -103,6 +126,9 @@ class MemoryStore:
 
     def keep_state(self, write: Callable[[str], None]) -> None:
         pass  # Nor would it outlive a break.
+
+    def take_back(self, cycles: int) -> None:
+        pass
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

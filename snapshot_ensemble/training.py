@@ -15,7 +15,7 @@ from snapshot_ensemble.arguments import flat_callbacks, steps_in_epoch
 from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.recovery import StateKeeper, TrainingState, build, variables_of
 from snapshot_ensemble.schedules import Cycle, Plan
-from snapshot_ensemble.snapshots import Snapshot, SnapshotStore
+from snapshot_ensemble.snapshots import Snapshot, SnapshotSink
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ class Run:
     plan: Plan
     number: int
     first_epoch: int
-    store: SnapshotStore
+    store: SnapshotSink
     rate: AnnealedRate
     history: dict[str, list[Any]]
     done: dict[str, int]
@@ -195,10 +195,11 @@ class CycleCallback(keras.callbacks.Callback):
 
     def _keep(self, number: int, metrics: dict[str, float]) -> None:
         run = self._run
+        epoch = run.done["epochs"] - 1
         snapshot = Snapshot(
             index=len(run.store.snapshots),
             cycle=number,
-            epoch=run.done["epochs"] - 1,
+            epoch=epoch,
             step=run.done["steps"],
             learning_rate=run.rate.last,
             metrics=metrics,
@@ -217,8 +218,8 @@ class CycleCallback(keras.callbacks.Callback):
             self._good = training_values(self.model)
         shown = " - ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
         self._message = (
-            f"Snapshot of cycle {number} (epoch {snapshot.epoch + 1}, "
-            f"learning rate {snapshot.learning_rate:.3g}) - {shown}"
+            f"Snapshot of cycle {number} (epoch {epoch + 1}, "
+            f"learning rate {run.rate.last:.3g}) - {shown}"
         )
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -32,6 +32,10 @@ def test_demo_prints_the_plan_and_a_table_and_leaves_the_ensemble(tmp_path, caps
     assert float(re.search(r"difference in a probability ([\d.e-]+)\.", out).group(1)) < 1e-5
     assert (directory / "served" / "1" / "saved_model.pb").exists()
     assert str(directory) in out
+    names = ["diversity", "history", "landscape", "members", "reliability", "summary"]
+    pictures = sorted((directory / "pictures").iterdir())
+    assert [path.name for path in pictures] == [f"{n}.png" for n in [*names, "uncertainty"]]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
 @pytest.mark.parametrize(
