@@ -13,7 +13,7 @@ from snapshot_ensemble.arguments import steps_in_epoch
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.schedules import CosineAnnealing
-from snapshot_ensemble.snapshots import Snapshot, renumbered, weights_only
+from snapshot_ensemble.snapshots import Snapshot, Weights, renumbered, weights_only
 from snapshot_ensemble.training import CycleCallback, Run
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Ring:
     def keep_newest(self, count: int) -> None:
         pass  # It never holds more than its size.
 
-    def keep_state(self, write: Callable[[str], None]) -> None:
+    def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         pass  # Version 1.0 has none.
 
 

@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
 import re
-import uuid
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from snapshot_ensemble.background import Background
+from snapshot_ensemble.files import Draft
 from snapshot_ensemble.locking import NAME as LOCK
 from snapshot_ensemble.locking import DirectoryLock
-from snapshot_ensemble.manifest import NAME, File, Manifest, read_manifest
+from snapshot_ensemble.manifest import NAME, Manifest, plain, read_manifest
+from snapshot_ensemble.sharing import is_worth_it, read_base, read_difference, write_difference
 from snapshot_ensemble.snapshots import (
     Snapshot,
     SnapshotError,
@@ -25,6 +27,9 @@ from snapshot_ensemble.snapshots import (
     weights_only,
 )
 
+# Those of this process that have something under way, by their directories' real paths.
+_writers: weakref.WeakValueDictionary[str, "DirectoryStore"] = weakref.WeakValueDictionary()
+
 
 class DirectoryStore:
     """Snapshots as `.weights.h5` files.
@@ -32,6 +37,10 @@ class DirectoryStore:
     Files are written first and never changed; then the manifest is replaced in one step; then
     files that it no longer names are removed. A reader, or a run that broke off, finds the state
     before a change or the state after it.
+
+    Inside `writing()` that happens behind the caller's back, in the same order: what is kept is
+    seen at once, and an error comes with a later call, at the latest with the end of `writing()`,
+    and then nothing is kept that is not in the directory.
 
     Args:
         directory: Path of the directory. It is made when something is written.
@@ -44,15 +53,22 @@ class DirectoryStore:
         self._lock = DirectoryLock(self.directory)
         self._known = self._manifest_now()
         self._kept = Manifest()
+        self._saved = self._kept  # What the manifest says, as far as it is known.
+        self._saved_version = 0
         self._pending: Manifest | None = None  # Written, and not yet in the manifest.
+        self._background = Background()
+        self._base: tuple[str, Weights] = ("", [])  # A base that was read or written: its name.
         self._restarting = False
         self._savable = True  # Until it shows that the model is not.
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> "DirectoryStore":
         """The store that a manifest describes; raises `SnapshotError` if there is none."""
+        writer = _writers.get(os.path.realpath(directory))
+        if writer is not None:
+            writer._background.wait()  # What this process has kept is there for it at once.
         store = cls(directory)
-        store._kept = read_manifest(store.directory / NAME, store._known)
+        store._kept = store._saved = read_manifest(store.directory / NAME, store._known)
         return store
 
     @classmethod
@@ -101,7 +117,8 @@ class DirectoryStore:
             # So that, if the run breaks off before it has replaced anything, it is not taken for
             # the one that is still here.
             with self.writing():
-                self._put(dataclasses.replace(self._kept, replacing=restarting))
+                self._kept = dataclasses.replace(self._kept, replacing=restarting)
+                self._submit()
         self._restarting = restarting
 
     @contextlib.contextmanager
@@ -121,10 +138,30 @@ class DirectoryStore:
                         "read. Load the ensemble again."
                     )
                 self._clean()
-            yield
+                _writers[os.path.realpath(self.directory)] = self
+            try:
+                yield
+            finally:
+                if not entered:
+                    self.settle()
+
+    def settle(self) -> None:
+        """Waits until all that is kept is in the directory; if it cannot be, it is not kept."""
+        if not self._background.busy:
+            return
+        try:
+            self._background.join()
+        except BaseException:
+            self.version = self._saved_version
+            raise
+        finally:
+            self._kept = dataclasses.replace(self._saved, written=self._kept.written)
+            with contextlib.suppress(OSError):  # The directory may be gone.
+                self._clean()
 
     def is_current(self) -> bool:
         """Whether nobody else has written since it was read."""
+        self.settle()
         return self._manifest_now() == self._known
 
     def _manifest_now(self) -> bytes | None:
@@ -142,8 +179,10 @@ class DirectoryStore:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def _base(self) -> tuple[Manifest, int]:
+    def _begun(self) -> tuple[Manifest, int]:
         """What the next file is added to, and the number of that file."""
+        if self._background.failed:
+            self.settle()
         # Names are used once, also those of a write that failed.
         number = (self._pending or self._kept).written + 1
         self._kept = dataclasses.replace(self._kept, written=number)
@@ -153,37 +192,78 @@ class DirectoryStore:
 
     def add(self, model: keras.Model, snapshot: Snapshot, *, commit: bool = True) -> None:
         with self._explained(), self.writing():
-            base, number = self._base()
-            model_file = base.model
+            begun, number = self._begun()
+            model_file = begun.model
             if model_file is None and self._savable:
                 model_file = self._write_model(model, number)
                 self._savable = model_file is not None
-            with weights_only(model):
-                file = self._write(f"snapshot-{number:04}.weights.h5", model.save_weights)
+            try:
+                file, base = self._write_weights(model, number, begun, model_file)
+            except BaseException:
+                if isinstance(model_file, Draft) and model_file is not begun.model:
+                    model_file.discard()
+                raise
             self._pending = dataclasses.replace(
-                base,
-                snapshots=tuple(renumbered([*base.snapshots, snapshot])),
-                files=(*base.files, file),
+                begun,
+                snapshots=tuple(renumbered([*begun.snapshots, snapshot])),
+                files=(*begun.files, file),
                 model=model_file,
+                base=base,
                 replacing=False,
             )
             self._restarting = False
             if commit:
                 self.commit()
 
-    def keep_state(self, write: Callable[[str], None]) -> None:
-        """Keeps a file with the state of training in the place of the one before."""
+    def _write_weights(
+        self, model: keras.Model, number: int, begun: Manifest, model_file: Any
+    ) -> tuple[Draft, Any]:
+        """A file with the model's weights, and the base of those that are differences."""
+        if not is_worth_it(model):
+            with weights_only(model):
+                whole = self._draft(f"snapshot-{number:04}.weights.h5", model.save_weights)
+                return whole.write(), begun.base
+        weights, base = model.get_weights(), begun.base or model_file
+        if base is None:
+            with weights_only(model):
+                base = self._draft(f"snapshot-{number:04}.weights.h5", model.save_weights).write()
+            self._base = (base.name, weights)
+            return base, base
+        if isinstance(base, Draft) and base is not begun.model and base is not begun.base:
+            self._base = (base.name, weights)
+        old = self._weights_of(model, base)
+        name = f"snapshot-{number:04}.npz"
+        return self._draft(name, lambda path: write_difference(path, weights, old)), base
+
+    def _weights_of(self, model: keras.Model, base: Any) -> Weights:
+        if self._base[0] != base.name:
+            self.settle()
+            self._base = (base.name, read_base(model, self._path(base)))
+        return self._base[1]
+
+    def base(self, model: keras.Model) -> Weights:
+        if self._kept.base is None:
+            raise SnapshotError(f"'{self.directory / NAME}' names no file that others are part of.")
+        return self._weights_of(model, self._kept.base)
+
+    def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
+        """Keeps a file with the state of training in the place of the one before.
+
+        It is written later, by `write`, which takes the path, and weights that are kept already.
+        """
         with self._explained(), self.writing():
-            base, number = self._base()
-            file = self._write(f"state-{number:04}.npz", write)
-            self._pending = dataclasses.replace(base, state=file, replacing=False)
+            begun, number = self._begun()
+            shared = self._base[1] if begun.base and begun.base.name == self._base[0] else None
+            file = self._draft(f"state-{number:04}.npz", lambda path: write(path, shared))
+            self._pending = dataclasses.replace(begun, state=file, replacing=False)
             self._restarting = False
             self.commit()
 
     @property
     def state(self) -> pathlib.Path | None:
         """The file with the state of the run that was last; None if none was kept."""
-        return None if self._kept.state is None else self._checked(self._kept.state)
+        self.settle()
+        return self._path(self._kept.state)
 
     def take_back(self, cycles: int) -> None:
         """Forgets the snapshots of this cycle and later ones, which a run will make again."""
@@ -204,30 +284,32 @@ class DirectoryStore:
             self.commit()
 
     def commit(self) -> None:
-        before, version = self._kept, self.version
-        now = self._kept
-        if self._pending is not None:
-            now, self._pending = self._pending, None
-            changed = now.files != before.files
-            self._kept, self.version = now, version + changed
-        try:
+        with self._explained(), self.writing():
+            if self._pending is not None:
+                self.version += self._pending.files != self._kept.files
+                self._kept, self._pending = self._pending, None
             # Not before now: what is said may depend on which members there are.
-            now = dataclasses.replace(now, ensemble=self.describe())
-            with self._explained(), self.writing():
-                self._put(now)
-        except BaseException:
-            self._kept = dataclasses.replace(before, written=now.written)
-            self.version = version
-            raise
-        for name in before.names() - now.names():
+            self._kept = dataclasses.replace(self._kept, ensemble=plain(self.describe()))
+            self._submit()
+
+    def _submit(self) -> None:
+        """Lets the manifest say what is kept."""
+        now, version = self._kept, self.version
+
+        def settle() -> None:
+            with self._explained():
+                self._settle(now, version)
+
+        self._background.submit(settle)
+
+    def _settle(self, manifest: Manifest, version: int) -> None:
+        manifest, before = manifest.finished(), self._saved
+        text = manifest.to_json()
+        self._draft(NAME, lambda path: pathlib.Path(path).write_text(text, "utf-8")).finish()
+        self._saved, self._saved_version, self._known = manifest, version, text.encode()
+        for name in before.names() - manifest.names():
             with contextlib.suppress(OSError):  # No longer named, it does no harm.
                 (self.directory / name).unlink()
-
-    def _put(self, manifest: Manifest) -> None:
-        """Replaces the manifest."""
-        text = manifest.to_json()
-        self._write(NAME, lambda path: pathlib.Path(path).write_text(text, "utf-8"))
-        self._kept, self._known = manifest, text.encode()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -238,7 +320,7 @@ class DirectoryStore:
             if getattr(error, "explained", False) or isinstance(error, BlockingIOError):
                 raise
             if self.directory.exists():
-                count = len(self._kept.snapshots)
+                count = len(self._saved.snapshots)
                 told = f"What was written before is as it was, {count} snapshots with it."
             else:
                 told = "The directory is gone."
@@ -249,14 +331,17 @@ class DirectoryStore:
 
     def inspect(self) -> dict[str, Any]:
         """What the manifest says, and of each file whether it is as it was saved."""
+        self.settle()
         kept, entries = self._kept, []
-        places: list[tuple[File | None, Snapshot | None]] = [(kept.model, None)]
+        places: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
         places += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
+        if kept.base is not None and kept.base not in {file for file, _ in places}:
+            places.append((kept.base, None))
         for file, snapshot in places:
             if file is None:
                 continue
             try:
-                self._checked(file)
+                self._path(file)
                 intact = True
             except SnapshotError:
                 intact = False
@@ -270,10 +355,13 @@ class DirectoryStore:
 
     def damaged(self, model: keras.Model | None = None) -> dict[int, SnapshotError]:
         """What is wrong with snapshots, by index; with a model also whether they are its own."""
+        self.settle()
         found = {}
         for index, file in enumerate(self._kept.files):
             try:
-                self._checked(file)
+                self._path(file)
+                if _is_difference(file):
+                    self._path(self._kept.base)
                 if model is not None:
                     self.weights(model, index)
             except SnapshotError as error:
@@ -283,7 +371,7 @@ class DirectoryStore:
     def leave_out(self, indices: set[int]) -> None:
         """Goes on without these snapshots, here and not in the directory."""
         kept = [i for i in range(len(self._kept.files)) if i not in indices]
-        self._kept = dataclasses.replace(
+        self._kept = self._saved = dataclasses.replace(
             self._kept,
             snapshots=tuple(renumbered([self._kept.snapshots[i] for i in kept])),
             files=tuple(self._kept.files[i] for i in kept),
@@ -291,10 +379,16 @@ class DirectoryStore:
         )
 
     def weights(self, model: keras.Model, index: int) -> Weights:
-        return load_weights(model, self._checked(self._kept.files[index]), foreign=False)
+        self.settle()
+        file = self._kept.files[index]
+        path = self._path(file)
+        if _is_difference(file):
+            return read_difference(path, self.base(model))
+        return load_weights(model, path, foreign=False)
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""
+        self.settle()
         if not self._kept.files:
             raise SnapshotError(
                 f"'{self.directory / NAME}' names no snapshot yet: its run has not come to the "
@@ -305,7 +399,7 @@ class DirectoryStore:
                 f"'{self.directory / NAME}' names no model, since it could not be saved. "
                 "Build and compile the same model, and pass it as `model=`."
             )
-        path = self._checked(self._kept.model)
+        path = self._path(self._kept.model)
         try:
             with warnings.catch_warnings():
                 # Snapshots hold no optimizer slots: a loaded model begins with new ones.
@@ -317,10 +411,10 @@ class DirectoryStore:
                 "own, pass them as `custom_objects=`, or the model itself as `model=`."
             ) from error
 
-    def _write_model(self, model: keras.Model, number: int) -> File | None:
+    def _write_model(self, model: keras.Model, number: int) -> Draft | None:
         try:
             with weights_only(model):
-                return self._write(f"model-{number:04}.keras", model.save)
+                return self._draft(f"model-{number:04}.keras", model.save).write()
         except (NotImplementedError, TypeError, ValueError) as error:
             warnings.warn(
                 f"The model cannot be saved, only its snapshots: {error}\n"
@@ -329,47 +423,17 @@ class DirectoryStore:
             )
             return None
 
-    def _write(self, name: str, write: Callable[[str], Any]) -> File:
-        """Writes a file beside its place, and moves it there."""
-        # Keras tells formats apart by the ending.
-        temporary = self.directory / f"writing-{uuid.uuid4().hex}-{name}"
-        try:
-            write(str(temporary))
-            with temporary.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                size = os.fstat(file.fileno()).st_size
-                os.fsync(file.fileno())
-            temporary.replace(self.directory / name)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(self.directory)
-        return File(name, size, digest)
+    def _draft(self, name: str, write: Callable[[str], Any]) -> Draft:
+        return Draft(self.directory, name, write)
 
-    def _checked(self, file: File) -> pathlib.Path:
-        path = self.directory / file.name
-        try:
-            with path.open("rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise SnapshotError(f"'{path}' cannot be read: {error}") from error
-        if size != file.size or digest != file.sha256:
-            raise SnapshotError(
-                f"'{path}' is not the file that was saved. Received: {size} bytes with SHA-256 "
-                f"{digest}; the manifest says {file.size} bytes with {file.sha256}"
-            )
-        return path
+    def _path(self, file: Any) -> Any:
+        """The path of a file that is as it was saved; None of none."""
+        return None if file is None else file.checked(self.directory)
+
+
+def _is_difference(file: Any) -> bool:
+    return bool(file.name.endswith(".npz"))
 
 
 def _is_left(path: pathlib.Path) -> bool:
     return path.name == LOCK or path.name.startswith("writing-")
-
-
-def _sync_directory(directory: pathlib.Path) -> None:
-    if os.name == "posix":  # Elsewhere a directory cannot be opened.
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -276,7 +276,7 @@ class SnapshotEnsemble(Predictor):
     def _state_of(self, number: int) -> TrainingState | None:
         """The state of a run in the directory; None if another run was the last to keep one."""
         path = self._store.state
-        state = None if path is None else TrainingState.read(path)
+        state = None if path is None else TrainingState.read(path, self._store.base)
         self._earlier = [] if state is None else state.epochs_of_runs()
         if state is not None and state.run == number:
             return state
@@ -323,6 +323,8 @@ class SnapshotEnsemble(Predictor):
             result = training.train(self.model, run, x=x, y=y, arguments=arguments)
         except BaseException:
             with contextlib.suppress(OSError):  # What is raised already matters more.
+                self._store.settle()
+            with contextlib.suppress(OSError):
                 if before is not None and self._members_now() == members:
                     # Nothing took the place of what there was, so that it is still there.
                     store = self._store
@@ -384,9 +386,9 @@ class SnapshotEnsemble(Predictor):
                 for snapshot in self.snapshots:
                     set_weights(self.model, self._store.weights(self.model, snapshot.index))
                     target.add(self.model, snapshot, commit=False)
+                target.commit()
         finally:
             set_weights(self.model, own)
-        target.commit()
 
     @classmethod
     def load(

@@ -10,20 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from snapshot_ensemble.files import Draft, File
 from snapshot_ensemble.snapshots import Snapshot, SnapshotError
 
 NAME = "ensemble.json"
 FORMAT = "snapshot_ensemble"
 VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """A file of the directory, as it was written."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,41 +27,54 @@ class Manifest:
         files: The weight file of each.
         model: The file of the model that they belong to; None if it could not be saved.
         state: The file of the state of training; None if no run can go on.
+        base: The file with all weights that those ending in `.npz` are differences from.
         replacing: Whether a run has begun that will take the place of all this.
         written: Number of files that were ever written; it numbers them.
         ensemble: What an ensemble says of itself beside its snapshots.
     """
 
     snapshots: tuple[Snapshot, ...] = ()
-    files: tuple[File, ...] = ()
-    model: File | None = None
-    state: File | None = None
+    files: tuple[File | Draft, ...] = ()
+    model: File | Draft | None = None
+    state: File | Draft | None = None
+    base: File | Draft | None = None
     replacing: bool = False
     written: int = 0
     ensemble: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def names(self) -> set[str]:
         """The names of all files."""
-        found = (*self.files, self.model, self.state)
+        found = (*self.files, self.model, self.state, self.base)
         return {file.name for file in found if file is not None}
+
+    def finished(self) -> "Manifest":
+        """The same, with every file in its place."""
+
+        def finish(file: Any) -> Any:
+            return file.finish() if isinstance(file, Draft) else file
+
+        files = tuple(finish(file) for file in self.files)
+        others = {name: finish(getattr(self, name)) for name in ("model", "state", "base")}
+        return dataclasses.replace(self, files=files, **others)
 
     def to_json(self) -> str:
         """Strict JSON; numbers that it has no word for become strings that `float` reads."""
         entries = []
         for snapshot, file in zip(self.snapshots, self.files, strict=True):
-            entries.append({"file": dataclasses.asdict(file), **dataclasses.asdict(snapshot)})
+            entries.append({"file": _described(file), **dataclasses.asdict(snapshot)})
             del entries[-1]["index"]
         content = {
             "format": FORMAT,
             "version": VERSION,
             "written": self.written,
             "replacing": self.replacing,
-            "model": None if self.model is None else dataclasses.asdict(self.model),
-            "state": None if self.state is None else dataclasses.asdict(self.state),
+            "model": _described(self.model),
+            "state": _described(self.state),
+            "base": _described(self.base),
             "snapshots": entries,
             "ensemble": self.ensemble,
         }
-        content = _plain(content)
+        content = plain(content)
         return json.dumps({**content, "sha256": _digest(content)}, indent=1, allow_nan=False)
 
 
@@ -95,8 +100,9 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         return Manifest(
             snapshots=tuple(_snapshot(index, entry) for index, entry in enumerate(entries)),
             files=tuple(_file(_entry(entry, "file", dict)) for entry in entries),
-            model=None if content["model"] is None else _file(_entry(content, "model", dict)),
-            state=None if content["state"] is None else _file(_entry(content, "state", dict)),
+            model=_file_or_none(content, "model"),
+            state=_file_or_none(content, "state"),
+            base=_file_or_none({"base": None, **content}, "base"),
             replacing=_entry(content, "replacing", bool),
             written=_count(content, "written"),
             ensemble=_ensemble(_entry(content, "ensemble", dict), len(entries)),
@@ -133,6 +139,10 @@ def _file(content: dict[str, Any]) -> File:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
         raise ValueError(f"`name` must be a file of this directory. Received: name={name!r}")
     return File(name, _count(content, "size"), digest)
+
+
+def _file_or_none(content: dict[str, Any], name: str) -> File | None:
+    return None if content[name] is None else _file(_entry(content, name, dict))
 
 
 def _number(value: Any, name: str) -> Any:
@@ -180,13 +190,18 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _described(file: File | Draft | None) -> dict[str, Any] | None:
+    return dataclasses.asdict(file) if isinstance(file, File) else None
+
+
+def plain(value: Any) -> Any:
+    """A copy of a value in what JSON has words for."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "__array__"):
-        return _plain(np.asarray(value).tolist())
+        return plain(np.asarray(value).tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value

@@ -13,7 +13,8 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import global_seed_generator
 
-from snapshot_ensemble.snapshots import SnapshotError
+from snapshot_ensemble.sharing import as_bits, from_bits, same
+from snapshot_ensemble.snapshots import SnapshotError, Weights
 
 Facts = dict[str, Any]
 _FACTS = {
@@ -38,10 +39,16 @@ class TrainingState:
     Args:
         arrays: By name.
         facts: Numbers, strings, and lists and dicts of them.
+        base: Gives the weights of a model that are kept elsewhere.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], facts: Facts) -> None:
-        self.arrays, self.facts = arrays, facts
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        facts: Facts,
+        base: Callable[[keras.Model], Weights] | None = None,
+    ) -> None:
+        self.arrays, self.facts, self._base = arrays, facts, base
 
     @property
     def run(self) -> int:
@@ -60,8 +67,8 @@ class TrainingState:
     @classmethod
     def of(cls, model: keras.Model, callbacks: Sequence[Any], facts: Facts) -> "TrainingState":
         """The state of this moment."""
-        arrays = {}
-        for number, variable in enumerate(variables_of(model)):
+        arrays, variables = {}, variables_of(model)
+        for number, variable in enumerate(variables):
             arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
         if global_state.get_global_attribute("global_seed_generator") is not None:
             # The one that Keras draws from where nobody gave a seed.
@@ -70,22 +77,27 @@ class TrainingState:
         for number, callback in enumerate(callbacks):
             state = _pack(_state_of(callback), f"callback_{number}", arrays)
             found.append([type(callback).__name__, state])
+        places = {id(variable): number for number, variable in enumerate(variables)}
         more = {"callbacks": found, "optimizers": _built_for(model), "random": _random_state()}
+        more["weights"] = [places[id(variable)] for variable in model.weights]
         return cls(arrays, {**facts, **more})
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as `.npz`, in which nothing is pickled."""
-        text = np.frombuffer(json.dumps(self.facts).encode(), "uint8")
-        # NumPy has no name for bfloat16 and the like in a file: their bits go there.
-        plain = {
-            name: array.view(f"uint{8 * array.itemsize}") if array.dtype.kind == "V" else array
-            for name, array in self.arrays.items()
-        }
+    def write(self, path: str | os.PathLike[str], base: Weights | None = None) -> None:
+        """Writes it as `.npz`, in which nothing is pickled; without what a base has."""
+        plain = {name: as_bits(array) for name, array in self.arrays.items()}
+        shared = {}
+        for place, number in enumerate(self.facts["weights"] if base is not None else ()):
+            if base is not None and same(self.arrays[f"variable_{number}"], base[place]):
+                shared[number] = place
+                del plain[f"variable_{number}"]
+        text = np.frombuffer(json.dumps({**self.facts, "shared": shared}).encode(), "uint8")
         with open(path, "wb") as file:  # noqa: PTH123  A file, so that NumPy adds no ending.
             np.savez(file, **plain, facts=text)  # type: ignore[arg-type]  # Names of arrays.
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "TrainingState":
+    def read(
+        cls, path: str | os.PathLike[str], base: Callable[[keras.Model], Weights] | None = None
+    ) -> "TrainingState":
         """Reads what `write` wrote; raises `SnapshotError` if it is something else."""
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -94,14 +106,19 @@ class TrainingState:
             for name, kind in _FACTS.items():
                 if not isinstance(facts[name], kind):
                     raise TypeError(f"{name}={facts[name]!r}")
+            facts["shared"] = {int(n): int(p) for n, p in facts.get("shared", {}).items()}
         except Exception as error:  # NumPy raises errors of many classes for a broken file.
             raise SnapshotError(f"'{path}' is no state of training: {error}") from error
-        return cls(arrays, facts)
+        return cls(arrays, facts, base)
 
     def restore_model(self, model: keras.Model) -> None:
         """Gives the model, its optimizers and the random generators this state."""
         _build_optimizers(model, self.facts["optimizers"])
         variables = variables_of(model)
+        if self.facts.get("shared") and self._base is not None:
+            base = self._base(model)
+            for number, place in self.facts["shared"].items():
+                self.arrays[f"variable_{number}"] = base[place]
         kept = [array for name, array in self.arrays.items() if name.startswith("variable_")]
         for number, variable in enumerate(variables):
             array = self.arrays.get(f"variable_{number}")
@@ -115,7 +132,7 @@ class TrainingState:
         for number, variable in enumerate(variables):
             array = self.arrays[f"variable_{number}"]
             own = keras.ops.convert_to_numpy(variable.value).dtype
-            variable.assign(array.view(own) if own.kind == "V" else array)
+            variable.assign(from_bits(array, own))
         if "keras_seed" in self.arrays:
             global_seed_generator().state.assign(self.arrays["keras_seed"])
         _set_random_state(self.facts["random"])

@@ -58,8 +58,12 @@ class SnapshotSink(Protocol):
     def keep_newest(self, count: int) -> None:
         """Forgets all but the newest `count` snapshots."""
 
-    def keep_state(self, write: Callable[[str], None]) -> None:
-        """Keeps the state of training in the place of the one before, where there is a file."""
+    def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
+        """Keeps the state of training in the place of the one before, where there is a file.
+
+        Args:
+            write: Takes a path, and weights that need not be written there.
+        """
 
 
 class SnapshotStore(SnapshotSink, Protocol):
@@ -79,6 +83,9 @@ class SnapshotStore(SnapshotSink, Protocol):
     @property
     def state(self) -> pathlib.Path | None: ...
 
+    def base(self, model: keras.Model) -> Weights:
+        """The weights that a state leaves out."""
+
     def take_back(self, cycles: int) -> None:
         """Forgets the snapshots of this cycle and later ones, which a run will make again."""
 
@@ -93,6 +100,9 @@ class SnapshotStore(SnapshotSink, Protocol):
 
     def commit(self) -> None:
         """Makes sure that what is described beside the snapshots is kept as well."""
+
+    def settle(self) -> None:
+        """Waits until all that is kept is safe; raises an error if it cannot be."""
 
 
 def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
@@ -124,8 +134,14 @@ class MemoryStore:
     def commit(self) -> None:
         pass  # Memory has nothing to add.
 
-    def keep_state(self, write: Callable[[str], None]) -> None:
+    def settle(self) -> None:
+        pass
+
+    def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         pass  # Nor would it outlive a break.
+
+    def base(self, model: keras.Model) -> Weights:
+        return []
 
     def take_back(self, cycles: int) -> None:
         pass

@@ -1,5 +1,6 @@
 """Runs that break off and go on: the same to the bit, or refused."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.directory import DirectoryStore
 
 layers = keras.layers
 ROWS = 24
@@ -363,6 +365,8 @@ def test_snapshots_ahead_of_the_state_are_made_again(tmp_path, monkeypatch):
 
 
 def states(directory):
+    with contextlib.suppress(SnapshotError):
+        DirectoryStore.open(directory)  # Waits for what this process is writing there.
     return sorted(path.name for path in directory.glob("state-*"))
 
 
@@ -621,8 +625,6 @@ def test_a_directory_with_only_what_a_killed_writer_left_is_free(tmp_path):
 
 
 def test_a_reader_that_a_writer_overtakes_reads_again(broken, monkeypatch):
-    from snapshot_ensemble.directory import DirectoryStore
-
     opened, open_store = [], DirectoryStore.open
 
     def overtaken(directory):
