@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import re
@@ -22,8 +23,10 @@ from snapshot_ensemble.snapshots import (
     Snapshot,
     SnapshotError,
     Weights,
+    finalize,
     load_weights,
     renumbered,
+    set_weights,
     weights_only,
 )
 
@@ -385,6 +388,22 @@ class DirectoryStore:
         if _is_difference(file):
             return read_difference(path, self.base(model))
         return load_weights(model, path, foreign=False)
+
+    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
+        file = self._kept.files[index]
+        if _is_difference(file) or type(member) is not type(model):
+            set_weights(member, self.weights(model, index))
+            return
+        # Right into it: nothing else of its size is in memory.
+        self.settle()
+        path = self._path(self._kept.files[index])
+        try:
+            with weights_only(member):
+                member.load_weights(path)
+        except Exception as error:
+            raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
+        finalize(member)
+        gc.collect()  # Reading leaves cycles of objects that hold its arrays.
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""

@@ -16,7 +16,7 @@ from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.passes import Passes
-from snapshot_ensemble.prediction import Predictor, check_built, check_model
+from snapshot_ensemble.prediction import MEMORY_LIMIT, Predictor, check_built, check_model
 from snapshot_ensemble.recovery import TrainingState
 from snapshot_ensemble.sameness import check_same, fingerprint
 from snapshot_ensemble.schedules import (
@@ -77,6 +77,9 @@ class SnapshotEnsemble(Predictor):
         task: `"multiclass"`, `"binary"`, `"multilabel"` or `"regression"`, with several outputs
             one for each, in the outputs' structure. Defaults to `None`: read off the compiled
             loss and the last activation.
+        memory_limit: How many bytes the members' weights may take in memory at once, those that
+            all share counted once. Members that would take more predict arrays one after
+            another, through one model. Defaults to `2**28` (256 MiB).
 
     Raises:
         ValueError: If the model is not compiled, its task cannot be told, or a value is
@@ -99,6 +102,7 @@ class SnapshotEnsemble(Predictor):
         directory: str | os.PathLike[str] | None = None,
         max_snapshots: int | None = None,
         task: Any = None,
+        memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise ValueError(
@@ -106,7 +110,7 @@ class SnapshotEnsemble(Predictor):
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
             )
         store: SnapshotStore = MemoryStore() if directory is None else DirectoryStore(directory)
-        super().__init__(model, task, store)
+        super().__init__(model, task, store, memory_limit)
         self._describe_to(store)
         self.schedule = as_schedule(cycles, schedule, lr_init, lr_min)
         if max_snapshots is not None:
@@ -174,7 +178,8 @@ class SnapshotEnsemble(Predictor):
         of unknown length without `steps_per_epoch`), the first epoch runs at the mean of the
         rates that the plan has for it, and all later ones exactly by the plan.
 
-        With a `directory` the state of training is saved at the end of each epoch: weights,
+        With a `directory` the state of training is taken at the end of each epoch and written
+        while the next one runs (a run that is killed may go on an epoch earlier): weights,
         optimizer, seeds of dropout, Python's and NumPy's random generators, history, and the
         state of Keras's own callbacks and of those that have `get_state()` and
         `set_state(state)`. If the run is broken off, by whatever, the same script with
@@ -468,7 +473,7 @@ class SnapshotEnsemble(Predictor):
         ensemble._describe_to(store)
         ensemble._directory_is_own = True
         if len(ensemble) and not given:
-            set_weights(model, store.weights(model, len(ensemble) - 1))
+            store.put(model, model, len(ensemble) - 1)
         return ensemble
 
     def _adopt(self, store: DirectoryStore) -> None:

@@ -45,6 +45,7 @@ class HeldOut:
         y: The targets as they were given.
         sample_weight: As it was given, or None.
         masks: Keras's mask of each output that has one, by its number as a string.
+        batch_size: As for `model.evaluate`, for what is scored later.
     """
 
     model: keras.Model
@@ -54,6 +55,7 @@ class HeldOut:
     y: Any
     sample_weight: Any
     masks: dict[str, np.ndarray]
+    batch_size: int | None = None
 
     @property
     def rows(self) -> int:
@@ -129,6 +131,7 @@ class HeldOut:
                     {"outputs": combined, "masks": self.masks},
                     self.y,
                     sample_weight=self.sample_weight,
+                    batch_size=self.batch_size,
                     verbose=0,
                     return_dict=True,
                 )
@@ -237,7 +240,8 @@ def gather(
     structure = keras.tree.map_structure(lambda o: o[:, 0], found["outputs"])
     outputs = [np.moveaxis(array, 1, 0) for array in keras.tree.flatten(found["outputs"])]
     masks = found.get("masks", {})
-    held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks)
+    size = predict_arguments.get("batch_size")
+    held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks, size)
     for output, meaning in zip(outputs, held.meanings, strict=True):
         wrong = [i for i, member in enumerate(output) if _makes_no_sense(member, meaning)]
         if len(wrong) == len(output):

@@ -12,6 +12,84 @@ import tensorflow as tf
 from snapshot_ensemble.snapshots import Weights, set_weights
 
 
+def graph_of(model: Any) -> Any:
+    """The graph of layers that a model runs; None for what is no model, or runs code of its own."""
+    if isinstance(model, keras.Sequential):
+        return model._functional
+    # A subclass that overrides `call` does something else than its graph says.
+    is_graph = getattr(type(model).call, "__qualname__", "") == "Functional.call"
+    return model if is_graph else None
+
+
+def identity(structure: Any) -> Any:
+    """A key that is equal for the same tensors and equal plain values."""
+    return tuple(
+        id(leaf) if isinstance(leaf, keras.KerasTensor) or keras.ops.is_tensor(leaf) else repr(leaf)
+        for leaf in keras.tree.flatten(structure)
+    )
+
+
+class Common:
+    """What members have in common, so that it runs once for all of them.
+
+    That is every layer of a graph whose weights are the very same objects in all members, and
+    whose inputs are what such layers gave: a frozen backbone, preprocessing.
+
+    Args:
+        model: A model of any kind; in one that is no graph there is nothing to find.
+        members: The weights of each member, in the order of `model.weights`.
+    """
+
+    def __init__(self, model: keras.Model, members: Sequence[Sequence[Any]]) -> None:
+        first, *rest = members
+        equal = [all(m[i] is first[i] for m in rest) for i in range(len(first))]
+        self._differs = {id(v) for v, e in zip(model.weights, equal, strict=True) if not e}
+        # A prediction step of one's own may do anything with what it is given.
+        own_step = type(model).predict_step is not keras.Model.predict_step
+        is_found = rest and any(equal) and graph_of(model) is not None and not own_step
+        inside = model._flatten_layers() if is_found else ()
+        graphs = [graph_of(layer) for layer in inside if isinstance(layer, keras.Model)]
+        self._graphs = {id(graph): graph for graph in graphs if graph is not None}
+        self._top = graph_of(model)
+
+    @contextlib.contextmanager
+    def once(self) -> Iterator[None]:
+        """Lets the layers of the graphs remember meanwhile what they gave for which tensors."""
+        given: dict[Any, Any] = {}
+        try:
+            for graph in self._graphs.values():
+                object.__setattr__(graph, "_run_through_graph", self._remembering(graph, given))
+            yield
+        finally:
+            for graph in self._graphs.values():
+                vars(graph).pop("_run_through_graph", None)
+
+    def _remembering(self, graph: Any, given: dict[Any, Any]) -> Callable[..., Any]:
+        run = type(graph)._run_through_graph
+
+        def run_through_graph(inputs: Any, operation_fn: Callable[[Any], Any]) -> Any:
+            def remember(operation: Any) -> Callable[..., Any]:
+                call = operation_fn(operation)
+                weights = getattr(operation, "weights", ())
+                if any(id(variable) in self._differs for variable in weights):
+                    return call
+
+                def called(*args: Any, **kwargs: Any) -> Any:
+                    key = (id(operation), identity((args, kwargs)))
+                    if key not in given:
+                        # With its arguments, so that no other object takes their identity.
+                        given[key] = (call(*args, **kwargs), args, kwargs)
+                    return given[key][0]
+
+                return called
+
+            if graph is self._top:  # What each member is given are casts of the same.
+                inputs = given.setdefault("inputs", inputs)
+            return run(graph, inputs, remember)
+
+        return run_through_graph
+
+
 @contextlib.contextmanager
 def _traced_afresh() -> Iterator[None]:
     """Traces every `tf.function` anew that is called meanwhile.
@@ -96,17 +174,26 @@ class MembersModel(keras.Model):
         # Inputs reach the members as they are: each casts them by its own policy.
         super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
 
+        common = Common(model, weights)
+
         # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
         def run(inputs: Any) -> Any:
-            return combine([member_outputs(model, member, inputs) for member in weights])
+            with common.once():
+                outputs = [member_outputs(model, member, inputs) for member in weights]
+            return combine(outputs)
 
         self._run = run
+        self._in_graph = tf.function(run, autograph=False, reduce_retracing=True)
         self.built = True
         if getattr(model, "output_names", None):
             self.output_names = model.output_names
 
     def call(self, inputs: Any) -> Any:
         return self._run(inputs)
+
+    def run(self, inputs: Any) -> Any:
+        """The output for one batch, computed in one compiled graph."""
+        return self._in_graph(keras.tree.map_structure(keras.ops.convert_to_tensor, inputs))
 
 
 class Member(keras.Model):
@@ -138,18 +225,25 @@ class Member(keras.Model):
         return self._run(inputs)
 
 
-def build_member(model: keras.Model, weights: Weights) -> keras.Model:
-    """A model of its own with the architecture of `model` and these weights, compiled alike."""
+def blank_member(model: keras.Model) -> keras.Model:
+    """A model of its own with the architecture of `model` and weights to be set, not compiled."""
     try:
         # Not through `clone_model`, which stumbles over losses and metrics without a config.
         member = type(model).from_config(model.get_config())
         if not member.built:
             member.build_from_config(model.get_build_config())
-        set_weights(member, weights)
+        if [v.shape for v in member.weights] != [v.shape for v in model.weights]:
+            raise ValueError("Its config does not say what it is.")
         copy_assets(model, member)
     except Exception:
         member = Member(model)
-        member.set_weights(weights)
+    return member
+
+
+def build_member(model: keras.Model, weights: Weights) -> keras.Model:
+    """A model of its own with the architecture of `model` and these weights, compiled alike."""
+    member = blank_member(model)
+    set_weights(member, weights)
     compile_like(member, model, optimizer=_copy(model._compile_config.config["optimizer"]))
     return member
 

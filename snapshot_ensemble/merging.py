@@ -6,17 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble.members import compile_like, copy_assets
+from snapshot_ensemble.members import compile_like, copy_assets, graph_of, identity
 from snapshot_ensemble.snapshots import Weights, set_weights
-
-
-def graph_of(model: Any) -> Any:
-    """The graph of layers that a model runs; None for what is no model, or runs code of its own."""
-    if isinstance(model, keras.Sequential):
-        return model._functional
-    # A subclass that overrides `call` does something else than its graph says.
-    is_graph = getattr(type(model).call, "__qualname__", "") == "Functional.call"
-    return model if is_graph else None
 
 
 class Merger:
@@ -62,7 +53,7 @@ class Merger:
     def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
         places = [self._place[id(v)] for v in getattr(operation, "weights", ())]
         owner = None if all(self._equal[i] for i in places) else member
-        key = (id(operation), owner, _identity((args, kwargs)))
+        key = (id(operation), owner, identity((args, kwargs)))
         if key in self._called:
             return self._called[key][0]
         made = self._made.get((id(operation), owner))
@@ -134,14 +125,6 @@ def merge(
     # With plain SGD, which adds no slots to its file.
     compile_like(merged, model)
     return merged
-
-
-def _identity(structure: Any) -> Any:
-    """A key that is equal for the same symbolic tensors and equal plain values."""
-    return tuple(
-        id(leaf) if isinstance(leaf, keras.KerasTensor) else repr(leaf)
-        for leaf in keras.tree.flatten(structure)
-    )
 
 
 def clone_operation(operation: Any, name: str) -> Any:

@@ -120,6 +120,10 @@ def plot_history(
     rate = ax.twinx()
     rate.plot(epochs, history["learning_rate"], color=GREY, alpha=0.5, linewidth=1)
     rate.set_ylabel("learning rate (end of the epoch)", color=GREY)
+    # The metric and the legend before the rate.
+    ax.set_zorder(rate.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    _count(ax.xaxis)
     return _labelled(ax, "epoch", metric)
 
 

@@ -3,16 +3,18 @@
 import dataclasses
 import operator
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from snapshot_ensemble import heldout
 from snapshot_ensemble.averaging import average
-from snapshot_ensemble.checks import real_number
+from snapshot_ensemble.checks import real_number, whole_number
 from snapshot_ensemble.combining import (
     check_combine,
     check_meanings,
@@ -27,13 +29,24 @@ from snapshot_ensemble.exporting import (
     serving_function,
     serving_graph,
 )
-from snapshot_ensemble.members import MembersModel, build_member, compile_like, metrics_lent
-from snapshot_ensemble.merging import graph_of, merge
+from snapshot_ensemble.members import (
+    MembersModel,
+    blank_member,
+    build_member,
+    compile_like,
+    graph_of,
+    metrics_lent,
+)
+from snapshot_ensemble.merging import merge
 from snapshot_ensemble.report import Report, make_report
 from snapshot_ensemble.scoring import uncertainty
+from snapshot_ensemble.sharing import bytes_of
 from snapshot_ensemble.snapshots import Snapshot, SnapshotStore, Weights
 from snapshot_ensemble.tasks import Output, check_task, read_outputs
 from snapshot_ensemble.weighting import check_method, learn_weights, temperature_of
+
+# In bytes: how much memory the members' weights may take at once.
+MEMORY_LIMIT = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +64,26 @@ class Predictor:
         model: The compiled model whose weights the members are.
         task: As for `SnapshotEnsemble`.
         store: Where the members are.
+        memory_limit: As for `SnapshotEnsemble`.
     """
 
-    def __init__(self, model: keras.Model, task: Any, store: SnapshotStore) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        task: Any,
+        store: SnapshotStore,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
         check_model(model)
         check_task(model, task)
+        self.memory_limit = whole_number("memory_limit", memory_limit, 0)
         self.model = model
         self.task = task
         self._store = store
         self._learned = Learned()
         self._learned_of: Any = None  # The state of the store that it belongs to.
         self._tensors: dict[int, list[Any]] = {}
+        self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}  # By place in a model.
         self._models: dict[Any, MembersModel] = {}
         self._built_of: Any = None  # The state of the store that they were made of.
 
@@ -105,10 +127,39 @@ class Predictor:
             ValueError: If there are no members, or `combine` or `members` make no sense.
         """
         check_combine(combine)
-        model = self._combined(combine, members)
-        return model.predict(
-            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-        )
+        run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
+        return self._predict(x, *self._way(combine, members), **run, callbacks=callbacks)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+    ) -> Any:
+        """The members' outputs for one batch, combined: as `model(inputs, training=False)`.
+
+        For single rows, gradients with respect to the inputs, and use inside a `tf.function`.
+        All members run in one compiled graph, traced at the first call.
+
+        Example:
+
+        >>> ens(x[:1]).shape
+        TensorShape([1, 3])
+
+        Args:
+            inputs: One batch: arrays or tensors, in the structure of the model's inputs.
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`. Defaults to `None`, all.
+
+        Returns:
+            Tensors in the structure and shapes of the model's outputs.
+
+        Raises:
+            ValueError: If there are no members, or `combine` or `members` make no sense.
+        """
+        check_combine(combine)
+        return self._combined(combine, members).run(inputs)
 
     def predict_members(
         self,
@@ -136,10 +187,8 @@ class Predictor:
         Raises:
             ValueError: If there are no members, or `members` makes no sense.
         """
-        model = self._combined(None, members)
-        stacked = model.predict(
-            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-        )
+        run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
+        stacked = self._predict(x, *self._way(None, members), **run, callbacks=callbacks)
         # Keras joins batches along the first axis, so that the members come second till here.
         return keras.tree.map_structure(lambda array: np.moveaxis(array, 1, 0), stacked)
 
@@ -191,10 +240,9 @@ class Predictor:
             mean = combine_outputs(outputs, "mean", meanings)
             return {"mean": mean, "spread": uncertainty(outputs, meanings)}
 
-        model = self._model_of(self._chosen(members), "uncertainty", put_together)
-        found = model.predict(
-            x, batch_size=batch_size, verbose=verbose, steps=steps, callbacks=callbacks
-        )
+        way = (self._chosen(members), ("uncertainty",), put_together)
+        run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
+        found = self._predict(x, *way, **run, callbacks=callbacks)
         return keras.tree.map_structure_up_to(
             found["mean"], lambda mean, spread: {"mean": mean, **spread}, *found.values()
         )
@@ -237,9 +285,41 @@ class Predictor:
 
     def _combined(self, combine: str | None, members: Any) -> MembersModel:
         """The model that runs the members. None: not combined."""
+        return self._model_of(*self._way(combine, members))
+
+    def _way(
+        self, combine: str | None, members: Any
+    ) -> tuple[list[int], Any, Callable[[list[Any]], Any]]:
+        """The members to run, a name for what is made of their outputs, and what makes it."""
         chosen, weights = self._choice(combine, members)
         how = (combine, None if weights is None else tuple(weights), self.temperature)
-        return self._model_of(chosen, how, self._put_together(combine, weights))
+        return chosen, how, self._put_together(combine, weights)
+
+    def _predict(
+        self,
+        x: Any,
+        chosen: list[int],
+        how: Any,
+        put_together: Callable[[list[Any]], Any],
+        **run: Any,
+    ) -> Any:
+        """Predicts with all members at once or, where they are too large, one after another."""
+        if not self._is_too_large(chosen) or not _are_arrays(x):
+            return self._model_of(chosen, how, put_together).predict(x, **run)
+        self._tensors, self._models, self._first, self._built_of = {}, {}, {}, None
+        outputs = []
+        with self.model.distribute_strategy.scope():
+            member = blank_member(self.model)
+        for i in chosen:
+            self._store.put(member, self.model, i)
+            outputs.append(member.predict(x, **run))
+        found = put_together(outputs)
+        return keras.tree.map_structure(ops.convert_to_numpy, found)
+
+    def _is_too_large(self, chosen: list[int]) -> bool:
+        """Whether these members' weights take more memory than they may; shared ones count once."""
+        trained, frozen = bytes_of(self.model)
+        return len(chosen) * trained + frozen > self.memory_limit
 
     def _model_of(
         self,
@@ -252,17 +332,31 @@ class Predictor:
         # A new `compile` brings other metrics, and maybe another loss.
         state = (*self._members_now(), self.model._compile_config)
         if self._built_of != state:
-            self._tensors, self._models, self._built_of = {}, {}, state
+            self._tensors, self._models, self._first, self._built_of = {}, {}, {}, state
         key = (how, tuple(chosen))
         if key not in self._models:
-            for i in set(chosen) - set(self._tensors):
-                arrays = self._store.weights(self.model, i)
-                self._tensors[i] = [ops.convert_to_tensor(array) for array in arrays]
+            for i in sorted(set(chosen) - set(self._tensors)):
+                self._tensors[i] = self._as_tensors(self._store.weights(self.model, i))
             with self.model.distribute_strategy.scope():
                 model = kind(self.model, [self._tensors[i] for i in chosen], put_together)
                 compile_like(model, self.model)
+            # A model for another temperature or other weights has had its day.
+            for old in [k for k in self._models if k[1] == key[1] and k[0][0] == key[0][0]]:
+                del self._models[old]
             self._models[key] = model
         return self._models[key]
+
+    def _as_tensors(self, arrays: Weights) -> list[Any]:
+        """Arrays as tensors; one that members share becomes one tensor, by which that is seen."""
+        tensors = []
+        for place, array in enumerate(arrays):
+            known, tensor = self._first.get(place, (None, None))
+            if known is None or known() is not array:
+                tensor = ops.convert_to_tensor(array)
+                if isinstance(array, np.ndarray):  # And no number.
+                    self._first.setdefault(place, (weakref.ref(array), tensor))
+            tensors.append(tensor)
+        return tensors
 
     def _parts(
         self, combine: str, members: Any
@@ -636,7 +730,7 @@ class Predictor:
     ) -> heldout.HeldOut:
         """What the members predict for held-out data, and what is true."""
         chosen = self._chosen(None) if chosen is None else chosen
-        gatherer = self._model_of(chosen, "gather", heldout.lay_side_by_side, heldout.Gatherer)
+        gatherer = self._model_of(chosen, ("gather",), heldout.lay_side_by_side, heldout.Gatherer)
         return heldout.gather(gatherer, self.model, self._read, x, y, sample_weight, **run)
 
     def _read(self, outputs: Any) -> list[Output]:
@@ -662,6 +756,11 @@ class Predictor:
     def _members_now(self) -> Any:
         """Another value whenever the members are others."""
         return self._store, self._store.version
+
+
+def _are_arrays(x: Any) -> bool:
+    """Whether data can be gone through again and again, in the same order."""
+    return all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten(x))
 
 
 def check_model(model: Any) -> None:

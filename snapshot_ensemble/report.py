@@ -85,7 +85,9 @@ class Report:
             remarks.append(f"{name}, members added from the last: {_listed(errors)}")
             remarks.append(f"{name}, members added from the first: {_listed(first)}")
         if self.temperature != 1:
-            remarks.append(f"The combinations have the temperature {self.temperature:.4g}.")
+            remarks.append(
+                f"The combinations have the temperature {self.temperature:.4g}, the members none."
+            )
         return remarks + self.notes
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 One whole file, the base, has all weights; the others have what differs from it.
 """
 
+import math
 import os
 import pathlib
 import tempfile
@@ -19,9 +20,17 @@ WORTH = 0.1
 
 def is_worth_it(model: keras.Model) -> bool:
     """Whether a good part of a model's bytes is frozen."""
-    sizes = [np.prod(v.shape) * np.dtype(_plain(v.dtype)).itemsize for v in model.weights]
-    frozen = sum(size for size, v in zip(sizes, model.weights, strict=True) if not v.trainable)
-    return bool(frozen > WORTH * sum(sizes))
+    trained, frozen = bytes_of(model)
+    return frozen > WORTH * (trained + frozen)
+
+
+def bytes_of(model: keras.Model) -> tuple[int, int]:
+    """The bytes of a model's weights, those that are trained and those that are not."""
+    sizes = [0, 0]
+    for variable in model.weights:
+        size = math.prod(variable.shape) * np.dtype(_plain(variable.dtype)).itemsize
+        sizes[not variable.trainable] += size
+    return sizes[0], sizes[1]
 
 
 def _plain(dtype: str) -> str:

@@ -95,6 +95,9 @@ class SnapshotStore(SnapshotSink, Protocol):
     def weights(self, model: keras.Model, index: int) -> Weights:
         """The weights of one snapshot, in the order of `model.weights`."""
 
+    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
+        """Gives a model of the same architecture the weights of one snapshot."""
+
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Keeps others from writing to the same place meanwhile."""
 
@@ -166,6 +169,9 @@ class MemoryStore:
     def weights(self, model: keras.Model, index: int) -> Weights:
         return self._weights[index]
 
+    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
+        set_weights(member, self._weights[index])
+
 
 def load_weights(
     model: keras.Model, path: str | os.PathLike[str], *, foreign: bool = True
@@ -197,6 +203,11 @@ def load_weights(
 def set_weights(model: Any, weights: Weights) -> None:
     """Sets the weights of a model or layer, and what its layers work out from them."""
     model.set_weights(weights)
+    finalize(model)
+
+
+def finalize(model: Any) -> None:
+    """Lets layers work out what they hold beside their weights, which were set."""
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()  # It holds its mean and variance a second time.
@@ -221,11 +232,18 @@ def _layout(path: str | os.PathLike[str]) -> set[str]:
 
 @contextlib.contextmanager
 def weights_only(model: keras.Model) -> Iterator[None]:
-    """Hides the optimizer, whose slots Keras would write beside the weights, or ask for."""
-    optimizer = model.optimizer
-    # Past Keras's own tracking of attributes: nothing is to be noticed.
-    object.__setattr__(model, "optimizer", None)
+    """Hides the optimizers, whose slots Keras would write beside the weights, or ask for.
+
+    Also those of models inside, such as a backbone that was compiled to be trained before.
+    """
+    inside = [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]
+    models = [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
+    optimizers = [inner.optimizer for inner in models]
     try:
+        for inner in models:
+            # Past Keras's own tracking of attributes: nothing is to be noticed.
+            object.__setattr__(inner, "optimizer", None)
         yield
     finally:
-        object.__setattr__(model, "optimizer", optimizer)
+        for inner, optimizer in zip(models, optimizers, strict=True):
+            object.__setattr__(inner, "optimizer", optimizer)

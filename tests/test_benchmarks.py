@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks import faults, recovery_cost, shared_backbone
+from benchmarks import faults, memory_cost, prediction_cost, shared_backbone, training_cost
 
 KILLS = [sys.executable, str(pathlib.Path(__file__).parent / "benchmarks" / "kills.py"), "--json"]
 
@@ -16,7 +16,7 @@ def test_shared_backbone(capsys):
     head = (128 * 64 + 64) + (64 * 10 + 10)
     backbone = parameters["one model"] - head
     assert parameters["combined model"] == backbone + 6 * head
-    assert set(ratios) == {"combined model", "members side by side"}
+    assert set(ratios) == {"ens.predict", "combined model", "SavedModel", "loop over members"}
     assert "time / one model" in capsys.readouterr().out
 
 
@@ -28,10 +28,32 @@ def test_faults(capsys):
     assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
 
 
-def test_recovery_cost(capsys):
-    size = ["--rows", "64", "--width", "8", "--epochs", "2", "--rounds", "1"]
-    assert set(recovery_cost.main(size)) == set(recovery_cost.WAYS)
+def test_training_cost(capsys):
+    size = ["--rows", "64", "--width", "8", "--small", "4", "--epochs", "4", "--rounds", "1"]
+    rows = training_cost.main(size)
+    assert len(rows) == 4
+    assert all(ratio > 0 for _, _, ratio, _ in rows)
     assert "MB of weights" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prediction_cost(capsys):
+    size = ["--dense-rows", "64", "--conv-rows", "8", "--largest", "2", "--rounds", "1"]
+    rows = prediction_cost.main(size)
+    assert len(rows) == 8
+    assert all(ratio > 0 for _, _, ratio, _ in rows)
+    assert "import snapshot_ensemble" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_memory_cost(capsys):
+    rows = memory_cost.main(["--members", "3", "--width", "400", "--limit", "1"])
+    found = {what: ratio for what, _, ratio, _ in rows}
+    # Of bytes the figures do not depend on the machine.
+    assert found["a snapshot on disk"] < 1.02
+    assert found["6 heads on a frozen backbone, directory"] < 1.05
+    assert found["the same in memory"] == 1
+    assert "peaks" in capsys.readouterr().out
 
 
 def killed(*arguments):

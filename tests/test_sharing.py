@@ -191,3 +191,83 @@ def test_a_manifest_without_its_base_is_refused(tmp_path):
     (tmp_path / "copy" / "ensemble.json").write_text(json.dumps(content))
     with pytest.raises(SnapshotError, match="names no file that others are part of"):
         SnapshotEnsemble.load(tmp_path / "copy")
+
+
+def test_a_backbone_that_was_trained_before_brings_no_optimizer_along(tmp_path):
+    model = frozen()
+    backbone = model.get_layer("backbone")
+    backbone.trainable = True
+    backbone.compile("adam", "mse")
+    backbone.fit(X, np.zeros((len(X), WIDTH)), verbose=0)
+    for layer in (backbone, *backbone.layers):
+        layer.trainable = False
+    slots = backbone.optimizer.variables
+    ens = trained(tmp_path / "run", model=model)
+    assert backbone.optimizer.variables == slots
+    size = sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
+    assert size < 1.6 * bytes_of(model.get_weights())
+    loaded = SnapshotEnsemble.load(tmp_path / "run")
+    check_same(member_weights(loaded), member_weights(ens))
+
+
+# In predictions
+
+
+def counting(layer, calls):
+    """Lets a layer count how often it is called."""
+    call = layer.call
+
+    def counted(*args, **kwargs):
+        calls.append(layer.name)
+        return call(*args, **kwargs)
+
+    object.__setattr__(layer, "call", counted)
+
+
+@pytest.mark.parametrize("kind", ["nested", "flat", "sequential", "cast"])
+def test_what_members_share_runs_once(kind):
+    model = made(kind)
+    ens = trained(None, model=model)
+    expected = [member.predict(X, verbose=0) for member in ens]
+    calls = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dense):
+            counting(layer, calls)
+    x = X.astype("float64") if kind == "cast" else X
+    np.testing.assert_allclose(ens.predict_members(x, verbose=0), expected, atol=1e-6)
+    assert calls.count(calls[0]) == 1
+    assert calls.count(model.layers[-1].name) == 3
+    np.testing.assert_allclose(ens(x), np.mean(expected, axis=0), atol=1e-6)
+
+
+def made(kind):
+    if kind in ("nested", "cast"):
+        return frozen()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((6,)), *(keras.layers.Dense(8, "tanh") for _ in range(2))]
+    )
+    model.trainable = False
+    if kind == "sequential":
+        model.add(keras.layers.Dense(3, "softmax"))
+    else:
+        # Past the frozen layers there is a way around them, and one goes twice.
+        shared, inputs = keras.layers.Dense(8, "relu"), model.inputs[0]
+        once = shared(model.outputs[0])
+        merged = keras.layers.concatenate([shared(once), inputs])
+        model = keras.Model(inputs, keras.layers.Dense(3, "softmax")(merged))
+    model.trainable = True
+    for layer in model.layers:
+        layer.trainable = layer not in model.layers[: len(model.layers) // 2]
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+def test_the_model_is_as_it_was():
+    model = frozen()
+    ens = trained(None, model=model)
+    before = model.predict(X, verbose=0)
+    ens.predict(X, verbose=0)
+    for graph in (model, model.get_layer("backbone")._functional):
+        assert "_run_through_graph" not in vars(graph)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)

@@ -2,21 +2,23 @@
 
     python tests/benchmarks/shared_backbone.py
 
-Two ways to serve six members: the combined model, which stores and computes the backbone once,
-and the members side by side. Each is timed in turn with one model, several times; the ratio is
-the median of the pairs. The time of one model goes into its backbone's convolutions, so that the
-heads, six instead of one, hardly show.
+Four ways to run six members: `ens.predict`, the combined model and the SavedModel, which all store
+and compute the backbone once, and a loop over the members. Each is timed in turn with one model,
+several times; the ratio is the median of the pairs. The time of one model goes into its backbone's
+convolutions, so that the heads, six instead of one, hardly show.
 """
 
 import argparse
 import os
 import statistics
+import tempfile
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from snapshot_ensemble import Snapshot, SnapshotEnsemble
 
@@ -55,10 +57,27 @@ def members_of(model, count):
     return ens
 
 
+BATCH = 64
+
+
+def served(ens):
+    """What predicts in batches by the SavedModel alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        ens.export(f"{folder}/served", verbose=False)
+        model = tf.saved_model.load(f"{folder}/served")
+
+    def predict(x):
+        signature = model.signatures["serving_default"]
+        parts = [x[i : i + BATCH] for i in range(0, len(x), BATCH)]
+        return np.concatenate([signature(image=tf.constant(p))["answer"] for p in parts])
+
+    return predict
+
+
 def measure(candidates, x, pairs):
     """For each candidate, the median ratio of its prediction time to that of the first."""
-    for model in candidates.values():
-        model.predict(x, verbose=0, batch_size=64)  # Traced and warm.
+    for predict in candidates.values():
+        predict(x)  # Traced and warm.
     first, *others = candidates
     ratios = {name: [] for name in others}
     times = []
@@ -67,7 +86,7 @@ def measure(candidates, x, pairs):
             pair = []
             for one in (first, name):
                 start = time.perf_counter()
-                candidates[one].predict(x, verbose=0, batch_size=64)
+                candidates[one](x)
                 pair.append(time.perf_counter() - start)
             times.append(pair[0])
             ratios[name].append(pair[1] / pair[0])
@@ -86,18 +105,25 @@ def main(argv=None):
     ens = members_of(model, args.members)
     x = np.random.default_rng(1).normal(size=(args.rows, args.size, args.size, 3))
     x = x.astype("float32")
-    merged = ens.to_keras()
+    merged, members = ens.to_keras(), list(ens)
+    run = {"batch_size": BATCH, "verbose": 0}
     candidates = {
-        "one model": model,
-        "combined model": merged,
-        "members side by side": ens._combined("mean", None),
+        "one model": lambda x: model.predict(x, **run),
+        "ens.predict": lambda x: ens.predict(x, **run),
+        "combined model": lambda x: merged.predict(x, **run),
+        "SavedModel": served(ens),
+        "loop over members": lambda x: np.mean([m.predict(x, **run) for m in members], axis=0),
     }
+    for name in candidates.keys() - {"one model"}:
+        np.testing.assert_allclose(candidates[name](x[:8]), ens.predict(x[:8], **run), atol=1e-5)
     seconds, ratios = measure(candidates, x, args.pairs)
     head = model.count_params() - in_backbone
     parameters = {
         "one model": model.count_params(),
+        "ens.predict": in_backbone + args.members * head,
         "combined model": merged.count_params(),
-        "members side by side": args.members * model.count_params(),
+        "SavedModel": merged.count_params(),
+        "loop over members": args.members * model.count_params(),
     }
     print(f"{args.members} members, backbone {in_backbone:,} and head {head:,} parameters, ")
     print(f"{args.rows} rows, medians of {args.pairs} pairs\n")

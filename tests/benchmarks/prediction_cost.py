@@ -1,0 +1,167 @@
+"""What predictions of an ensemble cost, beside one model's and beside a loop over weight files.
+
+    python tests/benchmarks/prediction_cost.py
+
+Where the time goes: with small dense nets in Keras's own loop over batches, about a millisecond for
+each, which all members share since one graph runs them; with convolutions in the kernels, where
+members run beside each other on all cores.
+"""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+try:
+    from benchmarks.timing import ratios, show
+except ImportError:
+    from timing import ratios, show
+
+from snapshot_ensemble import Snapshot, SnapshotEnsemble
+
+layers = keras.layers
+
+
+def dense_net():
+    hidden = [layers.Dense(64, "relu") for _ in range(2)]
+    return keras.Sequential([keras.Input((64,), name="x"), *hidden, layers.Dense(10, "softmax")])
+
+
+def conv_net():
+    blocks = []
+    for filters in (16, 32):
+        blocks += [layers.Conv2D(filters, 3, activation="relu"), layers.MaxPooling2D()]
+    last = [layers.Flatten(), layers.Dense(10, "softmax")]
+    return keras.Sequential([keras.Input((28, 28, 1), name="x"), *blocks, *last])
+
+
+def ensemble_of(make, count):
+    """An ensemble whose members have random weights."""
+    model = make()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    rng = np.random.default_rng(0)
+    ens = SnapshotEnsemble(model)
+    for index in range(count):
+        weights = [rng.normal(0, 0.1, w.shape).astype("float32") for w in model.get_weights()]
+        ens._store.add_weights(weights, Snapshot(index))
+    return ens
+
+
+def rows_of(model, count):
+    shape = (count, *model.input_shape[1:])
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
+
+
+def loop_over(make, ens, x, scratch):
+    """What a user writes: load each file, predict, average."""
+    model, paths = make(), []
+    for i, member in enumerate(ens):
+        paths.append(f"{scratch}/{make.__name__}-{i}.weights.h5")
+        member.save_weights(paths[-1])
+
+    def loop():
+        found = []
+        for path in paths:
+            model.load_weights(path)
+            found.append(model.predict(x, verbose=0))
+        return np.mean(found, axis=0)
+
+    return loop
+
+
+def predictions(make, count, members, rounds, scratch):
+    ens = ensemble_of(make, members)
+    x = rows_of(ens.model, count)
+    loop = loop_over(make, ens, x, scratch)
+    np.testing.assert_allclose(ens.predict(x, verbose=0), loop(), atol=1e-5)
+    candidates = {
+        "loop": loop,
+        "one": lambda: ens.model.predict(x, verbose=0),
+        "ensemble": lambda: ens.predict(x, verbose=0),
+    }
+    times, ratio = ratios(candidates, rounds)
+    print(f"{make.__name__}, {count:,} rows: one model {times['one']:.3f} s")
+    return ratio
+
+
+def latency(members, rounds, scratch):
+    """One row at a time."""
+    ens = ensemble_of(dense_net, members)
+    ens.export(f"{scratch}/served", verbose=False)
+    served = tf.saved_model.load(f"{scratch}/served").signatures["serving_default"]
+    row = tf.constant(rows_of(ens.model, 1))
+
+    def often(function):
+        return lambda: [function() for _ in range(200)]
+
+    candidates = {
+        "one": often(lambda: ens.model(row, training=False)),
+        "call": often(lambda: ens(row)),
+        "served": often(lambda: served(x=row)),
+    }
+    times, ratio = ratios(candidates, rounds)
+    print(f"one row through `model(x)`: {1e3 * times['one'] / 200:.3f} ms")
+    return ratio
+
+
+def growth(count, largest, rounds):
+    """The time with as many members as a share of so many times that with one."""
+    sizes = [2**k for k in range(largest.bit_length())]
+    ens = ensemble_of(dense_net, sizes[-1])
+    x = rows_of(ens.model, count)
+    candidates = {m: lambda m=m: ens.predict(x, members=m, verbose=0) for m in sizes}
+    _, ratio = ratios(candidates, rounds)
+    return {m: ratio(m, 1) for m in sizes[1:]}
+
+
+def import_time(rounds):
+    """Seconds that the import takes where Keras is loaded."""
+    code = "import keras, time; t = time.perf_counter(); import snapshot_ensemble; "
+    command = [sys.executable, "-c", code + "print(time.perf_counter() - t)"]
+    found = [
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(rounds)
+    ]
+    return float(np.median(found))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--members", type=int, default=6)
+    parser.add_argument("--dense-rows", type=int, default=20_000)
+    parser.add_argument("--conv-rows", type=int, default=4_000)
+    parser.add_argument("--largest", type=int, default=32, help="members of the largest ensemble")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    args = parser.parse_args(argv)
+    keras.utils.set_random_seed(0)
+    many = args.members
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = predictions(dense_net, args.dense_rows, many, args.rounds, scratch)
+        conv = predictions(conv_net, args.conv_rows, many, args.rounds, scratch)
+        single = latency(many, args.rounds, pathlib.Path(scratch))
+    more = growth(args.dense_rows // 4, args.largest, args.rounds)
+    imported = import_time(args.rounds)
+    print(f"{many} members, medians of {args.rounds} rounds\n")
+    rows = [
+        ("predict, small dense net", "loop over files", dense("ensemble", "loop"), 0.15),
+        ("predict, small dense net", "one model", dense("ensemble", "one"), 1.1),
+        ("predict, small conv net", "loop over files", conv("ensemble", "loop"), 0.5),
+        ("predict, small conv net", f"{many} x one", conv("ensemble", "one") / many, 0.5),
+        ("one row, ens(x)", "model(x)", single("call", "one"), 2.0),
+        ("one row, SavedModel", "model(x)", single("served", "one"), 2.0),
+        ("import snapshot_ensemble", "import keras, seconds more", imported, 0.05),
+    ]
+    rows += [(f"predict, {m} members", "one member", found, m) for m, found in more.items()]
+    return show(rows)
+
+
+if __name__ == "__main__":
+    main()
