@@ -284,7 +284,7 @@ def test_a_temperature_is_for_combinations(digits):
         close(rows[name]["ece"], calibration_error(p, digits.y))
     expected = digits.evaluated["tempered weighted"]
     close([rows["weighted"][key] for key in expected], list(expected.values()), 1e-6)
-    assert "The combinations have the temperature 1.7." in str(digits.shown)
+    assert "The combinations have the temperature 1.7, the members none." in str(digits.shown)
     assert "The combinations have" not in str(digits.plain)
 
 
