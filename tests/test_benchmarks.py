@@ -56,6 +56,15 @@ def test_memory_cost(capsys):
     assert "peaks" in capsys.readouterr().out
 
 
+def test_torchensemble_cost(capsys):
+    pytest.importorskip("torchensemble", reason="Another framework's, not installed for tests.")
+    from benchmarks import torchensemble_cost
+
+    rows = torchensemble_cost.main(["--rows", "64", "--width", "8", "--rounds", "1"])
+    assert all(ratio > 0 for _, _, ratio, _ in rows)
+    assert "TorchEnsemble" in capsys.readouterr().out
+
+
 def killed(*arguments):
     done = subprocess.run([*KILLS, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,5 +1,6 @@
 """Ratios of times, measured in turn; what the benchmarks of this folder share."""
 
+import math
 import statistics
 import time
 
@@ -36,8 +37,9 @@ def ratios(candidates, rounds):
 
 
 def show(rows):
-    """Prints rows of (what, against what, ratio, at most)."""
+    """Prints rows of (what, against what, ratio, at most; NaN where there is no limit)."""
     print(f"{'what':46}{'against':30}{'ratio':>8}{'at most':>9}")
     for what, against, found, most in rows:
-        print(f"{what:46}{against:30}{found:8.3f}{most:9.3g}")
+        limit = "" if math.isnan(most) else f"{most:.3g}"
+        print(f"{what:46}{against:30}{found:8.3f}{limit:>9}")
     return rows
