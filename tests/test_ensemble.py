@@ -24,6 +24,8 @@ from snapshot_ensemble import (
     VisualizeLR,
     plots,
 )
+from snapshot_ensemble.keeping import Keeper
+from snapshot_ensemble.learning import Learner
 from snapshot_ensemble.prediction import Predictor
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
@@ -553,6 +555,8 @@ EXAMPLES = [
     for public in (
         SnapshotEnsemble,
         Predictor,
+        Learner,
+        Keeper,
         CosineAnnealing,
         SnapshotEnsembleCallback,
         GenerateSnapshotCallbacks,

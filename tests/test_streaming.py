@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from models import COMBINATIONS, TASKS, dense, ensemble_of
 
-from snapshot_ensemble import SnapshotEnsemble, prediction
+from snapshot_ensemble import SnapshotEnsemble, running
 
 X = np.random.default_rng(1).normal(size=(40, 4)).astype("float32")
 
@@ -18,7 +18,7 @@ def one_after_another(ens, monkeypatch):
     def refuse(*args):
         raise AssertionError("All members were built.")
 
-    monkeypatch.setattr(prediction, "MembersModel", refuse)
+    monkeypatch.setattr(running, "MembersModel", refuse)
     monkeypatch.setattr(type(ens)._model_of, "__defaults__", (refuse,))
     return ens
 
