@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from snapshot_ensemble.building import Member, build_member
 from snapshot_ensemble.heldout import Gatherer, gather, lay_side_by_side
-from snapshot_ensemble.members import Member, build_member, with_weights
+from snapshot_ensemble.members import with_weights
 from snapshot_ensemble.snapshots import Weights
 from snapshot_ensemble.tasks import Output
 

@@ -1,4 +1,4 @@
-"""Numbers that users pass, checked: the one wording for all that is wrong with them."""
+"""Numbers that users pass and are told, checked and worded in one way."""
 
 import math
 import operator
@@ -32,3 +32,8 @@ def real_number(name: str, value: Any, *, positive: bool) -> float:
         wanted = "above 0" if positive else "at least 0"
         raise ValueError(f"`{name}` must be finite and {wanted}. Received: {name}={value!r}")
     return number
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 member`, `2 members`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

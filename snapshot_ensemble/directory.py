@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import os
 import pathlib
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.background import Background
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.files import Draft
 from snapshot_ensemble.locking import NAME as LOCK
 from snapshot_ensemble.locking import DirectoryLock
@@ -23,7 +23,7 @@ from snapshot_ensemble.snapshots import (
     Snapshot,
     SnapshotError,
     Weights,
-    finalize,
+    load_into,
     load_weights,
     renumbered,
     set_weights,
@@ -323,8 +323,8 @@ class DirectoryStore:
             if getattr(error, "explained", False) or isinstance(error, BlockingIOError):
                 raise
             if self.directory.exists():
-                count = len(self._saved.snapshots)
-                told = f"What was written before is as it was, {count} snapshots with it."
+                kept = counted(len(self._saved.snapshots), "snapshot")
+                told = f"What was written before is as it was, {kept} with it."
             else:
                 told = "The directory is gone."
             told = f"'{self.directory}' cannot be written to: {error}. {told}"
@@ -396,14 +396,7 @@ class DirectoryStore:
             return
         # Right into it: nothing else of its size is in memory.
         self.settle()
-        path = self._path(self._kept.files[index])
-        try:
-            with weights_only(member):
-                member.load_weights(path)
-        except Exception as error:
-            raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
-        finalize(member)
-        gc.collect()  # Reading leaves cycles of objects that hold its arrays.
+        load_into(member, self._path(self._kept.files[index]))
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""

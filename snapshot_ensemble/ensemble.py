@@ -10,7 +10,7 @@ import keras
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
 from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
-from snapshot_ensemble.checks import whole_number
+from snapshot_ensemble.checks import counted, whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.keeping import Keeper
 from snapshot_ensemble.manifest import NAME as MANIFEST
@@ -352,4 +352,4 @@ class SnapshotEnsemble(Keeper):
 
     def __repr__(self) -> str:
         where = "in memory" if self.directory is None else f"in '{self.directory}'"
-        return f"<SnapshotEnsemble of {self.model.name!r}: {len(self)} members {where}>"
+        return f"<SnapshotEnsemble of {self.model.name!r}: {counted(len(self), 'member')} {where}>"

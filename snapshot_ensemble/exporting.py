@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import pathlib
 import shutil
 import uuid
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble.members import Member
+from snapshot_ensemble.building import Member
 from snapshot_ensemble.snapshots import Weights
 
 Outputs = dict[str, np.ndarray]
@@ -187,7 +188,7 @@ def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
 def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:
     arguments = {"verbose": False, "input_signature": [served.signature], **arguments}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet(not arguments["verbose"]):
             # Keras probes NumPy for a name that it would mend for tf2onnx.
             warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
             served.model.export(str(path), format=format, **arguments)
@@ -196,6 +197,19 @@ def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str,
             f"The ensemble cannot be exported as {format!r}: {error}\nA SavedModel "
             "(format='tf_saved_model') takes every TensorFlow operation."
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keeps TensorFlow from telling where it writes, which is not where the file ends up."""
+    logger = tf.get_logger()
+    level = logger.level
+    if wanted:
+        logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _compare(served: Served, path: pathlib.Path, format: str) -> None:

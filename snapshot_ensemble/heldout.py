@@ -8,7 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble.members import MembersModel, compile_like, metrics_lent
+from snapshot_ensemble.batching import batch_size_for
+from snapshot_ensemble.building import compile_like, metrics_lent
+from snapshot_ensemble.members import MembersModel
 from snapshot_ensemble.scoring import items_of, loss
 from snapshot_ensemble.tasks import Output, per_output
 from snapshot_ensemble.truth import Truth, few, numbers, read_truth
@@ -225,7 +227,8 @@ def gather(
         ValueError: If there are no targets, they do not fit the outputs, or a number is NaN.
         TypeError: If targets are no numbers.
     """
-    found = gatherer.predict(x, **predict_arguments)
+    own = batch_size_for(model, x, **predict_arguments)
+    found = gatherer.predict(x, **predict_arguments | own)
     if y is not None and "y" in found:
         raise ValueError(
             "`y` must not be given where `x` brings the targets itself. "

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble.members import compile_like, copy_assets, graph_of, identity
+from snapshot_ensemble.building import compile_like, copy_assets
+from snapshot_ensemble.members import graph_of, identity
 from snapshot_ensemble.snapshots import Weights, set_weights
 
 

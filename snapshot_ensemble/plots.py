@@ -11,6 +11,7 @@ import numpy as np
 
 from snapshot_ensemble import scoring
 from snapshot_ensemble.averaging import Averager
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.combining import combine_outputs
 from snapshot_ensemble.ensemble import SnapshotEnsemble
 from snapshot_ensemble.report import Report
@@ -127,18 +128,25 @@ def plot_history(
     return _labelled(ax, "epoch", metric)
 
 
-def plot_members(report: Report, *, ax: "Axes | None" = None) -> "Axes":
-    """Draws the error against the number of members, added from the last and from the first.
+def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = None) -> "Axes":
+    """Draws what the mean of 1, 2, … members is worth, added from the last and from the first.
 
     Args:
         report: Of `ensemble.report`.
+        metric: `"error"`, the share of wrong classes or the mean squared error of each output, or
+            `"loss"`, the compiled one. Defaults to `"error"`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: the share of wrong classes, or the mean squared error, upwards.
+        The `Axes`: the number of members to the right, the error or the loss upwards.
+
+    Raises:
+        ValueError: If `metric` is neither.
     """
+    if metric not in ("error", "loss"):
+        raise ValueError(f"`metric` must be 'error' or 'loss'. Received: metric={metric!r}")
     ax = _axes(ax)
-    names = [name for name in report.added_from_last if name != "loss"]
+    names = [name for name in report.added_from_last if (name == "loss") == (metric == "loss")]
     styles = ("-", "--", ":", "-.")
     for name, style in zip(names, styles * len(names), strict=False):
         of = "" if len(names) == 1 else f" ({name})"
@@ -151,7 +159,7 @@ def plot_members(report: Report, *, ax: "Axes | None" = None) -> "Axes":
             ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
     ax.axvline(report.worth, color=GREY, linestyle=":", label=f"worth it: {report.worth}")
     _count(ax.xaxis)
-    return _labelled(ax, "number of members", "error")
+    return _labelled(ax, "number of members", metric)
 
 
 def plot_diversity(
@@ -293,7 +301,9 @@ def plot_landscape(
     """Draws the loss along the straight line from each snapshot to the next.
 
     Where it rises between them, they lie in different basins: their predictions are worth
-    averaging, their weights are not.
+    averaging, their weights are not. All weights are taken from the line, the statistics of
+    `BatchNormalization` too: they are not renewed as `average_weights` renews them, so that of such
+    a model the rise shows both.
 
     Args:
         ensemble: An ensemble of at least two members.
@@ -314,7 +324,8 @@ def plot_landscape(
     """
     if len(ensemble) < 2:
         raise ValueError(
-            f"There is no line between fewer than two members. Received: {len(ensemble)} members."
+            "There is no line between fewer than two members. Received: "
+            f"{counted(len(ensemble), 'member')}."
         )
     judge = Averager(ensemble.model, ensemble._read, x, y, batch_size)
     members = [ensemble._store.weights(ensemble.model, i) for i in range(len(ensemble))]
@@ -349,7 +360,7 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
     if len(ensemble) < 3:
         raise ValueError(
             "There is no plane through fewer than three members. Received: "
-            f"{len(ensemble)} members."
+            f"{counted(len(ensemble), 'member')}."
         )
     trained = [variable.trainable for variable in ensemble.model.weights]
     rows = []

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from snapshot_ensemble.building import metrics_lent
 from snapshot_ensemble.combining import check_combine, combine_outputs
 from snapshot_ensemble.exporting import (
     check_format,
@@ -14,7 +15,7 @@ from snapshot_ensemble.exporting import (
     serving_function,
     serving_graph,
 )
-from snapshot_ensemble.members import graph_of, metrics_lent
+from snapshot_ensemble.members import graph_of
 from snapshot_ensemble.merging import merge
 from snapshot_ensemble.running import Runner
 from snapshot_ensemble.scoring import uncertainty
@@ -49,7 +50,8 @@ class Predictor(Runner):
                 Defaults to `"mean"`.
             members: Which members: `None` for all, an int for the last that many, or a list of
                 indices. Defaults to `None`.
-            batch_size: As for `model.predict`.
+            batch_size: As for `model.predict`. Defaults to `None`: 32, or up to 1024 rows of arrays
+                where small layers of Keras's own make that faster and it changes nothing.
             verbose: As for `model.predict`.
             steps: As for `model.predict`.
             callbacks: As for `model.predict`.
@@ -110,7 +112,7 @@ class Predictor(Runner):
         Args:
             x: As for `model.predict`.
             members: Which members, as for `predict`.
-            batch_size: As for `model.predict`.
+            batch_size: As for `predict`.
             verbose: As for `model.predict`.
             steps: As for `model.predict`.
             callbacks: As for `model.predict`.
@@ -150,7 +152,7 @@ class Predictor(Runner):
         Args:
             x: As for `model.predict`.
             members: Which members, as for `predict`.
-            batch_size: As for `model.predict`.
+            batch_size: As for `predict`.
             verbose: As for `model.predict`.
             steps: As for `model.predict`.
             callbacks: As for `model.predict`.

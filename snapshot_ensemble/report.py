@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble import scoring
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.combining import combine_outputs
 from snapshot_ensemble.heldout import HeldOut
 from snapshot_ensemble.truth import Truth
@@ -276,8 +277,8 @@ def _worth(parts: np.ndarray) -> int:
 def _notes(alone: list[float], from_last: list[float], worth: int, weighted: bool) -> list[str]:
     count, best = len(alone), int(np.argmin(alone))
     notes = [
-        f"Worth it: {worth} of {count} members. The mean of the last {worth} is within one "
-        "standard error of the best such mean."
+        f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
+        "one standard error of the best such mean."
     ]
     if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # More than by rounding.
         k = int(np.argmin(from_last)) + 1

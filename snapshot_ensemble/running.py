@@ -8,9 +8,10 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
+from snapshot_ensemble.batching import are_arrays, batch_size_for
+from snapshot_ensemble.building import blank_member, build_member, compile_like
 from snapshot_ensemble.checks import real_number, whole_number
 from snapshot_ensemble.combining import (
     check_combine,
@@ -20,13 +21,7 @@ from snapshot_ensemble.combining import (
     combine_outputs,
     weights_of,
 )
-from snapshot_ensemble.members import (
-    MembersModel,
-    blank_member,
-    build_member,
-    compile_like,
-    graph_of,
-)
+from snapshot_ensemble.members import MembersModel, graph_of
 from snapshot_ensemble.sharing import bytes_of
 from snapshot_ensemble.snapshots import Snapshot, SnapshotStore, Weights
 from snapshot_ensemble.tasks import Output, check_task, read_outputs
@@ -158,7 +153,8 @@ class Runner:
         **run: Any,
     ) -> Any:
         """Predicts with all members at once or, where they are too large, one after another."""
-        if not self._is_too_large(chosen) or not _are_arrays(x):
+        run |= batch_size_for(self.model, x, **run)
+        if not self._is_too_large(chosen) or not are_arrays(x):
             return self._model_of(chosen, how, put_together).predict(x, **run)
         self._tensors, self._models, self._first, self._built_of = {}, {}, {}, None
         outputs = []
@@ -260,11 +256,6 @@ class Runner:
 
     def _read(self, outputs: Any) -> list[Output]:
         return read_outputs(self.model, self.task, outputs)
-
-
-def _are_arrays(x: Any) -> bool:
-    """Whether data can be gone through again and again, in the same order."""
-    return all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten(x))
 
 
 def check_model(model: Any) -> None:

@@ -1,9 +1,12 @@
 """What a snapshot is, how its weights are read, and how snapshots are kept in memory."""
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import os
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -198,6 +201,28 @@ def load_weights(
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     finally:
         set_weights(model, own)
+
+
+def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
+    """Reads a weight file of the model's own, with hardly more memory than the model has.
+
+    Args:
+        model: A built model, whose weights are lost if there is an error.
+        path: The file.
+
+    Raises:
+        SnapshotError: If the file does not hold the weights of this model.
+    """
+    try:
+        with weights_only(model):
+            model.load_weights(path)
+    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
+        raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
+    finalize(model)
+    gc.collect()  # Reading leaves cycles of objects that hold its arrays.
+    if sys.platform == "linux":
+        # What is freed there glibc keeps, in pieces into which the next arrays do not fit.
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def set_weights(model: Any, weights: Weights) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from snapshot_ensemble.annealing import AnnealedRate
 from snapshot_ensemble.arguments import flat_callbacks, steps_in_epoch
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.recovery import StateKeeper, TrainingState, build, variables_of
 from snapshot_ensemble.schedules import Cycle, Plan
@@ -182,8 +183,8 @@ class CycleCallback(keras.callbacks.Callback):
             )
         )
         warnings.warn(
-            f"Cycle {number} gives no member: {cause}. {len(run.store.snapshots)} members are "
-            f"kept. {goes_on}",
+            f"Cycle {number} gives no member: {cause}. Kept: "
+            f"{counted(len(run.store.snapshots), 'member')}. {goes_on}",
             stacklevel=2,
         )
         run.done["cycles"] = number + 1

@@ -288,6 +288,17 @@ def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verbose", [False, True])
+def test_tensorflow_does_not_tell_where_it_writes_unless_asked(verbose, tmp_path, monkeypatch):
+    logger, told = tf.get_logger(), []
+    monkeypatch.setattr(logger, "handlers", [logging.Handler()])
+    monkeypatch.setattr(logger.handlers[0], "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    ensemble_of(dense()).export(tmp_path / "served", verbose=verbose)
+    assert any("Assets written" in message for message in told) is verbose
+    assert logger.level == logging.INFO
+
+
 def test_what_is_there_is_kept_unless_told_so(format):
     name, path, _ = format
     path.write_text("somebody's")

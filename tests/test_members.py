@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras import layers, ops
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.members import MembersModel, build_member, member_outputs
+from snapshot_ensemble.building import blank_member, build_member
+from snapshot_ensemble.members import MembersModel, member_outputs
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(10, 4)).astype("float32")
@@ -857,3 +858,34 @@ def test_the_model_trains_on_after_its_ensemble_predicted(tmp_path):
         history = model.fit(ROWS, y, epochs=2, shuffle=False, verbose=0)
         losses.append(history.history["loss"])
     assert losses[0] == losses[1]
+
+
+@keras.saving.register_keras_serializable("tests")
+class WithTable(layers.Layer):
+    """Holds weights that are drawn, as the default is, and a table that its config knows."""
+
+    def build(self, shape):
+        self.drawn = self.add_weight(shape=(shape[-1], 2))
+        self.normal = self.add_weight(shape=(2,), initializer="random_normal")
+        table = keras.initializers.Constant(np.arange(2.0))
+        self.table = self.add_weight(shape=(2,), initializer=table, trainable=False)
+        self.ones = self.add_weight(shape=(2,), initializer="ones")
+
+    def call(self, inputs):
+        return (inputs @ self.drawn) * self.normal * self.ones + self.table
+
+
+def test_a_blank_member_draws_no_numbers_that_it_is_given_anyway():
+    model = keras.Sequential([keras.Input((3,)), WithTable(), layers.LayerNormalization()])
+    model.compile("sgd", "mse")
+    member = blank_member(model)
+    drawn, normal, ones, table, *normed = member.get_weights()
+    assert not drawn.any()
+    assert not normal.any()
+    np.testing.assert_array_equal(table, [0, 1])
+    for found, expected in zip([ones, *normed], [1, 1, 0], strict=True):
+        np.testing.assert_array_equal(found, np.full(2, expected))
+    # Whoever builds a layer afterwards has its numbers drawn.
+    fresh = layers.Dense(4)
+    fresh.build((None, 3))
+    assert fresh.kernel.numpy().any()

@@ -118,6 +118,13 @@ def test_the_error_as_members_are_added(report):
     worth, _ = line(ax, f"worth it: {report.worth}")
     assert set(worth) == {report.worth}
     check_shown(ax, "number of members", "error")
+    ax = plots.plot_members(report, "loss")
+    for where in ("last", "first"):
+        _, losses = line(ax, f"from the {where}")
+        np.testing.assert_array_equal(losses, getattr(report, f"added_from_{where}")["loss"])
+    check_shown(ax, "number of members", "loss")
+    with pytest.raises(ValueError, match=r"'error' or 'loss'\. Received: metric='accuracy'"):
+        plots.plot_members(report, "accuracy")
 
 
 def test_the_disagreement_of_each_pair(trained, report):
@@ -227,7 +234,7 @@ def test_of_a_regression():
 
 def test_too_few_members():
     ens, x, y = regression(1)
-    with pytest.raises(ValueError, match=r"fewer than two members\. Received: 1 members"):
+    with pytest.raises(ValueError, match=r"fewer than two members\. Received: 1 member"):
         plots.plot_landscape(ens, x, y)
-    with pytest.raises(ValueError, match=r"fewer than three members\. Received: 1 members"):
+    with pytest.raises(ValueError, match=r"fewer than three members\. Received: 1 member"):
         plots.plot_trajectory(ens)

@@ -832,7 +832,7 @@ def test_one_member_is_its_own_mean():
     np.testing.assert_array_equal(matrix, [[0]])
     assert report.worth == 1
     (note,) = report.notes
-    assert note.startswith("Worth it: 1 of 1 members.")
+    assert note.startswith("Worth it: 1 of 1 member.")
 
 
 # What the user compiled

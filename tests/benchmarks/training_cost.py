@@ -100,7 +100,7 @@ def main(argv=None):
     megabytes = make_model(width).count_params() * 4 / 1e6
     print(f"{megabytes:.1f} MB of weights with Adam, {epoch:.2f} s an epoch, {cycles} cycles in")
     print(f"{args.epochs} epochs, medians of {args.rounds} rounds\n")
-    is_long = epoch > 5
+    is_long = epoch > 3
     return show(
         [
             ("fit, in memory", "model.fit", ratio("memory", "plain"), 1.02 if is_long else 1.05),
