@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -44,37 +44,36 @@ class Member(keras.Model):
 
 
 @contextlib.contextmanager
-def _nothing_drawn() -> Iterator[None]:
-    """Lets layers made here begin with zeros where they would draw numbers, for they are given
-    weights anyway; drawing takes time, and memory for a while.
+def initialized_by(replace: Callable[[Any], Any]) -> Iterator[None]:
+    """Puts other initializers in the place of those that draw, for weights made here meanwhile.
+
+    Args:
+        replace: Takes an initializer of Keras's that gives random numbers. Any other might be a
+            table that no file holds, and is left as it is.
     """
     add_weight, here = keras.layers.Layer.add_weight, threading.get_ident()
 
-    def add_zeros(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not args and threading.get_ident() == here and _draws(kwargs.get("initializer")):
-            kwargs["initializer"] = "zeros"
+    def add(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = keras.initializers.get(kwargs.get("initializer"))
+        dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or self.variable_dtype)
+        if found is None and "float" in dtype:
+            found = keras.initializers.GlorotUniform()  # Keras's default.
+        if not args and threading.get_ident() == here and isinstance(found, RandomInitializer):
+            kwargs["initializer"] = replace(found)
         return add_weight(self, *args, **kwargs)
 
-    keras.layers.Layer.add_weight = add_zeros
+    keras.layers.Layer.add_weight = add
     try:
         yield
     finally:
         keras.layers.Layer.add_weight = add_weight
 
 
-def _draws(initializer: Any) -> bool:
-    """Whether it is one of Keras's that gives random numbers, as the default is."""
-    if initializer is None:
-        return True
-    found = keras.initializers.get(initializer)
-    # Any other might be a table that no file holds.
-    return isinstance(found, RandomInitializer)
-
-
 def blank_member(model: keras.Model) -> keras.Model:
     """A model of its own with the architecture of `model` and weights to be set, not compiled."""
     try:
-        with _nothing_drawn():
+        # Numbers for weights that are given anyway would take time, and memory for a while.
+        with initialized_by(lambda drawing: keras.initializers.Zeros()):
             # Not through `clone_model`, which stumbles over losses and metrics without a config.
             member = type(model).from_config(model.get_config())
             if not member.built:

@@ -1,8 +1,10 @@
 """`SnapshotEnsemble`: the face of the package."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -16,6 +18,7 @@ from snapshot_ensemble.keeping import Keeper
 from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.recovery import TrainingState
+from snapshot_ensemble.restarting import Restarter, Shrink, check_shrink
 from snapshot_ensemble.running import MEMORY_LIMIT
 from snapshot_ensemble.sameness import check_same, fingerprint
 from snapshot_ensemble.schedules import (
@@ -65,6 +68,15 @@ class SnapshotEnsemble(Keeper):
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (of a schedule, its rate at step 0).
         lr_min: The learning rate that each cycle anneals to. Defaults to `0.0`.
+        shrink: The share of each trained weight that a restart carries over: `1.0` is the warm
+            restart of the paper, `0.0` a fresh start, and between them
+            `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
+            (shrink and perturb). `"auto"`: 1 until a cycle ends with no lower `val_loss` than one
+            before it, then 0.5; without validation data always 1. A dict by names of layers, also
+            of whole models inside: the innermost name counts, what has none is carried over.
+            Frozen weights, and with a number or `"auto"` also layers that were trained before the
+            first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
+            batch-normalisation statistics are carried over. Defaults to `1.0`.
         directory: Where snapshots are written as training goes. Defaults to `None`: they are
             held in memory.
         max_snapshots: Keep the newest that many. Defaults to `None`: keep all.
@@ -83,6 +95,7 @@ class SnapshotEnsemble(Keeper):
     References:
         - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109)
         - [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983)
+        - [Ash & Adams, 2020](https://arxiv.org/abs/1910.08475)
     """
 
     def __init__(
@@ -93,6 +106,7 @@ class SnapshotEnsemble(Keeper):
         schedule: CosineAnnealing | None = None,
         lr_init: float | None = None,
         lr_min: float = 0.0,
+        shrink: Shrink = 1.0,
         directory: str | os.PathLike[str] | None = None,
         max_snapshots: int | None = None,
         task: Any = None,
@@ -114,6 +128,7 @@ class SnapshotEnsemble(Keeper):
         # Until `fit` or `load` a directory is only a name: what lies there is not this ensemble's.
         self._directory_is_own = False
         self._rate = AnnealedRate(model)
+        self._restarter = Restarter(check_shrink(shrink))
         self.history: dict[str, list[Any]] = {}
         self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
         self._runs = 0  # How many of the runs in the directory this object has been through.
@@ -144,7 +159,12 @@ class SnapshotEnsemble(Keeper):
                 the peak.
         """
         peak = self.schedule.lr_init
-        return self.schedule.plan(epochs, compiled_rate(self.model) if peak is None else peak)
+        plan = self.schedule.plan(epochs, compiled_rate(self.model) if peak is None else peak)
+        shrink = str(self.shrink) if isinstance(self.shrink, Mapping) else self.shrink
+        for place, cycle in enumerate(plan):
+            if place or self._done["cycles"]:  # The very first begins with the model's weights.
+                plan[place] = dataclasses.replace(cycle, shrink=shrink)
+        return plan
 
     def fit(
         self,
@@ -203,8 +223,8 @@ class SnapshotEnsemble(Keeper):
                 splits the epochs from there to `epochs`.
 
         Returns:
-            The Keras `History`; its `history` also holds `learning_rate` (of the last step) and
-            `cycle`, one value an epoch.
+            The Keras `History`; its `history` also holds `learning_rate` (of the last step), `cycle`
+            and, if not all restarts are warm, `shrink`, one value an epoch.
 
         Raises:
             ValueError: If the plan is impossible, a callback sets the learning rate, the
@@ -219,6 +239,7 @@ class SnapshotEnsemble(Keeper):
         plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
         if save_every is not None:
             save_every = whole_number("save_every", save_every, 1)
+        self._restarter.begin(self.model)
         before = dict(vars(self))
         self._open(resume, overwrite)
         with self._store.writing():
@@ -251,6 +272,7 @@ class SnapshotEnsemble(Keeper):
                 fingerprint=same,
                 earlier=self._earlier[:number],
                 state=state,
+                restarter=self._restarter,
             )
             return self._train(run, before if anew else None, x=x, y=y, arguments=fit_arguments)
 

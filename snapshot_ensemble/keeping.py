@@ -12,6 +12,7 @@ from snapshot_ensemble.annealing import AnnealedRate
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.learning import Learner
 from snapshot_ensemble.manifest import NAME as MANIFEST
+from snapshot_ensemble.restarting import Restarter, Shrink
 from snapshot_ensemble.running import check_built, check_model
 from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles, Schedule
 from snapshot_ensemble.snapshots import (
@@ -32,9 +33,15 @@ class Keeper(Learner):
     directory: pathlib.Path | None
     history: dict[str, list[Any]]
     _rate: AnnealedRate
+    _restarter: Restarter
     _directory_is_own: bool
     _done: dict[str, int]
     _runs: int
+
+    @property
+    def shrink(self) -> Shrink:
+        """The share of the weights that a restart carries over, as it was given."""
+        return self._restarter.shrink
 
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Saves the whole ensemble: the model, the snapshots, the weights and the history.
@@ -156,6 +163,8 @@ class Keeper(Learner):
         described = store.described
         self._store, self._directory_is_own = store, False
         self.history, self._done = described["history"], described["done"]
+        if described["spared"] is not None:
+            self._restarter.spared = described["spared"]
         if described["weights"] is not None and len(described["weights"]) == len(self):
             self.weights = described["weights"]
         if described["weights"] is None or len(described["weights"]) == len(self):
@@ -207,7 +216,7 @@ class Keeper(Learner):
     def _description(self) -> dict[str, Any]:
         """What a manifest says beside the snapshots."""
         schedule = self.schedule
-        settings: dict[str, Any] = {"max_snapshots": self.max_snapshots}
+        settings: dict[str, Any] = {"max_snapshots": self.max_snapshots, "shrink": self.shrink}
         if isinstance(schedule, EqualCycles):
             settings |= {"schedule": None, **schedule.get_config()}
         else:
@@ -216,6 +225,7 @@ class Keeper(Learner):
             "settings": {**settings, "task": self.task},
             "weights": None if self.weights is None else self.weights.tolist(),
             "temperature": self.temperature,
+            "spared": self._restarter.spared,
             "history": self.history,
             "done": self._done,
         }

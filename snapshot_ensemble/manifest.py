@@ -180,8 +180,12 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
     temperature = _entry(content, "temperature", (int, float))
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}")
+    spared = content.get("spared")
+    if spared is not None:
+        spared = [_typed(place, int, "spared") for place in _typed(spared, list, "spared")]
     return {
         **content,
+        "spared": spared,
         "temperature": temperature,
         "settings": _entry(content, "settings", dict),
         "history": history,

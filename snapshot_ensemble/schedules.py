@@ -46,6 +46,7 @@ class Cycle:
         lr_max: The learning rate at its first step (after `warmup`).
         lr_min: The floor that it anneals to.
         warmup: Epochs of linear rise from `lr_min` to `lr_max` at its start.
+        shrink: The share of the weights that is carried over into it, as it was given.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Cycle:
     lr_max: float
     lr_min: float
     warmup: int = 0
+    shrink: float | str = 1.0
 
     @property
     def length(self) -> int:
@@ -71,11 +73,15 @@ class Plan(list[Cycle]):
     """A list of `Cycle` that prints as a table."""
 
     def __str__(self) -> str:
+        rows: list[tuple[str, ...]]
         rows = [("cycle", "epochs", "length", "peak rate", "floor", "warmup")]
         for c in self:
             epochs = f"{c.first_epoch}-{c.last_epoch}"
             rates = (f"{c.lr_max:.4g}", f"{c.lr_min:.4g}")
             rows.append((str(c.index), epochs, str(c.length), *rates, str(c.warmup or "")))
+        if any(c.shrink != 1 for c in self):
+            shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
+            rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
         return "\n".join(lines)

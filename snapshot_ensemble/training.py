@@ -15,6 +15,7 @@ from snapshot_ensemble.arguments import flat_callbacks, steps_in_epoch
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.passes import Passes
 from snapshot_ensemble.recovery import StateKeeper, TrainingState, build, variables_of
+from snapshot_ensemble.restarting import Restarter
 from snapshot_ensemble.schedules import Cycle, Plan
 from snapshot_ensemble.snapshots import Snapshot, SnapshotSink
 
@@ -37,6 +38,7 @@ class Run:
         fingerprint: What must be the same for the run to go on after a break.
         earlier: Number of epochs of each run before this one.
         state: The state of a broken run to go on from, or None.
+        restarter: Changes the weights where a cycle begins.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class Run:
     fingerprint: dict[str, Any]
     earlier: list[int]
     state: TrainingState | None = None
+    restarter: Restarter = dataclasses.field(default_factory=Restarter)
 
     def __post_init__(self) -> None:
         self.steps: int | None = None  # In an epoch, once it is known.
@@ -132,6 +135,7 @@ class CycleCallback(keras.callbacks.Callback):
         run = self._run
         if run.state is not None:
             run.state.restore_model(self.model)
+            run.restarter.share = (run.history.get("shrink") or [1.0])[-1]
         known = self._steps_of((self.params or {}).get("steps"))
         run.steps = known if run.steps is None else run.steps
         if run.steps is None and run.plan[0].length == 1:
@@ -148,6 +152,11 @@ class CycleCallback(keras.callbacks.Callback):
         self._log()
         run = self._run
         cycle = run.cycle_of(epoch)
+        if epoch - run.first_epoch == cycle.first_epoch and run.cycles_before + cycle.index > 0:
+            share = run.restarter.restart(self.model, run.history)
+            if share < 1:
+                self._message = f"Restart with {share:.3g} of the weights, the rest drawn anew"
+                self._log()
         run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, run.steps)
         self._passes.up_to(epoch - run.first_epoch)
 
@@ -165,7 +174,8 @@ class CycleCallback(keras.callbacks.Callback):
         run.done["epochs"] += 1
         run.done["steps"] += steps
         logs["learning_rate"] = run.rate.last
-        record(run.history, {**logs, "cycle": number})
+        facts = {} if run.restarter.is_warm else {"shrink": run.restarter.share}
+        record(run.history, {**logs, "cycle": number, **facts})
         if epoch - run.first_epoch == cycle.last_epoch and whole:
             if cause := not_finite(self.model, metrics):
                 self._refuse(number, cause)
@@ -325,7 +335,8 @@ def train(
     epochs = run.done["epochs"] - run.epochs_before
     passes.end(epochs)
     if run.state is None:
-        result.history.setdefault("cycle", []).extend(run.history["cycle"][-epochs:])
+        for name in {"cycle", "shrink"} & set(run.history):
+            result.history.setdefault(name, []).extend(run.history[name][-epochs:])
         return result
     result.epoch = [run.first_epoch + i for i in range(epochs)]
     for name, values in run.history.items():

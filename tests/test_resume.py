@@ -144,7 +144,7 @@ def run(directory, make=dense, data=arrays, callbacks=(), epochs=6, **arguments)
     keras.utils.set_random_seed(3)
     model = make()
     options = {} if "schedule" in arguments else {"cycles": 3, "lr_init": 0.1}
-    for name in ("cycles", "max_snapshots", "schedule"):
+    for name in ("cycles", "max_snapshots", "schedule", "shrink"):
         if name in arguments:
             options[name] = arguments.pop(name)
     ens = SnapshotEnsemble(model, directory=directory, **options)
@@ -214,6 +214,8 @@ CASES = {
     "seldom saved": {"save_every": 2, "cycles": 2},
     "not from epoch 0": {"initial_epoch": 2, "epochs": 8},
     "validation": {"validation_data": (X, Y), "validation_freq": 2},
+    "half of the weights drawn anew": {"shrink": 0.5},
+    "as many as are due": {"shrink": "auto", "validation_data": (X, Y)},
 }
 
 
@@ -221,6 +223,7 @@ EVERY_DAY = {
     "a dataset of unknown length",
     "a subclass",
     "early stopping",
+    "half of the weights drawn anew",
 }
 
 
