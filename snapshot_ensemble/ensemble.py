@@ -71,9 +71,10 @@ class SnapshotEnsemble(Keeper):
         shrink: The share of each trained weight that a restart carries over: `1.0` is the warm
             restart of the paper, `0.0` a fresh start, and between them
             `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
-            (shrink and perturb). `"auto"`: 1 until a cycle ends with no lower `val_loss` than one
-            before it, then 0.5; without validation data always 1. A dict by names of layers, also
-            of whole models inside: the innermost name counts, what has none is carried over.
+            (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` more than
+            5 % above that of one before it, then 0.5; without validation data always 1. A dict by
+            names of layers, also of whole models inside: the innermost name counts, what has none
+            is carried over.
             Frozen weights, and with a number or `"auto"` also layers that were trained before the
             first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
             batch-normalisation statistics are carried over. Defaults to `1.0`.
@@ -223,8 +224,8 @@ class SnapshotEnsemble(Keeper):
                 splits the epochs from there to `epochs`.
 
         Returns:
-            The Keras `History`; its `history` also holds `learning_rate` (of the last step), `cycle`
-            and, if not all restarts are warm, `shrink`, one value an epoch.
+            The Keras `History`; its `history` also holds `learning_rate` (of the last step),
+            `cycle` and, if not all restarts are warm, `shrink`, one value an epoch.
 
         Raises:
             ValueError: If the plan is impossible, a callback sets the learning rate, the

@@ -1,5 +1,6 @@
 """What a restart leaves of the weights: shrink and perturb."""
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -12,8 +13,9 @@ from snapshot_ensemble.checks import real_number
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
 
-# What `"auto"` carries over once the run has overfitted.
-AUTO = 0.5
+# What `"auto"` carries over once the run has overfitted, and by which part the validation loss has
+# risen then: by less it does where a net still learns.
+AUTO, RISEN = 0.5, 0.05
 
 
 def check_shrink(shrink: Any) -> Any:
@@ -213,10 +215,12 @@ class Restarter:
 
 
 def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
-    """Whether a cycle has ended with no lower validation loss than one before it."""
+    """Whether a cycle has ended with a validation loss well above that of one before it."""
     ends: dict[int, float] = {}
     for cycle, loss in zip(history.get("cycle", ()), history.get("val_loss", ()), strict=False):
         if loss is not None:
             ends[cycle] = loss
     losses = list(ends.values())
-    return any(loss >= min(losses[:i]) for i, loss in enumerate(losses) if i)
+    least = list(itertools.accumulate(losses, min))
+    pairs = zip(least, losses[1:], strict=False)
+    return any(loss > before + RISEN * abs(before) for before, loss in pairs)

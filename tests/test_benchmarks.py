@@ -5,8 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from benchmarks import faults, memory_cost, prediction_cost, shared_backbone, training_cost
+from benchmarks import (
+    accuracy,
+    faults,
+    memory_cost,
+    prediction_cost,
+    shared_backbone,
+    training_cost,
+)
 
 KILLS = [sys.executable, str(pathlib.Path(__file__).parent / "benchmarks" / "kills.py"), "--json"]
 
@@ -84,3 +92,88 @@ def test_kills_at_length():
         assert row["kills"] == 50
         assert row["in a write"] > 10
         assert row["runs"] == row["equal"] > 0
+
+
+def members_by_hand():
+    """Two members, four rows, two classes, so that all can be written out."""
+    one = np.asarray([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])
+    other = np.asarray([[0.7, 0.3], [0.4, 0.6], [0.2, 0.8], [0.9, 0.1]])
+    return [one, other], np.asarray([0, 1, 0, 1])
+
+
+def test_the_arithmetic_of_accuracy():
+    members, y = members_by_hand()
+    found = accuracy.scores(members, y)
+    mean = [0.8, 0.7, 0.4, 0.3]  # Of the right classes.
+    assert found["error"] == 50
+    assert found["nll"] == pytest.approx(-np.mean(np.log(mean)))
+    assert found["last error"] == 50
+    assert found["last nll"] == pytest.approx(-np.mean(np.log([0.7, 0.6, 0.2, 0.1])))
+    assert found["disagreement"] == 25  # The third row; of the fourth both begin with class 0.
+    # One row a bin: 0.8 and 0.7 are right, 0.6 and 0.7 wrong.
+    assert found["ece"] == pytest.approx(np.mean([0.2, 0.3, 0.6, 0.7]))
+
+
+def test_a_temperature_is_that_of_the_other_half():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 200)
+    logs = rng.normal(size=(200, 3)) + 2 * np.eye(3)[y]
+    logs = accuracy.tempered(logs, 0.3)
+    grid = np.exp(np.linspace(-3, 3, 20_001))
+    expected = []
+    for fitted, scored in ((slice(100), slice(100, None)), (slice(100, None), slice(100))):
+        # With t the likelihood is that of softmax(logs / t), written out.
+        powers = logs[fitted, None] / grid[:, None]
+        right = np.take_along_axis(powers, y[fitted, None, None], axis=-1)[..., 0]
+        best = grid[np.argmax(np.mean(right - np.log(np.exp(powers).sum(-1)), axis=0))]
+        p = np.exp(logs[scored] / best)
+        p /= p.sum(-1, keepdims=True)
+        expected.append(-np.mean(np.log(p[np.arange(100), y[scored]])))
+    assert accuracy.calibrated(logs, y) == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_how_many_full_runs_are_as_good():
+    deep = {1: {"calibrated": 0.4}, 2: {"calibrated": 0.3}, 3: {"calibrated": 0.28}}
+    assert accuracy.equivalent(0.5, deep) == 1
+    assert accuracy.equivalent(0.35, deep) == pytest.approx(1.5)
+    assert accuracy.equivalent(0.285, deep) == pytest.approx(2.75)
+    assert accuracy.equivalent(0.1, deep) == 3
+
+
+def test_full_runs_side_by_side():
+    members, y = members_by_hand()
+    runs = [*members, members[0]]
+    deep = accuracy.deep_ensembles(runs, y)
+    alone = [accuracy.scores([run], y)["nll"] for run in runs]
+    assert deep[1]["nll"] == pytest.approx(np.mean(alone))
+    pairs = [accuracy.scores([runs[i], runs[j]], y)["nll"] for i, j in ((0, 1), (1, 2), (2, 0))]
+    assert deep[2]["nll"] == pytest.approx(np.mean(pairs))
+    assert deep[3] == pytest.approx(accuracy.scores(runs, y))
+
+
+@pytest.mark.slow
+def test_accuracy(capsys, tmp_path):
+    arguments = ["--epochs", "2", "--cycles", "2", "--seeds", "2", "--directory", str(tmp_path)]
+    result = accuracy.main(arguments)
+    assert list(result["methods"]) == list(accuracy.DEFAULT)
+    first = capsys.readouterr().out
+    assert first.count(".npy: ") == 2 * len(accuracy.DEFAULT)
+    y = accuracy.TASKS["digits"].parts("/")[2][1]
+    for name, rows in result["methods"].items():
+        for seed, row in enumerate(rows):
+            cycles = 1 if name in ("one", "step") else 2
+            members = np.load(tmp_path / f"digits-2-{cycles}-{name}-{seed}.npy")
+            assert len(members) == cycles
+            mean = members.mean(0)
+            assert row["error"] == pytest.approx(100 * np.mean(mean.argmax(-1) != y))
+            nll = -np.mean(np.log(mean[np.arange(len(y)), y]))
+            assert row["nll"] == pytest.approx(nll, rel=1e-4)
+    # The same again is read; what breaks off goes on.
+    (tmp_path / "digits-2-2-warm-1.npy").unlink()
+    assert accuracy.main(arguments)["methods"] == result["methods"]
+    assert capsys.readouterr().out.count(".npy: ") == 1
+    table = (tmp_path / "digits-2.md").read_text()
+    assert "accuracy.py --task digits --cycles 2 --seeds 2" in table
+    errors = [row["error"] for row in result["methods"]["warm"]]
+    assert f"| warm | {np.mean(errors):.2f} ± {abs(errors[0] - errors[1]) / 2:.2f} |" in table
+    assert json.loads((tmp_path / "digits-2.json").read_text())["methods"] == result["methods"]

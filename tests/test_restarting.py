@@ -267,7 +267,10 @@ def test_names_that_there_are_not_are_told_before_training():
     [
         ([3.0, 1.0], False),  # One cycle.
         ([3.0, 1.0, 2.0, 0.9], False),  # What it was within a cycle does not matter.
-        ([3.0, 1.0, 2.0, 1.1], True),
+        ([3.0, 1.0, 2.0, 1.04], False),
+        ([3.0, 1.0, 2.0, 1.06], True),
+        ([3.0, -1.0, 2.0, -0.96], False),
+        ([3.0, -1.0, 2.0, -0.94], True),
         ([3.0, 1.0, 2.0, 1.1, 2.0, 0.5], True),  # Once and for all.
         ([3.0, 1.0, 1.2, None], True),  # With `validation_freq` the last that is known.
         ([None, None, None, None], False),
