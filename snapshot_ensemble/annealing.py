@@ -1,7 +1,7 @@
 """The learning rate of a run, computed in the training graph."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -113,6 +113,12 @@ class AnnealedRate:
                 else:
                     del model.train_step
                 model.train_function = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Callable[[float], None]]:
+        """Lets the caller set the rate from step to step, instead of the graph."""
+        with self._plain_variable():
+            yield self._optimizer.learning_rate.assign
 
     @contextlib.contextmanager
     def _plain_variable(self) -> Iterator[None]:

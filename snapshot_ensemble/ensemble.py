@@ -12,8 +12,9 @@ import keras
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
 from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
-from snapshot_ensemble.checks import counted, whole_number
+from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.directory import DirectoryStore
+from snapshot_ensemble.finding import RangeTest, range_test
 from snapshot_ensemble.keeping import Keeper
 from snapshot_ensemble.manifest import NAME as MANIFEST
 from snapshot_ensemble.passes import Passes
@@ -166,6 +167,77 @@ class SnapshotEnsemble(Keeper):
             if place or self._done["cycles"]:  # The very first begins with the model's weights.
                 plan[place] = dataclasses.replace(cycle, shrink=shrink)
         return plan
+
+    def find_lr(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        lr_min: float = 1e-6,
+        lr_max: float = 10.0,
+        steps: int = 300,
+        **fit_arguments: Any,
+    ) -> RangeTest:
+        """Suggests a peak learning rate, by a range test.
+
+        The model is trained for `steps` batches with a rate that grows by the same factor from
+        each to the next, until the loss diverges; then its weights, its optimizer and the random
+        generators are put back as they were. Of the losses, averaged over neighbouring rates, the
+        suggestion is the lowest rate at which nine tenths of their fall are reached. It is a
+        place to begin from, within a factor of two or so: batch size, weight decay and the
+        length of cycles matter, too.
+
+        Example:
+
+        >>> found = SnapshotEnsemble(model).find_lr(x, y, batch_size=8)
+        >>> 1e-6 < found.suggestion < 10
+        True
+
+        Args:
+            x: As for `model.fit`; data that can be gone through again and again.
+            y: As for `model.fit`.
+            lr_min: The rate of the first step. Defaults to `1e-6`.
+            lr_max: The rate of the last step. Defaults to `10.0`.
+            steps: Number of steps. Defaults to `300`.
+            **fit_arguments: Arguments of `model.fit` such as `batch_size` and `class_weight`.
+
+        Returns:
+            A `RangeTest` with `suggestion`, and the curve in `rates`, `losses` and `smoothed`, one
+            value a step; `plots.plot_lr` draws it.
+
+        Raises:
+            ValueError: If a rate or the number of steps is impossible, or the loss never falls.
+            TypeError: If `model.fit` has no such argument.
+
+        References:
+            - [Smith, 2017](https://arxiv.org/abs/1506.01186)
+        """
+        refused = {"epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"}
+        if given := sorted(refused & set(fit_arguments)):
+            raise ValueError(
+                "A range test counts in steps, and does nothing but train. Received: "
+                f"{', '.join(given)}. Leave it out."
+            )
+        check_fit_arguments(self.model, fit_arguments)
+        steps = whole_number("steps", steps, 10)
+        lr_min, lr_max = (
+            real_number(name, value, positive=True)
+            for name, value in (("lr_min", lr_min), ("lr_max", lr_max))
+        )
+        if lr_min >= lr_max:
+            raise ValueError(
+                f"`lr_min` must be below `lr_max`. Received: lr_min={lr_min}, lr_max={lr_max}"
+            )
+        return range_test(
+            self.model,
+            self._rate,
+            x,
+            y,
+            lr_min=lr_min,
+            lr_max=lr_max,
+            steps=steps,
+            **fit_arguments,
+        )
 
     def fit(
         self,

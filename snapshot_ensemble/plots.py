@@ -14,6 +14,7 @@ from snapshot_ensemble.averaging import Averager
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.combining import combine_outputs
 from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.finding import RangeTest
 from snapshot_ensemble.report import Report
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
 
@@ -126,6 +127,28 @@ def plot_history(
     ax.patch.set_visible(False)
     _count(ax.xaxis)
     return _labelled(ax, "epoch", metric)
+
+
+def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the curve of a range test.
+
+    Args:
+        found: Of `ensemble.find_lr`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`: the learning rate to the right, in powers of ten, the loss upwards.
+    """
+    ax = _axes(ax)
+    ax.plot(found.rates, found.losses, color=GREY, alpha=0.5, linewidth=1, label="of each batch")
+    ax.plot(found.rates, found.smoothed, color=BLUE, label="smoothed")
+    told = f"suggested peak: {found.suggestion:.2g}"
+    ax.axvline(found.suggestion, color=ORANGE, linestyle="--", label=told)
+    ax.set_xscale("log")
+    # What diverges would leave no room for the rest.
+    low, high = found.smoothed.min(), np.max(found.losses[: max(len(found.losses) // 5, 1)])
+    ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    return _labelled(ax, "learning rate", "loss")
 
 
 def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = None) -> "Axes":
@@ -385,6 +408,7 @@ __all__ = [
     "plot_diversity",
     "plot_history",
     "plot_landscape",
+    "plot_lr",
     "plot_members",
     "plot_reliability",
     "plot_schedule",
