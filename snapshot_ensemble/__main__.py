@@ -68,7 +68,10 @@ def inspect(arguments: argparse.Namespace) -> None:
                 f"{entry['name']:28}{entry['bytes']:10}  {numbers[0]:>5}  {numbers[1]:>5}  "
                 f"{metrics}{'' if entry['intact'] else '  NOT AS IT WAS SAVED'}"
             )
-        print(f"weights: {found['weights']}  temperature: {found['temperature']:.4g}")
+        print(
+            f"weights: {found['weights']}  temperature: {found['temperature']:.4g}  "
+            f"members: {found['members'] or 'all'}"
+        )
     damaged = [entry["name"] for entry in found["files"] if not entry["intact"]]
     if damaged:
         raise SnapshotError(f"Not as they were saved: {', '.join(damaged)}")

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 RATE_SETTERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
@@ -74,3 +75,23 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
     elif isinstance(callbacks, keras.callbacks.Callback) or callbacks is None:
         return [callbacks] if callbacks else []
     return [flat for callback in keras.tree.flatten(callbacks) for flat in flat_callbacks(callback)]
+
+
+def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """The validation data of `fit` as arguments of `choose_members`.
+
+    None where there are none, or they can be gone through only once.
+    """
+    given, split = arguments.get("validation_data"), arguments.get("validation_split") or 0
+    if given is None and split:
+        from keras.src.trainers.data_adapters import array_slicing  # noqa: PLC0415
+
+        parts = (x, y, arguments.get("sample_weight"))
+        given = array_slicing.train_validation_split(parts, validation_split=split)[1]
+    size = arguments.get("validation_batch_size") or arguments.get("batch_size")
+    if isinstance(given, (tuple, list)):
+        names = ("x", "y", "sample_weight")
+        return {**dict(zip(names, given, strict=False)), "batch_size": size}
+    if isinstance(given, (tf.data.Dataset, keras.utils.PyDataset)):
+        return {"x": given, "steps": arguments.get("validation_steps")}
+    return None

@@ -352,7 +352,8 @@ class DirectoryStore:
             facts = {name: getattr(snapshot, name, None) for name in names}
             entries.append({"name": file.name, "bytes": file.size, "intact": intact, **facts})
         ensemble = {
-            name: kept.ensemble.get(name) for name in ("weights", "temperature", "settings")
+            name: kept.ensemble.get(name)
+            for name in ("weights", "temperature", "members", "settings")
         }
         return {"files": entries, **ensemble}
 

@@ -11,7 +11,7 @@ import keras
 
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
-from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
+from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments, validation_of
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.finding import RangeTest, range_test
@@ -258,6 +258,9 @@ class SnapshotEnsemble(Keeper):
         exception, the optimizer has its own rate (or schedule) back and snapshots of finished
         cycles are kept; a cycle that did not end gives no member. A second `fit` adds cycles.
 
+        With validation data (arrays, a `tf.data.Dataset`, a `PyDataset`) those members predict from
+        then on that they say (`choose_members`): early ones that make the mean worse do not.
+
         A snapshot has the weights as they were trained, also where `use_ema` or
         `EarlyStopping(restore_best_weights=True)` later puts others into the model.
 
@@ -431,7 +434,17 @@ class SnapshotEnsemble(Keeper):
         self._earlier = [*run.earlier, run.done["epochs"] - run.epochs_before]
         self._store.commit()
         training.warn_of_stragglers(self.snapshots, self.history)
+        self._choose_members_by(validation_of(x, y, arguments))
         return result
+
+    def _choose_members_by(self, validation: dict[str, Any] | None) -> None:
+        """Lets validation data choose which members predict, if it can be done."""
+        everyone = list(range(len(self)))
+        if validation is None or len(everyone) < 2 or self._is_too_large(everyone):
+            return
+        # What was trained counts more than the choice: without one, all members predict.
+        with contextlib.suppress(TypeError, ValueError):
+            self.choose_members(**validation, verbose=0)
 
     def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:
         """The plan of the epochs that are left, of as many as there are by default."""

@@ -150,7 +150,7 @@ class Keeper(Learner):
             listed = "; ".join(f"snapshot {i}: {error}" for i, error in damaged.items())
             warnings.warn(f"Loaded without what is damaged: {listed}", stacklevel=3)
             store.leave_out(set(damaged))
-        ensemble._adopt(store)
+        ensemble._adopt(store, bool(damaged))
         ensemble._runs = ensemble._done["runs"]
         ensemble._describe_to(store)
         ensemble._directory_is_own = True
@@ -158,8 +158,8 @@ class Keeper(Learner):
             store.put(model, model, len(ensemble) - 1)
         return ensemble
 
-    def _adopt(self, store: DirectoryStore) -> None:
-        """Takes over what a directory holds."""
+    def _adopt(self, store: DirectoryStore, damaged: bool = False) -> None:
+        """Takes over what a directory holds; `damaged`: without some of its members."""
         described = store.described
         self._store, self._directory_is_own = store, False
         self.history, self._done = described["history"], described["done"]
@@ -169,6 +169,8 @@ class Keeper(Learner):
             self.weights = described["weights"]
         if described["weights"] is None or len(described["weights"]) == len(self):
             self.temperature = described["temperature"]
+        if not damaged:  # Else these are others.
+            self.members = described["members"]
 
     @classmethod
     def from_weights(
@@ -225,6 +227,7 @@ class Keeper(Learner):
             "settings": {**settings, "task": self.task},
             "weights": None if self.weights is None else self.weights.tolist(),
             "temperature": self.temperature,
+            "members": self.members,
             "spared": self._restarter.spared,
             "history": self.history,
             "done": self._done,

@@ -10,7 +10,7 @@ from snapshot_ensemble import heldout
 from snapshot_ensemble.averaging import average
 from snapshot_ensemble.combining import check_combine, combine_outputs
 from snapshot_ensemble.prediction import Predictor
-from snapshot_ensemble.report import Report, make_report
+from snapshot_ensemble.report import Report, make_report, most_members
 from snapshot_ensemble.weighting import check_method, learn_weights, temperature_of
 
 
@@ -73,6 +73,51 @@ class Learner(Predictor):
         self.weights = learn_weights(held, method)
         return self.weights
 
+    def choose_members(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> int:
+        """Chooses on held-out data how many of the last members predictions combine.
+
+        Early members that had not converged make a mean worse. Of the means of the last 1, 2, …
+        members this takes the one of most members whose loss (negative log-likelihood in nats,
+        or squared error) is within one standard error, of the paired difference, of the least.
+        `fit` calls it with its validation data.
+
+        Example:
+
+        >>> count = ens.choose_members(x_val, y_val, verbose=0)
+        >>> ens.members in (None, count)
+        True
+
+        Args:
+            x: As for `model.evaluate`; data that training has not seen.
+            y: As for `model.evaluate`.
+            sample_weight: As for `model.evaluate`.
+            batch_size: As for `model.predict`.
+            verbose: As for `model.predict`.
+            steps: As for `model.predict`.
+            callbacks: As for `model.predict`.
+
+        Returns:
+            How many; also in `members` from then on, where `None` means all.
+
+        Raises:
+            ValueError: If the data do not fit the model, or hold a NaN. `members` is as before.
+        """
+        run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
+        held = self._gather(x, y, sample_weight, callbacks=callbacks, **run)
+        count = most_members(held)
+        self.members = None if count == len(self) else count
+        return count
+
     def calibrate(
         self,
         x: Any,
@@ -106,7 +151,7 @@ class Learner(Predictor):
             x: As for `model.evaluate`; data that training has not seen.
             y: As for `model.evaluate`.
             combine: The combination to calibrate. Defaults to `"mean"`.
-            members: The members to combine, as for `predict`. Defaults to `None`, all.
+            members: The members to combine, as for `predict`.
             sample_weight: As for `model.evaluate`.
             batch_size: As for `model.predict`.
             verbose: As for `model.predict`.
@@ -169,7 +214,11 @@ class Learner(Predictor):
         """
         run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
         held = self._gather(x, y, sample_weight, callbacks=callbacks, **run)
-        return make_report(held, self.weights, self.temperature)
+        found = make_report(held, self.weights, self.temperature)
+        if self.members is not None:
+            which = f"the last {self.members}" if isinstance(self.members, int) else self.members
+            found.notes.append(f"Where nobody says, predictions combine of the members {which}.")
+        return found
 
     def average_weights(
         self,

@@ -180,12 +180,18 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
     temperature = _entry(content, "temperature", (int, float))
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}")
-    spared = content.get("spared")
-    if spared is not None:
-        spared = [_typed(place, int, "spared") for place in _typed(spared, list, "spared")]
+    spared, chosen = content.get("spared"), content.get("members")
+    for places in (spared, chosen if isinstance(chosen, list) else None):
+        for place in _typed(places or [], list, "places"):
+            _typed(place, int, "places")
+    if isinstance(chosen, list) and not all(0 <= place < members for place in chosen):
+        raise ValueError(f"`members` are not some of {members}")
+    if isinstance(chosen, int) and not 0 < chosen <= members:
+        raise ValueError(f"`members` are not some of {members}")
     return {
         **content,
         "spared": spared,
+        "members": None if chosen is None else _typed(chosen, (int, list), "members"),
         "temperature": temperature,
         "settings": _entry(content, "settings", dict),
         "history": history,

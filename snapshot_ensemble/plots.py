@@ -289,7 +289,7 @@ def plot_uncertainty(
     Raises:
         ValueError: If the data do not fit the model.
     """
-    held = ensemble._gather(x, y, None, verbose=0)
+    held = ensemble._gather(x, y, None, ensemble._chosen(ensemble.members), verbose=0)
     members, meaning, truth = held.members(), held.meanings[0], held.truths[0]
     mean = keras.tree.flatten(combine_outputs(members, "mean", held.meanings))[0]
     flat = [keras.tree.flatten(outputs)[0] for outputs in members]

@@ -48,8 +48,9 @@ class Predictor(Runner):
                 is the winner); `"weighted"`, the mean by `weights`; `"geometric"`, the
                 normalised geometric mean (classes only); `"median"` (regression only).
                 Defaults to `"mean"`.
-            members: Which members: `None` for all, an int for the last that many, or a list of
-                indices. Defaults to `None`.
+            members: Which members: an int for the last that many, or a list of indices. Defaults
+                to `None`: those of the attribute `members`, which are all unless validation data
+                say otherwise; for `"weighted"` all.
             batch_size: As for `model.predict`. Defaults to `None`: 32, or up to 1024 rows of arrays
                 where small layers of Keras's own make that faster and it changes nothing.
             verbose: As for `model.predict`.
@@ -86,7 +87,7 @@ class Predictor(Runner):
         Args:
             inputs: One batch: arrays or tensors, in the structure of the model's inputs.
             combine: As for `predict`. Defaults to `"mean"`.
-            members: As for `predict`. Defaults to `None`, all.
+            members: As for `predict`.
 
         Returns:
             Tensors in the structure and shapes of the model's outputs.
@@ -111,7 +112,7 @@ class Predictor(Runner):
 
         Args:
             x: As for `model.predict`.
-            members: Which members, as for `predict`.
+            members: An int for the last that many, or a list of indices. Defaults to `None`, all.
             batch_size: As for `predict`.
             verbose: As for `model.predict`.
             steps: As for `model.predict`.
@@ -176,7 +177,8 @@ class Predictor(Runner):
             mean = combine_outputs(outputs, "mean", meanings)
             return {"mean": mean, "spread": uncertainty(outputs, meanings)}
 
-        way = (self._chosen(members), ("uncertainty",), put_together)
+        chosen = self._chosen(self._or_default(members))
+        way = (chosen, ("uncertainty",), put_together)
         run = {"batch_size": batch_size, "verbose": verbose, "steps": steps}
         found = self._predict(x, *way, **run, callbacks=callbacks)
         return keras.tree.map_structure_up_to(
@@ -240,7 +242,7 @@ class Predictor(Runner):
 
         Args:
             combine: As for `predict`. Defaults to `"mean"`.
-            members: As for `predict`. Defaults to `None`, all.
+            members: As for `predict`.
 
         Returns:
             A Functional `keras.Model` with the inputs' structure and names and the outputs'
@@ -275,7 +277,7 @@ class Predictor(Runner):
             format: `"tf_saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to
                 `"tf_saved_model"`.
             combine: As for `predict`. Defaults to `"mean"`.
-            members: As for `predict`. Defaults to `None`, all.
+            members: As for `predict`.
             overwrite: Whether what lies at the path may be replaced. Defaults to `False`.
             **export_arguments: As for `keras.Model.export`.
 

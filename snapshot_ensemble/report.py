@@ -153,7 +153,7 @@ def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -
         rows[combine] = _row(held, compiled, plain, shown)
     from_last, last_rows = _added(held, backwards=True)
     from_first, _ = _added(held, backwards=False)
-    worth = _worth(last_rows)
+    worth = min(_good_enough(last_rows))
     return Report(
         rows=rows,
         examples=held.rows,
@@ -264,14 +264,21 @@ def _added(held: HeldOut, backwards: bool) -> tuple[dict[str, list[float]], np.n
     return curves, parts
 
 
-def _worth(parts: np.ndarray) -> int:
-    """The smallest number of members whose loss is within a standard error of the least."""
+def _good_enough(parts: np.ndarray) -> list[int]:
+    """The numbers of members whose loss is within a standard error of the least."""
     best = int(np.argmin(parts.sum(axis=1)))
-    for k in range(best):
-        apart = parts[k] - parts[best]
-        if len(apart) > 1 and apart.sum() <= math.sqrt(len(apart)) * np.std(apart, ddof=1):
-            return k + 1
-    return best + 1
+    found = []
+    for k, part in enumerate(parts):
+        apart = part - parts[best]
+        error = math.sqrt(len(apart)) * np.std(apart, ddof=1) if len(apart) > 1 else 0.0
+        if k == best or (len(apart) > 1 and apart.sum() <= error):
+            found.append(k + 1)
+    return found
+
+
+def most_members(held: HeldOut) -> int:
+    """The largest number of last members whose mean is as good as the best such mean."""
+    return max(_good_enough(_added(held, backwards=True)[1]))
 
 
 def _notes(alone: list[float], from_last: list[float], worth: int, weighted: bool) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -36,6 +36,7 @@ class Learned:
 
     weights: np.ndarray | None = None
     temperature: float = 1.0
+    members: int | list[int] | None = None
 
 
 class Runner:
@@ -113,6 +114,22 @@ class Runner:
     @temperature.setter
     def temperature(self, temperature: float) -> None:
         self._learn(temperature=real_number("temperature", temperature, positive=True))
+
+    @property
+    def members(self) -> int | list[int] | None:
+        """The members that predictions combine where nobody says.
+
+        `None` for all, an int for the last that many, or a list of indices. `fit` chooses them if
+        it has validation data, and so does `choose_members`. It goes when the members change.
+        """
+        return self._what_is_learned().members
+
+    @members.setter
+    def members(self, members: int | Sequence[int] | None) -> None:
+        if members is not None:
+            chosen = self._chosen(members)
+            members = len(chosen) if np.ndim(members) == 0 else chosen
+        self._learn(members=members)
 
     def _what_is_learned(self) -> Learned:
         return self._learned if self._learned_of == self._members_now() else Learned()
@@ -220,6 +237,8 @@ class Runner:
         """The members to run and, for a weighted combination, their weights; all checked."""
         if combine is not None:
             check_combine(combine)
+        if combine not in (None, "weighted"):  # Which has a weight for each.
+            members = self._or_default(members)
         chosen, weights = self._chosen(members), None
         graph = graph_of(self.model)
         if combine is not None and graph is not None:
@@ -245,6 +264,9 @@ class Runner:
             return combine_outputs(outputs, combine, meanings, weights, temperature)
 
         return put_together
+
+    def _or_default(self, members: Any) -> Any:
+        return self.members if members is None else members
 
     def _chosen(self, members: Any) -> list[int]:
         if not len(self):
