@@ -163,7 +163,7 @@ def test_accuracy(capsys, tmp_path):
         for seed, row in enumerate(rows):
             cycles = 1 if name in ("one", "step") else 2
             members = np.load(tmp_path / f"digits-2-{cycles}-{name}-{seed}.npy")
-            assert len(members) == cycles
+            assert 0 < len(members) <= cycles if name == "chosen" else len(members) == cycles
             mean = members.mean(0)
             assert row["error"] == pytest.approx(100 * np.mean(mean.argmax(-1) != y))
             nll = -np.mean(np.log(mean[np.arange(len(y)), y]))

@@ -4,7 +4,8 @@
     python tests/benchmarks/accuracy.py --task fashion --seeds 3 --root FOLDER
 
 Every method but `deep` has the same number of epochs, and the same validation data, which only
-`auto` looks at. Each run is kept in `--directory` as soon as it has ended, and not run again:
+`auto` and `chosen` look at: restarts with `shrink="auto"`, and of their members all or those that
+`fit` chooses. Each run is kept in `--directory` as soon as it has ended, and not run again:
 broken off, it goes on with the next. Several of these commands may run side by side, with other
 tasks. At the end it writes `TASK.json` and `TASK.md` there and prints the table.
 
@@ -36,7 +37,8 @@ except ImportError:
 from snapshot_ensemble import SnapshotEnsemble
 
 COLUMNS = ("error", "nll", "calibrated", "ece", "last error", "last nll", "disagreement")
-DEFAULT = ("one", "step", "ordinary", "warm", "auto", "0.8", "0.5", "0.2", "0", "independent")
+DEFAULT = ("one", "step", "ordinary", "warm", "auto", "chosen", "0.8", "0.5", "0.2", "0")
+DEFAULT += ("independent",)
 
 
 class Keeping(keras.callbacks.Callback):
@@ -86,22 +88,25 @@ def independent(task, parts, epochs, cycles):
     return [one(task, parts, length, 1)[0] for length in ends(epochs, cycles)]
 
 
-def restarts(shrink):
-    """The library, with what a restart is to leave of the weights."""
+def restarts(shrink, chosen=False):
+    """The library, with what a restart is to leave of the weights.
+
+    All members count, or those that `fit` has chosen by the validation data.
+    """
 
     def run(task, parts, epochs, cycles):
         (x, y), validation, (x_test, _) = parts
         ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak, shrink=shrink)
         given = {"validation_data": validation, "verbose": 0}
         ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
-        return list(ens.predict_members(x_test, verbose=0))
+        return list(ens.predict_members(x_test, members=ens.members if chosen else None, verbose=0))
 
     return run
 
 
 def method(name):
     known = {"one": one, "step": step, "ordinary": ordinary, "independent": independent}
-    known |= {"warm": restarts(1.0), "auto": restarts("auto")}
+    known |= {"warm": restarts(1.0), "auto": restarts("auto"), "chosen": restarts("auto", True)}
     return known[name] if name in known else restarts(float(name))
 
 
