@@ -1,6 +1,5 @@
 """`SnapshotEnsemble`: the face of the package."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -11,17 +10,14 @@ import keras
 
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
-from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments, validation_of
+from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.finding import RangeTest, range_test
-from snapshot_ensemble.keeping import Keeper
-from snapshot_ensemble.manifest import NAME as MANIFEST
-from snapshot_ensemble.passes import Passes
-from snapshot_ensemble.recovery import TrainingState
+from snapshot_ensemble.fitting import Fitter
 from snapshot_ensemble.restarting import Restarter, Shrink, check_shrink
 from snapshot_ensemble.running import MEMORY_LIMIT
-from snapshot_ensemble.sameness import check_same, fingerprint
+from snapshot_ensemble.sameness import fingerprint
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     Plan,
@@ -32,11 +28,8 @@ from snapshot_ensemble.snapshots import (
     SnapshotStore,
 )
 
-# What changes when the ensemble takes another place.
-_OF_A_DIRECTORY = ("_store", "_directory_is_own", "history", "_done", "_runs", "_earlier")
 
-
-class SnapshotEnsemble(Keeper):
+class SnapshotEnsemble(Fitter):
     """Trains a compiled Keras model once and makes an ensemble of it.
 
     The learning rate is annealed from its peak to its floor along a cosine, the weights are
@@ -351,100 +344,6 @@ class SnapshotEnsemble(Keeper):
                 restarter=self._restarter,
             )
             return self._train(run, before if anew else None, x=x, y=y, arguments=fit_arguments)
-
-    def _open(self, resume: bool, overwrite: bool) -> None:
-        """Makes the directory this ensemble's own, as far as it may."""
-        if resume and (overwrite or self.directory is None):
-            why = "and `overwrite=True` starts anew" if overwrite else "which needs a `directory`"
-            raise ValueError(
-                f"`resume=True` goes on with a run that was broken off, {why}. Received: "
-                f"resume=True, overwrite={overwrite}, directory={self.directory}"
-            )
-        if self.directory is None or self._directory_is_own:
-            return
-        if resume and (self.directory / MANIFEST).exists():
-            self._adopt(DirectoryStore.open(self.directory))
-            self._runs = 0
-        else:
-            self._store = DirectoryStore.create(self.directory, overwrite)
-        self._directory_is_own = True
-        self._describe_to(self._store)
-
-    def _state_of(self, number: int) -> TrainingState | None:
-        """The state of a run in the directory; None if another run was the last to keep one."""
-        path = self._store.state
-        state = None if path is None else TrainingState.read(path, self._store.base)
-        self._earlier = [] if state is None else state.epochs_of_runs()
-        if state is not None and state.run == number:
-            return state
-        begun = self._done["epochs"] > (0 if state is None else state.done["epochs"])
-        if begun and number == self._done["runs"]:
-            raise ValueError(
-                "The directory holds no state of training to go on from. Received: "
-                f"resume=True, directory='{self.directory}'. `fit` keeps one with `save_every`. "
-                "Start anew with `overwrite=True`, or add cycles by "
-                "`SnapshotEnsemble.load(directory).fit(...)`."
-            )
-        return None
-
-    def _go_back_to(self, state: TrainingState, same: dict[str, Any]) -> None:
-        """Forgets what came after a state."""
-        check_same(state.facts["fingerprint"], same, self.directory)
-        self._done = dict(state.done)
-        self.history = {
-            name: column[: state.done["epochs"]] for name, column in self.history.items()
-        }
-        self._store.take_back(state.done["cycles"])
-
-    def _ended_run(self, number: int, x: Any) -> keras.callbacks.History:
-        """What `fit` returns for a run that ended before the last one began."""
-        self._runs = number + 1
-        first = sum(self._earlier[:number])
-        epochs = self._earlier[number] if number < len(self._earlier) else 0
-        Passes(x).end(epochs)
-        result = keras.callbacks.History()
-        result.set_model(self.model)
-        result.epoch = list(range(epochs))
-        result.history = {
-            name: [value for value in column[first : first + epochs] if value is not None]
-            for name, column in self.history.items()
-        }
-        return result
-
-    def _train(
-        self, run: training.Run, before: Any, *, x: Any, y: Any, arguments: dict[str, Any]
-    ) -> keras.callbacks.History:
-        """Runs it; `before` is what there was, if that is to be replaced."""
-        members = self._members_now()
-        try:
-            result = training.train(self.model, run, x=x, y=y, arguments=arguments)
-        except BaseException:
-            with contextlib.suppress(OSError):  # What is raised already matters more.
-                self._store.settle()
-            with contextlib.suppress(OSError):
-                if before is not None and self._members_now() == members:
-                    # Nothing took the place of what there was, so that it is still there.
-                    store = self._store
-                    vars(self).update({name: before[name] for name in _OF_A_DIRECTORY})
-                    store.restart(False)
-                elif len(self):
-                    self._store.commit()
-            raise
-        self._runs = self._done["runs"] = run.number + 1
-        self._earlier = [*run.earlier, run.done["epochs"] - run.epochs_before]
-        self._store.commit()
-        training.warn_of_stragglers(self.snapshots, self.history)
-        self._choose_members_by(validation_of(x, y, arguments))
-        return result
-
-    def _choose_members_by(self, validation: dict[str, Any] | None) -> None:
-        """Lets validation data choose which members predict, if it can be done."""
-        everyone = list(range(len(self)))
-        if validation is None or len(everyone) < 2 or self._is_too_large(everyone):
-            return
-        # What was trained counts more than the choice: without one, all members predict.
-        with contextlib.suppress(TypeError, ValueError):
-            self.choose_members(**validation, verbose=0)
 
     def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:
         """The plan of the epochs that are left, of as many as there are by default."""

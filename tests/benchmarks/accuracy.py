@@ -16,6 +16,7 @@ how many full runs, each as long as the whole budget, have a mean as good in cal
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -173,14 +174,20 @@ def equivalent(likelihood, deep):
     return float(np.interp(-likelihood, -values, sizes))
 
 
+def named(args):
+    """The task, and the peak if it is not the task's own."""
+    return args.task if args.peak is None else f"{args.task}-{args.peak:g}"
+
+
 def train(args, name, seed, cycles):
     """The members' predictions of the test data, trained or read."""
-    epochs = args.epochs or TASKS[args.task].epochs
-    file = f"{args.task}-{epochs}-{cycles}-{name}-{seed}.npy"
+    task, start = TASKS[args.task], time.perf_counter()
+    file = f"{named(args)}-{args.epochs or task.epochs}-{cycles}-{name}-{seed}.npy"
     path = pathlib.Path(args.directory, file)
     if not path.exists():
-        task, start = TASKS[args.task], time.perf_counter()
+        task = dataclasses.replace(task, peak=task.peak if args.peak is None else args.peak)
         keras.utils.set_random_seed(seed)
+        epochs = args.epochs or task.epochs
         members = method(name)(task, task.parts(args.root), epochs, cycles)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".writing")
@@ -222,6 +229,7 @@ def main(argv=None):
     parser.add_argument("--deep", type=int, help="seeds of full runs (default: as --seeds)")
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="the budget (default: the task's own)")
+    parser.add_argument("--peak", type=float, help="peak rate (default: the task's own)")
     parser.add_argument("--root", default="/", help="folder where Debian's packages are")
     parser.add_argument("--directory", default="accuracy", help="where runs are kept")
     parser.add_argument("--threads", type=int, default=0, help="(default: all)")
@@ -242,12 +250,13 @@ def main(argv=None):
     command = (
         f"python tests/benchmarks/accuracy.py --task {args.task} --cycles {args.cycles} "
         f"--seeds {args.seeds} --deep {len(full)}"
+        + ("" if args.peak is None else f" --peak {args.peak:g}")
     )
     text = f"`{command}`\n\n{table(found, deep)}\n"
     result = {"command": command, "methods": found, "deep": deep}
     home = pathlib.Path(args.directory)
-    (home / f"{args.task}-{args.cycles}.json").write_text(json.dumps(result, indent=1))
-    (home / f"{args.task}-{args.cycles}.md").write_text(text)
+    (home / f"{named(args)}-{args.cycles}.json").write_text(json.dumps(result, indent=1))
+    (home / f"{named(args)}-{args.cycles}.md").write_text(text)
     print(text)
     return result
 
