@@ -104,7 +104,7 @@ def _parts(layer: Any, around: tuple[str, ...]) -> Iterator[Part]:
             return
         except Exception:  # Of one that cannot be made, the layers inside may be.
             pass
-    if own := [*layer._trainable_variables, *layer._non_trainable_variables]:
+    if own := [v for v in layer._trainable_variables if v.trainable]:
         raise ValueError(
             "`shrink` below 1 draws weights anew, and nothing is known of how these began: "
             f"{', '.join(v.path for v in own)}. Give the layer that makes them a `get_config` "

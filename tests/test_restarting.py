@@ -200,11 +200,13 @@ def test_it_is_told_of(capfd):
 class Own(keras.Model):
     """A subclass without a config."""
 
-    def __init__(self, with_weight=False):
+    def __init__(self, with_weight=False, trainable=True):
         super().__init__()
         self.hidden = layers.Dense(6, "relu")
         self.head = layers.Dense(3, "softmax")
-        self.scale = self.add_weight(shape=(1,), initializer="ones") if with_weight else 1.0
+        self.scale = 1.0
+        if with_weight:
+            self.scale = self.add_weight(shape=(1,), initializer="ones", trainable=trainable)
 
     def call(self, inputs):
         return self.head(self.hidden(inputs) * self.scale)
@@ -229,6 +231,15 @@ def test_weights_of_which_nothing_is_known_are_named_before_training():
     ens, restarts = watched(model, shrink="auto")  # Which is never in the way.
     assert len(ens) == 3
     assert all(np.array_equal(a, b) for pair in restarts for a, b in zip(*pair, strict=True))
+
+
+def test_weights_that_are_not_trained_need_not_be_known():
+    model = compiled(Own(with_weight=True, trainable=False))
+    model(X)
+    _, restarts = watched(model, shrink=0.0)
+    changed = [not np.array_equal(a, b) for a, b in zip(*restarts[0], strict=True)]
+    assert sum(changed) == 4
+    assert len(changed) == 5
 
 
 def test_a_model_that_was_trained_before_is_not_torn_down_unasked():
