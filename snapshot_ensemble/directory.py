@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -82,8 +83,7 @@ class DirectoryStore:
         is added; other files stay.
         """
         path = pathlib.Path(directory)
-        # What a writer that was killed may leave is nothing.
-        if not path.exists() or (path.is_dir() and all(map(_is_left, path.iterdir()))):
+        if cls.is_free(directory):
             return cls(directory)
         if not overwrite:
             raise ValueError(
@@ -99,6 +99,25 @@ class DirectoryStore:
             return cls(directory)
         store.restart()
         return store
+
+    @classmethod
+    def is_free(cls, directory: str | os.PathLike[str]) -> bool:
+        """Whether nothing lies there but what a writer leaves that was killed at once."""
+        path = pathlib.Path(directory)
+        if not path.exists():
+            return True
+        found = [file.name for file in path.iterdir()] if path.is_dir() else [NAME]
+        try:
+            kept = cls.open(directory)._kept if NAME in found else None
+        except SnapshotError:
+            return False
+        if kept is not None and (kept.names() or kept.replacing):
+            return False
+        # Without a manifest, a numbered file may be a member of an ensemble that lost it.
+        return all(
+            name in (LOCK, NAME) or _is_left(name, math.inf if kept is None else kept.written)
+            for name in found
+        )
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -175,10 +194,8 @@ class DirectoryStore:
 
     def _clean(self) -> None:
         """Removes what a writer that was killed has left: no manifest ever named it."""
-        ours = r"(?:snapshot|model|state)-(\d{4,})\.(?:weights\.h5|keras|npz)"
         for path in self.directory.iterdir():
-            number = re.fullmatch(ours, path.name)
-            if path.name.startswith("writing-") or (number and int(number[1]) > self._kept.written):
+            if _is_left(path.name, self._kept.written):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -306,13 +323,22 @@ class DirectoryStore:
         self._background.submit(settle)
 
     def _settle(self, manifest: Manifest, version: int) -> None:
+        if self._known is None:
+            # Numbered files that a manifest never knew could be anyone's, and would stop a run
+            # that was killed here from going on.
+            nothing = {**manifest.ensemble, "weights": None, "members": None}
+            self._publish(Manifest(ensemble=nothing))
         manifest, before = manifest.finished(), self._saved
-        text = manifest.to_json()
-        self._draft(NAME, lambda path: pathlib.Path(path).write_text(text, "utf-8")).finish()
-        self._saved, self._saved_version, self._known = manifest, version, text.encode()
+        self._publish(manifest)
+        self._saved, self._saved_version = manifest, version
         for name in before.names() - manifest.names():
             with contextlib.suppress(OSError):  # No longer named, it does no harm.
                 (self.directory / name).unlink()
+
+    def _publish(self, manifest: Manifest) -> None:
+        text = manifest.to_json()
+        self._draft(NAME, lambda path: pathlib.Path(path).write_text(text, "utf-8")).finish()
+        self._known = text.encode()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -448,5 +474,7 @@ def _is_difference(file: Any) -> bool:
     return bool(file.name.endswith(".npz"))
 
 
-def _is_left(path: pathlib.Path) -> bool:
-    return path.name == LOCK or path.name.startswith("writing-")
+def _is_left(name: str, written: float) -> bool:
+    """Whether a file of this name is not whole, or later than a manifest that says `written`."""
+    number = re.fullmatch(r"(?:snapshot|model|state)-(\d{4,})\.(?:weights\.h5|keras|npz)", name)
+    return name.startswith("writing-") or (number is not None and int(number[1]) > written)

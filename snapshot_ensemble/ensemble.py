@@ -128,6 +128,7 @@ class SnapshotEnsemble(Fitter):
         self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
         self._runs = 0  # How many of the runs in the directory this object has been through.
         self._earlier: list[int] = []  # The number of epochs of each.
+        self._saves = False
 
     # Training
 
@@ -327,6 +328,7 @@ class SnapshotEnsemble(Fitter):
                     return self._ended_run(number, x)
                 if state is not None:
                     self._go_back_to(state, same)
+            self._saves = self.directory is not None and save_every is not None
             run = training.Run(
                 plan=plan,
                 number=number,
@@ -337,7 +339,7 @@ class SnapshotEnsemble(Fitter):
                 done=self._done,
                 max_snapshots=self.max_snapshots,
                 keep_going=keep_going,
-                save_every=None if self.directory is None else save_every,
+                save_every=save_every if self._saves else None,
                 fingerprint=same,
                 earlier=self._earlier[:number],
                 state=state,

@@ -15,7 +15,7 @@ from snapshot_ensemble.recovery import TrainingState
 from snapshot_ensemble.sameness import check_same
 
 # What changes when the ensemble takes another place.
-_OF_A_DIRECTORY = ("_store", "_directory_is_own", "history", "_done", "_runs", "_earlier")
+_OF_A_DIRECTORY = ("_store", "_directory_is_own", "history", "_done", "_runs", "_earlier", "_saves")
 
 
 class Fitter(Keeper):
@@ -33,7 +33,8 @@ class Fitter(Keeper):
             )
         if self.directory is None or self._directory_is_own:
             return
-        if resume and (self.directory / MANIFEST).exists():
+        free = DirectoryStore.is_free(self.directory)
+        if resume and (self.directory / MANIFEST).exists() and not free:
             self._adopt(DirectoryStore.open(self.directory))
             self._runs = 0
         else:
@@ -48,8 +49,12 @@ class Fitter(Keeper):
         self._earlier = [] if state is None else state.epochs_of_runs()
         if state is not None and state.run == number:
             return state
-        begun = self._done["epochs"] > (0 if state is None else state.done["epochs"])
-        if begun and number == self._done["runs"]:
+        done = dict.fromkeys(self._done, 0) if state is None else state.done
+        begun = self._done["epochs"] > done["epochs"] and number == self._done["runs"]
+        if begun and self._saves and self._done["cycles"] <= done["cycles"] + 1:
+            # It was killed between its first snapshot and the state of the same epoch.
+            self._forget_after({**done, "runs": number})
+        elif begun:
             raise ValueError(
                 "The directory holds no state of training to go on from. Received: "
                 f"resume=True, directory='{self.directory}'. `fit` keeps one with `save_every`. "
@@ -59,13 +64,14 @@ class Fitter(Keeper):
         return None
 
     def _go_back_to(self, state: TrainingState, same: dict[str, Any]) -> None:
-        """Forgets what came after a state."""
         check_same(state.facts["fingerprint"], same, self.directory)
-        self._done = dict(state.done)
-        self.history = {
-            name: column[: state.done["epochs"]] for name, column in self.history.items()
-        }
-        self._store.take_back(state.done["cycles"])
+        self._forget_after(state.done)
+
+    def _forget_after(self, done: dict[str, int]) -> None:
+        """Forgets what came after so many epochs and cycles."""
+        self._done = dict(done)
+        self.history = {name: column[: done["epochs"]] for name, column in self.history.items()}
+        self._store.take_back(done["cycles"])
 
     def _ended_run(self, number: int, x: Any) -> keras.callbacks.History:
         """What `fit` returns for a run that ended before the last one began."""

@@ -37,6 +37,7 @@ class Keeper(Learner):
     _directory_is_own: bool
     _done: dict[str, int]
     _runs: int
+    _saves: bool  # Whether the last run keeps states of training.
 
     @property
     def shrink(self) -> Shrink:
@@ -65,7 +66,7 @@ class Keeper(Learner):
             self._store.commit()  # Its snapshots are there already.
             return
         target = DirectoryStore.create(path, overwrite)
-        self._describe_to(target)
+        target.describe = lambda: {**self._description(), "saves": False}  # It holds no state.
         own = self.model.get_weights()
         try:
             with self._rate.lifted(), target.writing():
@@ -163,6 +164,7 @@ class Keeper(Learner):
         described = store.described
         self._store, self._directory_is_own = store, False
         self.history, self._done = described["history"], described["done"]
+        self._saves = described["saves"]
         if described["spared"] is not None:
             self._restarter.spared = described["spared"]
         if described["weights"] is not None and len(described["weights"]) == len(self):
@@ -231,4 +233,5 @@ class Keeper(Learner):
             "spared": self._restarter.spared,
             "history": self.history,
             "done": self._done,
+            "saves": self._saves,
         }

@@ -197,6 +197,7 @@ def _ensemble(content: dict[str, Any], members: int) -> dict[str, Any]:
         "history": history,
         "done": {name: _count(done, name) for name in ("cycles", "epochs", "steps", "runs")},
         "weights": weights,
+        "saves": _typed(content.get("saves", False), bool, "saves"),
     }
 
 

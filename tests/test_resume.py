@@ -405,6 +405,13 @@ def test_an_ensemble_that_was_saved_holds_no_run(tmp_path):
     assert len(again) == 2
 
 
+def test_the_members_of_a_broken_run_that_were_saved_elsewhere_stay(broken, tmp_path):
+    SnapshotEnsemble.load(broken).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no state of training to go on from"):
+        run(tmp_path / "saved", resume=True)
+    assert len(SnapshotEnsemble.load(tmp_path / "saved")) == 1
+
+
 @pytest.fixture(scope="module")
 def broken_once(tmp_path_factory):
     directory = tmp_path_factory.mktemp("broken") / "ensemble"

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -131,7 +132,11 @@ def attempt(kind, directory, alive=None, writes=None):
                 die_in_write(writes)
             train(kind, directory, writing)
             code = 0
+        except BaseException:
+            # Nobody else would: a forked process leaves without a word.
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     os.close(writing)
     select.select([reading], [], [])
