@@ -77,6 +77,11 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
     return [flat for callback in keras.tree.flatten(callbacks) for flat in flat_callbacks(callback)]
 
 
+def is_validated(arguments: dict[str, Any]) -> bool:
+    """Whether `fit` with these arguments has validation data."""
+    return arguments.get("validation_data") is not None or bool(arguments.get("validation_split"))
+
+
 def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The validation data of `fit` as arguments of `choose_members`.
 

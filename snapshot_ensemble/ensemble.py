@@ -10,7 +10,7 @@ import keras
 
 from snapshot_ensemble import training
 from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
-from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments
+from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments, is_validated
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.finding import RangeTest, range_test
@@ -66,12 +66,13 @@ class SnapshotEnsemble(Fitter):
             restart of the paper, `0.0` a fresh start, and between them
             `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
             (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` more than
-            5 % above that of one before it, then 0.5; without validation data always 1. A dict by
-            names of layers, also of whole models inside: the innermost name counts, what has none
-            is carried over.
+            5 % above the least of any epoch until then and more than twice its `loss`, then 0.5;
+            without validation data, and for models whose layers cannot be made from their
+            configs, always 1. A dict by names of layers, also of whole models inside: the
+            innermost name counts, what has none is carried over.
             Frozen weights, and with a number or `"auto"` also layers that were trained before the
             first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
-            batch-normalisation statistics are carried over. Defaults to `1.0`.
+            batch-normalisation statistics are carried over. Defaults to `"auto"`.
         directory: Where snapshots are written as training goes. Defaults to `None`: they are
             held in memory.
         max_snapshots: Keep the newest that many. Defaults to `None`: keep all.
@@ -101,7 +102,7 @@ class SnapshotEnsemble(Fitter):
         schedule: CosineAnnealing | None = None,
         lr_init: float | None = None,
         lr_min: float = 0.0,
-        shrink: Shrink = 1.0,
+        shrink: Shrink = "auto",
         directory: str | os.PathLike[str] | None = None,
         max_snapshots: int | None = None,
         task: Any = None,
@@ -138,10 +139,10 @@ class SnapshotEnsemble(Fitter):
         Example:
 
         >>> SnapshotEnsemble(model, cycles=3, lr_init=0.1).plan(10)
-        cycle  epochs  length  peak rate  floor  warmup
+        cycle  epochs  length  peak rate  floor  warmup  shrink
             0     0-2       3        0.1      0
-            1     3-5       3        0.1      0
-            2     6-9       4        0.1      0
+            1     3-5       3        0.1      0            auto
+            2     6-9       4        0.1      0            auto
 
         Args:
             epochs: The budget in epochs.
@@ -294,7 +295,7 @@ class SnapshotEnsemble(Fitter):
 
         Returns:
             The Keras `History`; its `history` also holds `learning_rate` (of the last step),
-            `cycle` and, if not all restarts are warm, `shrink`, one value an epoch.
+            `cycle` and, once a restart was not warm, `shrink`, one value an epoch.
 
         Raises:
             ValueError: If the plan is impossible, a callback sets the learning rate, the
@@ -309,7 +310,7 @@ class SnapshotEnsemble(Fitter):
         plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
         if save_every is not None:
             save_every = whole_number("save_every", save_every, 1)
-        self._restarter.begin(self.model)
+        self._restarter.begin(self.model, is_validated(fit_arguments))
         before = dict(vars(self))
         self._open(resume, overwrite)
         with self._store.writing():
@@ -319,7 +320,8 @@ class SnapshotEnsemble(Fitter):
                 self._store.restart()
                 self.history, self._done = {}, dict.fromkeys(self._done, 0)
                 self._runs, self._earlier = 0, []
-            number, same = self._done["runs"], fingerprint(self.model, plan, x, fit_arguments)
+            number = self._done["runs"]
+            same = fingerprint(self.model, plan, self.shrink, x, fit_arguments)
             state = None
             if resume and not anew:
                 number = self._runs

@@ -13,9 +13,9 @@ from snapshot_ensemble.checks import real_number
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
 
-# What `"auto"` carries over once the run has overfitted, and by which part the validation loss has
-# risen then: by less it does where a net still learns.
-AUTO, RISEN = 0.5, 0.05
+# What `"auto"` carries over once the run has overfitted; by which part the validation loss has
+# risen then (by less it does where a net still learns); by which the training loss is below it.
+AUTO, RISEN, APART = 0.5, 0.05, 0.5
 
 
 def check_shrink(shrink: Any) -> Any:
@@ -149,15 +149,19 @@ class Restarter:
         """Whether every restart is the paper's, which carries all weights over."""
         return self.shrink == 1
 
-    def begin(self, model: keras.Model) -> None:
+    def begin(self, model: keras.Model, validated: bool = True) -> None:
         """Looks, before the first run, what was trained before.
+
+        Args:
+            model: What will be trained.
+            validated: Whether there are validation data, without which `"auto"` has nothing to do.
 
         Raises:
             ValueError: If the model is not one whose weights can shrink as they are to.
         """
         if not model.built:  # Nothing in it can have been trained.
             self.spared = [] if self.spared is None else self.spared
-        if self.is_warm or not model.built:
+        if self.is_warm or not model.built or (self.shrink == "auto" and not validated):
             return
         generator = random.getstate()
         try:
@@ -215,12 +219,16 @@ class Restarter:
 
 
 def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
-    """Whether a cycle has ended with a validation loss well above that of one before it."""
-    ends: dict[int, float] = {}
-    for cycle, loss in zip(history.get("cycle", ()), history.get("val_loss", ()), strict=False):
-        if loss is not None:
-            ends[cycle] = loss
-    losses = list(ends.values())
-    least = list(itertools.accumulate(losses, min))
-    pairs = zip(least, losses[1:], strict=False)
-    return any(loss > before + RISEN * abs(before) for before, loss in pairs)
+    """Whether a cycle has ended with a validation loss well above the least until then.
+
+    And well above the training loss: else it has risen by chance, or by restarts themselves.
+    """
+    columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
+    known = [row for row in zip(*columns, strict=False) if row[-1] is not None]
+    least = list(itertools.accumulate((row[-1] for row in known), min))
+    ends = {cycle: place for place, (cycle, *_) in enumerate(known)}
+    return any(
+        known[end][2] - least[end] > RISEN * abs(least[end])
+        and known[end][2] - known[end][1] > APART * abs(known[end][2])
+        for end in ends.values()
+    )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,14 +11,14 @@ from snapshot_ensemble.schedules import Plan
 
 
 def fingerprint(
-    model: keras.Model, plan: Plan, x: Any, arguments: dict[str, Any]
+    model: keras.Model, plan: Plan, shrink: Any, x: Any, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same for a run to go on: the plan, the model, the size of the data."""
     cycles = [[c.first_epoch, c.last_epoch, c.lr_max, c.lr_min, c.warmup] for c in plan]
     sizes = {name: arguments.get(name) for name in ("batch_size", "steps_per_epoch")}
     return {
         "plan": cycles,
-        "shrink": [str(cycle.shrink) for cycle in plan],
+        "shrink": dict(shrink) if isinstance(shrink, Mapping) else shrink,
         "first epoch": arguments.get("initial_epoch") or 0,
         "layers": _digest(model),
         "optimizer": type(model.optimizer).__name__,

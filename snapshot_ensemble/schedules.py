@@ -55,7 +55,8 @@ class Cycle:
     lr_max: float
     lr_min: float
     warmup: int = 0
-    shrink: float | str = 1.0
+    # Plans are equal if they anneal alike, whatever a restart does to the weights.
+    shrink: float | str = dataclasses.field(default=1.0, compare=False)
 
     @property
     def length(self) -> int:

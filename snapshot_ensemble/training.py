@@ -174,8 +174,12 @@ class CycleCallback(keras.callbacks.Callback):
         run.done["epochs"] += 1
         run.done["steps"] += steps
         logs["learning_rate"] = run.rate.last
-        facts = {} if run.restarter.is_warm else {"shrink": run.restarter.share}
-        record(run.history, {**logs, "cycle": number, **facts})
+        facts: dict[str, float] = {"cycle": number}
+        if run.restarter.share < 1 or "shrink" in run.history:
+            # No column for runs of which every restart was the paper's.
+            run.history.setdefault("shrink", [1.0] * len(run.history.get("cycle", ())))
+            facts["shrink"] = run.restarter.share
+        record(run.history, {**logs, **facts})
         if epoch - run.first_epoch == cycle.last_epoch and whole:
             if cause := not_finite(self.model, metrics):
                 self._refuse(number, cause)

@@ -157,21 +157,24 @@ def test_accuracy(capsys, tmp_path):
     result = accuracy.main(arguments)
     assert list(result["methods"]) == list(accuracy.DEFAULT)
     first = capsys.readouterr().out
-    assert first.count(".npy: ") == 2 * len(accuracy.DEFAULT)
+    assert first.count(".npz: ") == 2 * (len(accuracy.DEFAULT) - 1)  # One for `auto`, `chosen`.
     y = accuracy.TASKS["digits"].parts("/")[2][1]
     for name, rows in result["methods"].items():
         for seed, row in enumerate(rows):
             cycles = 1 if name in ("one", "step") else 2
-            members = np.load(tmp_path / f"digits-2-{cycles}-{name}-{seed}.npy")
-            assert 0 < len(members) <= cycles if name == "chosen" else len(members) == cycles
+            kind = "auto" if name == "chosen" else name
+            with np.load(tmp_path / f"digits-2-{cycles}-{kind}-{seed}.npz") as found:
+                members, chosen = found["members"], int(found["chosen"])
+            assert len(members) == cycles
+            members = members[-chosen:] if name == "chosen" else members
             mean = members.mean(0)
             assert row["error"] == pytest.approx(100 * np.mean(mean.argmax(-1) != y))
             nll = -np.mean(np.log(mean[np.arange(len(y)), y]))
             assert row["nll"] == pytest.approx(nll, rel=1e-4)
     # The same again is read; what breaks off goes on.
-    (tmp_path / "digits-2-2-warm-1.npy").unlink()
+    (tmp_path / "digits-2-2-warm-1.npz").unlink()
     assert accuracy.main(arguments)["methods"] == result["methods"]
-    assert capsys.readouterr().out.count(".npy: ") == 1
+    assert capsys.readouterr().out.count(".npz: ") == 1
     table = (tmp_path / "digits-2.md").read_text()
     assert "accuracy.py --task digits --cycles 2 --seeds 2" in table
     errors = [row["error"] for row in result["methods"]["warm"]]

@@ -61,7 +61,7 @@ def watched(model, epochs=3, cycles=3, **arguments):
 def test_a_warm_restart_changes_nothing_and_draws_nothing():
     model = net()
     state = random.getstate()
-    ens, restarts = watched(model)
+    ens, restarts = watched(model, shrink=1.0)
     for before, after in restarts:
         for one, other in zip(before, after, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -183,7 +183,7 @@ def test_the_plan_the_history_and_the_manifest_say_it(tmp_path):
         0.25
     ] * 4
     assert "shrink" in str(ens.plan(3))
-    assert "shrink" not in str(SnapshotEnsemble(net()).plan(5))
+    assert "shrink" not in str(SnapshotEnsemble(net(), shrink=1).plan(5))
     assert ens.history["shrink"] == [1, 0.25, 0.25]
     again = SnapshotEnsemble.load(tmp_path / "run")
     assert again.shrink == 0.25
@@ -277,7 +277,9 @@ def test_names_that_there_are_not_are_told_before_training():
     ("losses", "expected"),
     [
         ([3.0, 1.0], False),  # One cycle.
-        ([3.0, 1.0, 2.0, 0.9], False),  # What it was within a cycle does not matter.
+        ([1.0, 1.1], True),
+        ([3.0, 1.0, 2.0, 0.9], False),  # Only ends of cycles count.
+        ([3.0, 1.0, 0.9, 0.96], True),  # And the least, wherever it was.
         ([3.0, 1.0, 2.0, 1.04], False),
         ([3.0, 1.0, 2.0, 1.06], True),
         ([3.0, -1.0, 2.0, -0.96], False),
@@ -290,8 +292,20 @@ def test_names_that_there_are_not_are_told_before_training():
 )
 def test_when_a_run_has_overfitted(losses, expected):
     history = {"cycle": [i // 2 for i in range(len(losses))], "val_loss": losses}
+    learned = {**history, "loss": [-9.0 if (loss or 1) < 0 else 0.1 for loss in losses]}
+    assert has_overfitted(learned) is expected
+    assert not has_overfitted({name: learned[name] for name in ("cycle", "loss")})
+    # What is as bad on the training data has not been learned by heart.
+    assert not has_overfitted({**history, "loss": losses})
+
+
+@pytest.mark.parametrize(
+    ("loss", "val_loss", "expected"),
+    [(0.49, 1.0, True), (0.51, 1.0, False), (-1.51, -1.0, True), (-1.49, -1.0, False)],
+)
+def test_how_far_below_the_training_loss_must_be(loss, val_loss, expected):
+    history = {"cycle": [0, 0], "loss": [3.0, loss], "val_loss": [val_loss - 0.1, val_loss]}
     assert has_overfitted(history) is expected
-    assert not has_overfitted({"cycle": history["cycle"]})
 
 
 def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):

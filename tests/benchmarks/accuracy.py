@@ -4,10 +4,10 @@
     python tests/benchmarks/accuracy.py --task fashion --seeds 3 --root FOLDER
 
 Every method but `deep` has the same number of epochs, and the same validation data, which only
-`auto` and `chosen` look at: restarts with `shrink="auto"`, and of their members all or those that
-`fit` chooses. Each run is kept in `--directory` as soon as it has ended, and not run again:
-broken off, it goes on with the next. Several of these commands may run side by side, with other
-tasks. At the end it writes `TASK.json` and `TASK.md` there and prints the table.
+`auto` and `chosen` look at: restarts with `shrink="auto"`, and of the same run all members or
+those that `fit` chooses. Each run is kept in `--directory` as soon as it has ended, and not run
+again: broken off, it goes on with the next. Several of these commands may run side by side, with
+other tasks. At the end it writes `TASK.json` and `TASK.md` there and prints the table.
 
 Errors are in percent and likelihoods in nats, of the test data, of the mean of all members and of
 the last one alone, as mean and standard error over the seeds. `calibrated`: with a temperature
@@ -89,10 +89,10 @@ def independent(task, parts, epochs, cycles):
     return [one(task, parts, length, 1)[0] for length in ends(epochs, cycles)]
 
 
-def restarts(shrink, chosen=False):
+def restarts(shrink):
     """The library, with what a restart is to leave of the weights.
 
-    All members count, or those that `fit` has chosen by the validation data.
+    It returns beside the members how many of the last `fit` has chosen by the validation data.
     """
 
     def run(task, parts, epochs, cycles):
@@ -100,14 +100,15 @@ def restarts(shrink, chosen=False):
         ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak, shrink=shrink)
         given = {"validation_data": validation, "verbose": 0}
         ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
-        return list(ens.predict_members(x_test, members=ens.members if chosen else None, verbose=0))
+        everyone = ens.predict_members(x_test, members=list(range(len(ens))), verbose=0)
+        return list(everyone), ens.members or len(ens)
 
     return run
 
 
 def method(name):
     known = {"one": one, "step": step, "ordinary": ordinary, "independent": independent}
-    known |= {"warm": restarts(1.0), "auto": restarts("auto"), "chosen": restarts("auto", True)}
+    known |= {"warm": restarts(1.0), "auto": restarts("auto")}
     return known[name] if name in known else restarts(float(name))
 
 
@@ -182,20 +183,23 @@ def named(args):
 def train(args, name, seed, cycles):
     """The members' predictions of the test data, trained or read."""
     task, start = TASKS[args.task], time.perf_counter()
-    file = f"{named(args)}-{args.epochs or task.epochs}-{cycles}-{name}-{seed}.npy"
+    kind = "auto" if name == "chosen" else name
+    file = f"{named(args)}-{args.epochs or task.epochs}-{cycles}-{kind}-{seed}.npz"
     path = pathlib.Path(args.directory, file)
     if not path.exists():
         task = dataclasses.replace(task, peak=task.peak if args.peak is None else args.peak)
         keras.utils.set_random_seed(seed)
         epochs = args.epochs or task.epochs
-        members = method(name)(task, task.parts(args.root), epochs, cycles)
+        found = method(kind)(task, task.parts(args.root), epochs, cycles)
+        members, chosen = found if isinstance(found, tuple) else (found, len(found))
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".writing")
         with draft.open("wb") as written:
-            np.save(written, np.asarray(members, "float32"))
+            np.savez(written, members=np.asarray(members, "float32"), chosen=chosen)
         draft.rename(path)
         print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
-    return list(np.load(path))
+    with np.load(path) as found:
+        return list(found["members"][-int(found["chosen"]) if name == "chosen" else 0 :])
 
 
 def shown(column, value):
