@@ -151,6 +151,17 @@ def test_full_runs_side_by_side():
     assert deep[3] == pytest.approx(accuracy.scores(runs, y))
 
 
+def test_differences_are_those_within_seeds():
+    def rows(*errors):
+        return [{"error": e, "nll": e / 10, "calibrated": e / 20} for e in errors]
+
+    text = accuracy.compared({"warm": rows(3, 5, 4), "chosen": rows(2, 3, 3)})
+    # Differences of -1, -2 and -1: their deviation is sqrt(1/3), a third of it the standard error.
+    assert text.splitlines()[2:] == [
+        "| warm | -1.33 ± 0.33 | -0.1333 ± 0.0333 | -0.0667 ± 0.0167 |"
+    ]
+
+
 @pytest.mark.slow
 def test_accuracy(capsys, tmp_path):
     arguments = ["--epochs", "2", "--cycles", "2", "--seeds", "2", "--directory", str(tmp_path)]
