@@ -191,3 +191,23 @@ def test_accuracy(capsys, tmp_path):
     errors = [row["error"] for row in result["methods"]["warm"]]
     assert f"| warm | {np.mean(errors):.2f} ± {abs(errors[0] - errors[1]) / 2:.2f} |" in table
     assert json.loads((tmp_path / "digits-2.json").read_text())["methods"] == result["methods"]
+
+
+@pytest.mark.slow
+def test_variants_that_are_not_in_the_library(tmp_path):
+    arguments = ["--epochs", "5", "--cycles", "2", "--seeds", "1", "--directory", str(tmp_path)]
+    accuracy.main([*arguments, "--methods", *accuracy.VARIANTS])
+    members = {}
+    for name in accuracy.VARIANTS:
+        with np.load(tmp_path / f"digits-5-2-{name}-0.npz") as found:
+            members[name] = found["members"]
+        np.testing.assert_allclose(members[name].sum(-1), 1, rtol=1e-5)
+    assert {name: len(array) for name, array in members.items()} == {
+        "averaged": 2,
+        "late": 4,
+        "growing": 2,
+        "early": 3,
+    }
+    # The second of each two late ones is the member itself, near to which is the average.
+    far = np.abs(members["averaged"] - members["late"][0::2]).mean()
+    assert 0 < np.abs(members["averaged"] - members["late"][1::2]).mean() < far

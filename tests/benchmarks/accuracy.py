@@ -33,8 +33,10 @@ from scipy.special import logsumexp
 
 try:
     from benchmarks.tasks import TASKS
+    from benchmarks.variants import VARIANTS
 except ImportError:
     from tasks import TASKS
+    from variants import VARIANTS
 
 from snapshot_ensemble import SnapshotEnsemble
 
@@ -108,7 +110,7 @@ def restarts(shrink):
 
 
 def method(name):
-    known = {"one": one, "step": step, "ordinary": ordinary, "independent": independent}
+    known = {**VARIANTS, "one": one, "step": step, "ordinary": ordinary, "independent": independent}
     known |= {"warm": restarts(1.0), "auto": restarts("auto")}
     return known[name] if name in known else restarts(float(name))
 
@@ -249,7 +251,12 @@ def compared(found, ours="chosen"):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="digits")
-    parser.add_argument("--methods", nargs="+", default=DEFAULT, help="also numbers, as `shrink`")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=DEFAULT,
+        help="also numbers, as `shrink`, and those of variants.py",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--deep", type=int, help="seeds of full runs (default: as --seeds)")
     parser.add_argument("--cycles", type=int, default=5)
@@ -275,6 +282,7 @@ def main(argv=None):
     command = (
         f"python tests/benchmarks/accuracy.py --task {args.task} --cycles {args.cycles} "
         f"--seeds {args.seeds} --deep {len(full)}"
+        + ("" if args.epochs is None else f" --epochs {args.epochs}")
         + ("" if args.peak is None else f" --peak {args.peak:g}")
     )
     text = f"`{command}`\n\n{table(found, deep)}\n"

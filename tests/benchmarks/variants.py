@@ -1,0 +1,93 @@
+"""Other ways to make members of one budget, which are not in the library: they did not win.
+
+Methods of `accuracy.py`, all with `shrink="auto"` but `early`:
+
+- `averaged`: a moving average of the weights over the last two fifths of each cycle
+- `late`: two snapshots of each cycle, of its last two epochs
+- `growing`: each cycle half as long again as the one before
+- `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
+  weights, and the epochs that are left over make more cycles, each restarted warm
+"""
+
+import keras
+import numpy as np
+
+from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
+
+
+class Watching(keras.callbacks.Callback):
+    """Predicts at the ends of cycles: with averaged weights, and of the last two epochs."""
+
+    def __init__(self, ends, x):
+        super().__init__()
+        self.ends, self.x = ends, x
+        self.averaged, self.late = [], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        begin = max((end for end in self.ends if end <= epoch), default=0)
+        end = min(end for end in self.ends if end > epoch)
+        self.left = end - epoch
+        if epoch == begin:
+            self.mean = None
+        self.is_late = self.left <= max(1, 0.4 * (end - begin))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.is_late:
+            now = self.model.get_weights()
+            pairs = zip(self.mean or now, now, strict=True)
+            self.mean = [0.98 * old + 0.02 * new for old, new in pairs]
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.left <= 2:
+            self.late.append(self.model.predict(self.x, verbose=0))
+        if self.left == 1:
+            own = self.model.get_weights()
+            self.model.set_weights(self.mean)
+            self.averaged.append(self.model.predict(self.x, verbose=0))
+            self.model.set_weights(own)
+
+
+def _watched(task, parts, epochs, cycles):
+    (x, y), validation, (x_test, _) = parts
+    ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak)
+    watching = Watching([cycle.last_epoch + 1 for cycle in ens.plan(epochs)], x_test)
+    given = {"validation_data": validation, "callbacks": [watching], "verbose": 0}
+    ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
+    return watching
+
+
+def averaged(task, parts, epochs, cycles):
+    return _watched(task, parts, epochs, cycles).averaged
+
+
+def late(task, parts, epochs, cycles):
+    return _watched(task, parts, epochs, cycles).late
+
+
+def growing(task, parts, epochs, cycles):
+    (x, y), validation, (x_test, _) = parts
+    first = max(1, round(epochs * 0.5 / (1.5**cycles - 1)))
+    schedule = CosineAnnealing(first, 1.5, lr_init=task.peak)
+    ens = SnapshotEnsemble(task.model(), schedule=schedule)
+    given = {"validation_data": validation, "verbose": 0}
+    ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
+    return list(ens.predict_members(x_test, members=list(range(len(ens))), verbose=0))
+
+
+def early(task, parts, epochs, cycles):
+    (x, y), validation, (x_test, _) = parts
+    model, done, members = task.model(), 0, []
+    while done < epochs:
+        length = min(epochs // cycles, epochs - done)
+        rates = keras.callbacks.LearningRateScheduler(
+            lambda epoch, n=length: task.peak / 2 * (1 + np.cos(np.pi * epoch / n))
+        )
+        stop = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
+        given = {"validation_data": validation, "callbacks": [rates, stop], "verbose": 0}
+        history = model.fit(x, y, epochs=length, batch_size=task.batch, **given)
+        done += len(history.epoch)
+        members.append(model.predict(x_test, verbose=0))
+    return members
+
+
+VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "early": early}
