@@ -208,6 +208,7 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         "growing": 2,
         "early": 3,
     }
-    # The second of each two late ones is the member itself, near to which is the average.
-    far = np.abs(members["averaged"] - members["late"][0::2]).mean()
-    assert 0 < np.abs(members["averaged"] - members["late"][1::2]).mean() < far
+    # The second of each two late ones is the member itself, which its average is like.
+    averages, own = members["averaged"], members["late"][1::2]
+    assert not np.allclose(averages, own, atol=1e-3)
+    assert np.mean(averages.argmax(-1) == own.argmax(-1)) > 0.9
