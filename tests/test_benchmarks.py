@@ -207,6 +207,8 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         "late": 4,
         "growing": 2,
         "early": 3,
+        "statistics": 2,
+        "slots": 2,
     }
     # The second of each two late ones is the member itself, which its average is like.
     averages, own = members["averaged"], members["late"][1::2]

@@ -911,7 +911,10 @@ def test_a_script_goes_on_from_wherever_it_was_killed(tmp_path):
     copies.mkdir()
     with copied_at_every_step(tmp_path / "ensemble", copies):
         expected = member_weights(script(tmp_path / "ensemble"))
-    states = {repr(contents(path)): path for path in sorted(copies.iterdir())}
+    states = {}
+    for path in sorted(copies.iterdir()):
+        found = {name: what for name, what in contents(path).items() if "writing-" not in name}
+        states[repr(found)] = path
     assert len(states) > 20
     for path in states.values():
         assert same(member_weights(script(path)), expected)

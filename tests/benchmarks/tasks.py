@@ -1,8 +1,9 @@
 """Real data from packages, and a net for each: what `accuracy.py` trains.
 
-`digits` come with scikit-learn. The others come with Debian's packages, which need not be
-installed: `apt-get download` and `dpkg -x FILE.deb FOLDER`, then `--root FOLDER`.
+What does not come with scikit-learn comes with Debian's packages, which need not be installed:
+`apt-get download` and `dpkg -x FILE.deb FOLDER`, then `--root FOLDER`.
 
+- `digits`, `digits_conv`: with scikit-learn
 - `fashion`, `fashion_augmented`: `dataset-fashion-mnist`
 - `letter_sgd`, `letter_adam`, `satellite`, `dna`: `r-cran-mlbench`, read by `pip install rdata`
 - `words`, the language of a word by its letters: `wamerican`, `wngerman`, `wfrench`, `witalian`,
@@ -147,6 +148,15 @@ def residual(*augmenting):
     return net
 
 
+def convolutional(classes):
+    inside = [layers.Reshape((8, 8, 1))]
+    for filters, stride in ((16, 1), (32, 2)):
+        inside.append(layers.Conv2D(filters, 3, stride, "same", use_bias=False))
+        inside += [layers.BatchNormalization(), layers.ReLU()]
+    inside += [layers.Flatten(), layers.Dense(classes, "softmax")]
+    return keras.Sequential([keras.Input((64,)), *inside])
+
+
 def recurrent(classes):
     inside = [
         layers.Embedding(27, 16),
@@ -174,6 +184,7 @@ dna = table_of_r("DNA", "Class", 1_500)  # Sixty bases: where a gene's parts mee
 
 TASKS = {
     "digits": Task(digits, 10, (700, 198, 899), dense(64), sgd, 0.1, 16, 50),
+    "digits_conv": Task(digits, 10, (700, 198, 899), convolutional, sgd, 0.1, 64, 25),
     "fashion": Task(fashion, 10, IMAGES, residual(), sgd, 0.1, 64, 30),
     "fashion_augmented": Task(fashion, 10, IMAGES, residual(*AUGMENTING), sgd, 0.1, 64, 30),
     "letter_sgd": Task(letter, 26, LETTERS, dense(16), sgd, 0.1, 64, 40),

@@ -1,10 +1,12 @@
 """Other ways to make members of one budget, which are not in the library: they did not win.
 
-Methods of `accuracy.py`, all with `shrink="auto"` but `early`:
+Methods of `accuracy.py`, with `shrink="auto"` where nothing else is said:
 
 - `averaged`: a moving average of the weights over the last two fifths of each cycle
 - `late`: two snapshots of each cycle, of its last two epochs
 - `growing`: each cycle half as long again as the one before
+- `statistics`, `slots`: restarts with `shrink=0.5` where the batch-normalisation statistics, or the
+  optimizer's moments, begin anew as well, to compare with the method `0.5`
 - `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
   weights, and the epochs that are left over make more cycles, each restarted warm
 """
@@ -64,6 +66,45 @@ def late(task, parts, epochs, cycles):
     return _watched(task, parts, epochs, cycles).late
 
 
+class Anew(keras.callbacks.Callback):
+    """Gives variables the values that they began with, where a cycle begins."""
+
+    def __init__(self, cycles, variables_of):
+        super().__init__()
+        self.begins = [cycle.first_epoch for cycle in cycles]
+        self.variables_of, self.first = variables_of, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.first is None:
+            self.first = [variable.numpy() for variable in self.variables_of(self.model)]
+        if epoch in self.begins:
+            for variable, first in zip(self.variables_of(self.model), self.first, strict=True):
+                variable.assign(first)
+
+
+def _anew(variables_of):
+    def run(task, parts, epochs, cycles):
+        (x, y), _, (x_test, _) = parts
+        model = task.model()
+        model.optimizer.build(model.trainable_variables)
+        ens = SnapshotEnsemble(model, cycles=cycles, lr_init=task.peak, shrink=0.5)
+        given = {"callbacks": [Anew(ens.plan(epochs), variables_of)], "verbose": 0}
+        ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
+        return list(ens.predict_members(x_test, verbose=0))
+
+    return run
+
+
+def _statistics(model):
+    normed = [v for v in model.layers if isinstance(v, keras.layers.BatchNormalization)]
+    return [variable for layer in normed for variable in layer.non_trainable_variables]
+
+
+def _slots(model):
+    # The first two are the numbers of the step and the learning rate.
+    return model.optimizer.variables[2:]
+
+
 def growing(task, parts, epochs, cycles):
     (x, y), validation, (x_test, _) = parts
     first = max(1, round(epochs * 0.5 / (1.5**cycles - 1)))
@@ -91,3 +132,4 @@ def early(task, parts, epochs, cycles):
 
 
 VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "early": early}
+VARIANTS |= {"statistics": _anew(_statistics), "slots": _anew(_slots)}
