@@ -327,3 +327,14 @@ def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):
 def test_a_restarter_by_itself_is_warm():
     assert Restarter().is_warm
     assert Restarter().restart(net(), {}) == 1
+
+
+def test_auto_takes_layers_apart_only_where_there_are_validation_data(monkeypatch):
+    def never(model):
+        raise AssertionError("taken apart")
+
+    monkeypatch.setattr("snapshot_ensemble.restarting.parts_of", never)
+    SnapshotEnsemble(net(), cycles=2).fit(X, Y, epochs=2, verbose=0)
+    for given in ({"validation_data": (X, Y)}, {"validation_split": 0.5}):
+        with pytest.raises(AssertionError, match="taken apart"):
+            SnapshotEnsemble(net(), cycles=2).fit(X, Y, epochs=2, verbose=0, **given)
