@@ -162,6 +162,27 @@ def test_differences_are_those_within_seeds():
     ]
 
 
+@pytest.mark.parametrize("name", accuracy.TASKS)
+def test_each_net_gives_probabilities_of_its_classes(name):
+    task = accuracy.TASKS[name]
+    model = task.model()
+    (shape,) = {tuple(tensor.shape[1:]) for tensor in model.inputs}
+    found = model(np.ones((2, *shape), model.inputs[0].dtype)).numpy()
+    assert found.shape == (2, task.classes)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("digits_conv", 0), ("digits_conv_augmented", 1)])
+def test_augmented_images_change_in_training_only(name, changes):
+    layers = accuracy.TASKS[name].net(10).layers
+    first = [layer for layer in layers if layer.name.startswith("random")]
+    assert len(first) == changes
+    for layer in first:
+        images = np.random.default_rng(0).random((3, 8, 8, 1), "float32")
+        np.testing.assert_array_equal(layer(images, training=False), images)
+        assert not np.allclose(layer(images, training=True), images)
+
+
 @pytest.mark.slow
 def test_accuracy(capsys, tmp_path):
     arguments = ["--epochs", "2", "--cycles", "2", "--seeds", "2", "--directory", str(tmp_path)]

@@ -3,7 +3,7 @@
 What does not come with scikit-learn comes with Debian's packages, which need not be installed:
 `apt-get download` and `dpkg -x FILE.deb FOLDER`, then `--root FOLDER`.
 
-- `digits`, `digits_conv`: with scikit-learn
+- `digits`, `digits_conv`, `digits_conv_augmented`: with scikit-learn
 - `fashion`, `fashion_augmented`: `dataset-fashion-mnist`
 - `letter_sgd`, `letter_adam`, `satellite`, `dna`: `r-cran-mlbench`, read by `pip install rdata`
 - `words`, the language of a word by its letters: `wamerican`, `wngerman`, `wfrench`, `witalian`,
@@ -148,13 +148,18 @@ def residual(*augmenting):
     return net
 
 
-def convolutional(classes):
-    inside = [layers.Reshape((8, 8, 1))]
-    for filters, stride in ((16, 1), (32, 2)):
-        inside.append(layers.Conv2D(filters, 3, stride, "same", use_bias=False))
-        inside += [layers.BatchNormalization(), layers.ReLU()]
-    inside += [layers.Flatten(), layers.Dense(classes, "softmax")]
-    return keras.Sequential([keras.Input((64,)), *inside])
+def convolutional(*augmenting):
+    """Two convolutions with batch normalisation, and what changes images in training."""
+
+    def net(classes):
+        inside = [layers.Reshape((8, 8, 1)), *(make() for make in augmenting)]
+        for filters, stride in ((16, 1), (32, 2)):
+            inside.append(layers.Conv2D(filters, 3, stride, "same", use_bias=False))
+            inside += [layers.BatchNormalization(), layers.ReLU()]
+        inside += [layers.Flatten(), layers.Dense(classes, "softmax")]
+        return keras.Sequential([keras.Input((64,)), *inside])
+
+    return net
 
 
 def recurrent(classes):
@@ -172,21 +177,27 @@ def sgd(rate):
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
-AUGMENTING = (
-    lambda: layers.RandomFlip("horizontal"),
-    lambda: layers.RandomTranslation(0.1, 0.1, "constant"),
-)
+def mirrored():
+    return layers.RandomFlip("horizontal")
+
+
+def shifted():
+    return layers.RandomTranslation(0.125, 0.125, "constant")
+
+
 ADAM = keras.optimizers.Adam
-IMAGES, LETTERS, WORDS = (10_000, 2_000, 10_000), (8_000, 2_000, 10_000), (20_000, 4_000, 20_000)
+DIGITS, IMAGES = (700, 198, 899), (10_000, 2_000, 10_000)
+LETTERS, WORDS = (8_000, 2_000, 10_000), (20_000, 4_000, 20_000)
 letter = table_of_r("LetterRecognition", "lettr", 8_000)  # Sixteen measures of printed capitals.
 satellite = table_of_r("Satellite", "classes", 3_000)  # Nine pixels in four bands: what grows.
 dna = table_of_r("DNA", "Class", 1_500)  # Sixty bases: where a gene's parts meet.
 
 TASKS = {
-    "digits": Task(digits, 10, (700, 198, 899), dense(64), sgd, 0.1, 16, 50),
-    "digits_conv": Task(digits, 10, (700, 198, 899), convolutional, sgd, 0.1, 64, 25),
+    "digits": Task(digits, 10, DIGITS, dense(64), sgd, 0.1, 16, 50),
+    "digits_conv": Task(digits, 10, DIGITS, convolutional(), sgd, 0.1, 16, 50),
+    "digits_conv_augmented": Task(digits, 10, DIGITS, convolutional(shifted), sgd, 0.1, 16, 50),
     "fashion": Task(fashion, 10, IMAGES, residual(), sgd, 0.1, 64, 30),
-    "fashion_augmented": Task(fashion, 10, IMAGES, residual(*AUGMENTING), sgd, 0.1, 64, 30),
+    "fashion_augmented": Task(fashion, 10, IMAGES, residual(mirrored, shifted), sgd, 0.1, 64, 30),
     "letter_sgd": Task(letter, 26, LETTERS, dense(16), sgd, 0.1, 64, 40),
     "letter_adam": Task(letter, 26, LETTERS, dense(16), ADAM, 1e-3, 64, 40),
     "satellite": Task(satellite, 6, (3_000, 1_000, 2_435), dense(36), sgd, 0.1, 32, 50),
