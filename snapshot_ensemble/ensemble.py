@@ -65,11 +65,12 @@ class SnapshotEnsemble(Fitter):
         shrink: The share of each trained weight that a restart carries over: `1.0` is the warm
             restart of the paper, `0.0` a fresh start, and between them
             `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
-            (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` more than
-            5 % above the least of any epoch until then and more than twice its `loss`, then 0.5;
-            without validation data, and for models whose layers cannot be made from their
-            configs, always 1. A dict by names of layers, also of whole models inside: the
-            innermost name counts, what has none is carried over.
+            (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` of more
+            than twice its `loss` that is more than 5 % above the least of any epoch until then, or
+            less than 10 % below the least before that cycle; then 0.5. Without validation data,
+            and for models whose layers cannot be made from their configs, always 1. A dict by
+            names of layers, also of whole models inside: the innermost name counts, what has
+            none is carried over.
             Frozen weights, and with a number or `"auto"` also layers that were trained before the
             first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
             batch-normalisation statistics are carried over. Defaults to `"auto"`.

@@ -1,6 +1,6 @@
 """What a restart leaves of the weights: shrink and perturb."""
 
-import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,9 +13,10 @@ from snapshot_ensemble.checks import real_number
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
 
-# What `"auto"` carries over once the run has overfitted; by which part the validation loss has
-# risen then (by less it does where a net still learns); by which the training loss is below it.
-AUTO, RISEN, APART = 0.5, 0.05, 0.5
+# What `"auto"` carries over once the run has overfitted; by which part the training loss is below
+# the validation loss then; by which that has risen (by less it does where a net still learns), or
+# by how little fallen since the cycles before (where restarts still teach, it falls by more).
+AUTO, APART, RISEN, FALLEN = 0.5, 0.5, 0.05, 0.1
 
 
 def check_shrink(shrink: Any) -> Any:
@@ -219,16 +220,21 @@ class Restarter:
 
 
 def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
-    """Whether a cycle has ended with a validation loss well above the least until then.
+    """Whether a cycle has ended with a validation loss that learning no longer makes less.
 
-    And well above the training loss: else it has risen by chance, or by restarts themselves.
+    And well above the training loss: else it is so by chance, or by restarts themselves.
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
     known = [row for row in zip(*columns, strict=False) if row[-1] is not None]
-    least = list(itertools.accumulate((row[-1] for row in known), min))
-    ends = {cycle: place for place, (cycle, *_) in enumerate(known)}
-    return any(
-        known[end][2] - least[end] > RISEN * abs(least[end])
-        and known[end][2] - known[end][1] > APART * abs(known[end][2])
-        for end in ends.values()
-    )
+    least = before = math.inf
+    for place, (cycle, loss, val_loss) in enumerate(known):
+        least = min(least, val_loss)
+        if place + 1 < len(known) and known[place + 1][0] == cycle:
+            continue
+        has_stopped = val_loss - least > RISEN * abs(least)
+        if before < math.inf:
+            has_stopped |= before - val_loss < FALLEN * abs(before)
+        if has_stopped and val_loss - loss > APART * abs(val_loss):
+            return True
+        before = least
+    return False

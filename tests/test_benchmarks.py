@@ -227,6 +227,7 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         "averaged": 2,
         "late": 4,
         "growing": 2,
+        "floor": 2,
         "early": 3,
         "statistics": 2,
         "slots": 2,

@@ -277,13 +277,19 @@ def test_names_that_there_are_not_are_told_before_training():
     ("losses", "expected"),
     [
         ([3.0, 1.0], False),  # One cycle.
-        ([1.0, 1.1], True),
-        ([3.0, 1.0, 2.0, 0.9], False),  # Only ends of cycles count.
-        ([3.0, 1.0, 0.9, 0.96], True),  # And the least, wherever it was.
-        ([3.0, 1.0, 2.0, 1.04], False),
-        ([3.0, 1.0, 2.0, 1.06], True),
-        ([3.0, -1.0, 2.0, -0.96], False),
-        ([3.0, -1.0, 2.0, -0.94], True),
+        ([1.0, 1.04], False),
+        ([1.0, 1.06], True),
+        ([-1.0, -0.96], False),
+        ([-1.0, -0.94], True),
+        ([3.0, 1.0, 2.0, 0.89], False),  # Only ends of cycles count.
+        ([3.0, 1.0, 2.0, 0.91], True),
+        ([3.0, -1.0, 2.0, -1.11], False),
+        ([3.0, -1.0, 2.0, -1.09], True),
+        ([3.0, 1.0, 0.7, 0.73], False),  # And the least, wherever it was.
+        ([3.0, 1.0, 0.7, 0.74], True),
+        ([0.98, 1.0, 2.0, 0.89], True),
+        ([3.0, 1.0, 2.0, 0.8, 2.0, 0.7, 2.0, 0.62], False),
+        ([3.0, 1.0, 2.0, 0.8, 2.0, 0.7, 2.0, 0.64], True),
         ([3.0, 1.0, 2.0, 1.1, 2.0, 0.5], True),  # Once and for all.
         ([3.0, 1.0, 1.2, None], True),  # With `validation_freq` the last that is known.
         ([None, None, None, None], False),

@@ -5,6 +5,7 @@ Methods of `accuracy.py`, with `shrink="auto"` where nothing else is said:
 - `averaged`: a moving average of the weights over the last two fifths of each cycle
 - `late`: two snapshots of each cycle, of its last two epochs
 - `growing`: each cycle half as long again as the one before
+- `floor`: the rate falls to a tenth of the peak, not to 0
 - `statistics`, `slots`: restarts with `shrink=0.5` where the batch-normalisation statistics, or the
   optimizer's moments, begin anew as well, to compare with the method `0.5`
 - `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
@@ -105,14 +106,22 @@ def _slots(model):
     return model.optimizer.variables[2:]
 
 
-def growing(task, parts, epochs, cycles):
+def _members(task, parts, epochs, **how):
     (x, y), validation, (x_test, _) = parts
-    first = max(1, round(epochs * 0.5 / (1.5**cycles - 1)))
-    schedule = CosineAnnealing(first, 1.5, lr_init=task.peak)
-    ens = SnapshotEnsemble(task.model(), schedule=schedule)
+    ens = SnapshotEnsemble(task.model(), **how)
     given = {"validation_data": validation, "verbose": 0}
     ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
     return list(ens.predict_members(x_test, members=list(range(len(ens))), verbose=0))
+
+
+def growing(task, parts, epochs, cycles):
+    first = max(1, round(epochs * 0.5 / (1.5**cycles - 1)))
+    return _members(task, parts, epochs, schedule=CosineAnnealing(first, 1.5, lr_init=task.peak))
+
+
+def floor(task, parts, epochs, cycles):
+    rates = {"lr_init": task.peak, "lr_min": task.peak / 10}
+    return _members(task, parts, epochs, cycles=cycles, **rates)
 
 
 def early(task, parts, epochs, cycles):
@@ -131,5 +140,5 @@ def early(task, parts, epochs, cycles):
     return members
 
 
-VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "early": early}
+VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "floor": floor, "early": early}
 VARIANTS |= {"statistics": _anew(_statistics), "slots": _anew(_slots)}
