@@ -218,6 +218,7 @@ def test_accuracy(capsys, tmp_path):
 def test_variants_that_are_not_in_the_library(tmp_path):
     arguments = ["--epochs", "5", "--cycles", "2", "--seeds", "1", "--directory", str(tmp_path)]
     accuracy.main([*arguments, "--methods", *accuracy.VARIANTS])
+    assert "--methods averaged late growing floor early" in (tmp_path / "digits-2.md").read_text()
     members = {}
     for name in accuracy.VARIANTS:
         with np.load(tmp_path / f"digits-5-2-{name}-0.npz") as found:

@@ -248,7 +248,7 @@ def compared(found, ours="chosen"):
     return "\n".join(lines)
 
 
-def main(argv=None):
+def parsed(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument(
@@ -265,7 +265,22 @@ def main(argv=None):
     parser.add_argument("--root", default="/", help="folder where Debian's packages are")
     parser.add_argument("--directory", default="accuracy", help="where runs are kept")
     parser.add_argument("--threads", type=int, default=0, help="(default: all)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def command_of(args):
+    """What makes the same tables again."""
+    return (
+        f"python tests/benchmarks/accuracy.py --task {args.task} --cycles {args.cycles} "
+        f"--seeds {args.seeds} --deep {args.deep or args.seeds}"
+        + ("" if args.epochs is None else f" --epochs {args.epochs}")
+        + ("" if args.peak is None else f" --peak {args.peak:g}")
+        + ("" if args.methods == DEFAULT else f" --methods {' '.join(args.methods)}")
+    )
+
+
+def main(argv=None):
+    args = parsed(argv)
     if args.threads:
         tf.config.threading.set_intra_op_parallelism_threads(args.threads)
         tf.config.threading.set_inter_op_parallelism_threads(args.threads)
@@ -279,12 +294,7 @@ def main(argv=None):
     }
     full = [train(args, "one", seed, 1)[0] for seed in range(args.deep or args.seeds)]
     deep = deep_ensembles(full, y)
-    command = (
-        f"python tests/benchmarks/accuracy.py --task {args.task} --cycles {args.cycles} "
-        f"--seeds {args.seeds} --deep {len(full)}"
-        + ("" if args.epochs is None else f" --epochs {args.epochs}")
-        + ("" if args.peak is None else f" --peak {args.peak:g}")
-    )
+    command = command_of(args)
     text = f"`{command}`\n\n{table(found, deep)}\n"
     if "chosen" in found:
         text += f"\n{compared(found)}\n"
