@@ -67,10 +67,11 @@ class SnapshotEnsemble(Fitter):
             `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
             (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` of more
             than twice its `loss` that is more than 5 % above the least of any epoch until then, or
-            less than 10 % below the least before that cycle; then 0.5. Without validation data,
-            and for models whose layers cannot be made from their configs, always 1. A dict by
-            names of layers, also of whole models inside: the innermost name counts, what has
-            none is carried over.
+            less than 10 % below the least before that cycle; then 0.5. Always 1 where the least
+            of the first cycle was not within 30 % of the least since (one cycle could not learn
+            again what a restart takes away), without validation data, and for models whose
+            layers cannot be made from their configs. A dict by names of layers, also of whole
+            models inside: the innermost name counts, what has none is carried over.
             Frozen weights, and with a number or `"auto"` also layers that were trained before the
             first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
             batch-normalisation statistics are carried over. Defaults to `"auto"`.

@@ -1,6 +1,6 @@
 """What a restart leaves of the weights: shrink and perturb."""
 
-import math
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -15,8 +15,10 @@ Shrink = float | Literal["auto"] | Mapping[str, float]
 
 # What `"auto"` carries over once the run has overfitted; by which part the training loss is below
 # the validation loss then; by which that has risen (by less it does where a net still learns), or
-# by how little fallen since the cycles before (where restarts still teach, it falls by more).
-AUTO, APART, RISEN, FALLEN = 0.5, 0.5, 0.05, 0.1
+# by how little fallen since the cycles before (where restarts still teach, it falls by more); and
+# by how much more than the least the first cycle may have had, from nothing: what a restart takes
+# away, one cycle must be able to learn again.
+AUTO, APART, RISEN, FALLEN, MISSED = 0.5, 0.5, 0.05, 0.1, 0.3
 
 
 def check_shrink(shrink: Any) -> Any:
@@ -226,15 +228,15 @@ def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
     known = [row for row in zip(*columns, strict=False) if row[-1] is not None]
-    least = before = math.inf
-    for place, (cycle, loss, val_loss) in enumerate(known):
-        least = min(least, val_loss)
-        if place + 1 < len(known) and known[place + 1][0] == cycle:
-            continue
-        has_stopped = val_loss - least > RISEN * abs(least)
-        if before < math.inf:
-            has_stopped |= before - val_loss < FALLEN * abs(before)
-        if has_stopped and val_loss - loss > APART * abs(val_loss):
+    ends = list({cycle: place for place, (cycle, *_) in enumerate(known)}.values())
+    least = list(itertools.accumulate((row[-1] for row in known), min))
+    for before, end in zip([None, *ends], ends, strict=False):
+        _, loss, val_loss = known[end]
+        has_stopped = val_loss - least[end] > RISEN * abs(least[end]) or (
+            before is not None and least[before] - val_loss < FALLEN * abs(least[before])
+        )
+        by_heart = val_loss - loss > APART * abs(val_loss)
+        can_again = least[ends[0]] - least[end] <= MISSED * abs(least[end])
+        if has_stopped and by_heart and can_again:
             return True
-        before = least
     return False

@@ -285,11 +285,17 @@ def test_names_that_there_are_not_are_told_before_training():
         ([3.0, 1.0, 2.0, 0.91], True),
         ([3.0, -1.0, 2.0, -1.11], False),
         ([3.0, -1.0, 2.0, -1.09], True),
-        ([3.0, 1.0, 0.7, 0.73], False),  # And the least, wherever it was.
-        ([3.0, 1.0, 0.7, 0.74], True),
+        ([3.0, 1.0, 0.8, 0.83], False),  # And the least, wherever it was.
+        ([3.0, 1.0, 0.8, 0.85], True),
         ([0.98, 1.0, 2.0, 0.89], True),
-        ([3.0, 1.0, 2.0, 0.8, 2.0, 0.7, 2.0, 0.62], False),
-        ([3.0, 1.0, 2.0, 0.8, 2.0, 0.7, 2.0, 0.64], True),
+        ([3.0, 1.0, 2.0, 0.87, 2.0, 0.78], False),
+        ([3.0, 1.0, 2.0, 0.87, 2.0, 0.79], True),
+        ([3.0, 1.0, 0.76, 1.0], False),  # What the first cycle missed, others would as well.
+        ([3.0, 1.0, 0.78, 1.0], True),
+        ([1.0, 1.04, 0.76, 1.0], False),
+        ([0.99, 1.03, 0.77, 1.0], True),
+        ([3.0, -1.0, -1.5, -1.0], False),
+        ([3.0, -1.0, -1.4, -1.0], True),
         ([3.0, 1.0, 2.0, 1.1, 2.0, 0.5], True),  # Once and for all.
         ([3.0, 1.0, 1.2, None], True),  # With `validation_freq` the last that is known.
         ([None, None, None, None], False),
