@@ -336,6 +336,19 @@ def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):
     assert [cycle.shrink for cycle in SnapshotEnsemble(net(), shrink="auto").plan(5)][1] == "auto"
 
 
+@pytest.mark.parametrize(("labels", "expected"), [(RNG.permutation(Y), [1, 0.5]), (Y, [1, 1])])
+def test_auto_notices_what_cannot_be_learned(labels, expected):
+    # Of labels at random the net knows its own rows by heart, and nothing of any others.
+    model = net()
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=3)
+    ens = SnapshotEnsemble(model, cycles=2, lr_init=0.1)
+    given = {"validation_data": (X, labels), "batch_size": 8, "verbose": 0}
+    ens.fit(X, Y, epochs=60, **given)
+    assert ens.history["loss"][29] < 0.3
+    assert ens.history.get("shrink", [1] * 60)[::30] == expected
+
+
 def test_a_restarter_by_itself_is_warm():
     assert Restarter().is_warm
     assert Restarter().restart(net(), {}) == 1
