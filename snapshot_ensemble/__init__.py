@@ -1,14 +1,14 @@
 """Snapshot ensembles for Keras: one training budget, one compiled model, an ensemble out of it."""
 
-from snapshot_ensemble.callbacks import (
+from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.evaluation.report import Report
+from snapshot_ensemble.legacy import (
     GenerateSnapshotCallbacks,
     SnapshotEnsembleCallback,
     VisualizeLR,
 )
-from snapshot_ensemble.ensemble import SnapshotEnsemble
-from snapshot_ensemble.report import Report
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
-from snapshot_ensemble.snapshots import Snapshot, SnapshotError
+from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 
 __all__ = [
     "CosineAnnealing",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from snapshot_ensemble.demo import run_demo
-from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.ensemble import SnapshotEnsemble
 from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles
-from snapshot_ensemble.snapshots import SnapshotError
+from snapshot_ensemble.storage.directory import DirectoryStore
+from snapshot_ensemble.storage.snapshot import SnapshotError
 
 EXAMPLES = """\
 examples:

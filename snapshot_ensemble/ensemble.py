@@ -8,25 +8,29 @@ from typing import Any
 
 import keras
 
-from snapshot_ensemble import training
-from snapshot_ensemble.annealing import AnnealedRate, compiled_rate
-from snapshot_ensemble.arguments import check_callbacks, check_fit_arguments, is_validated
 from snapshot_ensemble.checks import counted, real_number, whole_number
-from snapshot_ensemble.directory import DirectoryStore
-from snapshot_ensemble.finding import RangeTest, range_test
 from snapshot_ensemble.fitting import Fitter
-from snapshot_ensemble.restarting import Restarter, Shrink, check_shrink
-from snapshot_ensemble.running import MEMORY_LIMIT
-from snapshot_ensemble.sameness import fingerprint
+from snapshot_ensemble.inference.member_pool import MEMORY_LIMIT
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     Plan,
     as_schedule,
 )
-from snapshot_ensemble.snapshots import (
+from snapshot_ensemble.storage.directory import DirectoryStore
+from snapshot_ensemble.storage.snapshot import (
     MemoryStore,
     SnapshotStore,
 )
+from snapshot_ensemble.training import loop as training
+from snapshot_ensemble.training.fingerprint import fingerprint
+from snapshot_ensemble.training.fit_arguments import (
+    check_callbacks,
+    check_fit_arguments,
+    is_validated,
+)
+from snapshot_ensemble.training.learning_rate import AnnealedRate, compiled_rate
+from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
+from snapshot_ensemble.training.shrink_perturb import Restarter, Shrink, check_shrink
 
 
 class SnapshotEnsemble(Fitter):

@@ -5,14 +5,14 @@ from typing import Any
 
 import keras
 
-from snapshot_ensemble import training
-from snapshot_ensemble.arguments import validation_of
-from snapshot_ensemble.directory import DirectoryStore
 from snapshot_ensemble.keeping import Keeper
-from snapshot_ensemble.manifest import NAME as MANIFEST
-from snapshot_ensemble.passes import Passes
-from snapshot_ensemble.recovery import TrainingState
-from snapshot_ensemble.sameness import check_same
+from snapshot_ensemble.storage.directory import DirectoryStore
+from snapshot_ensemble.storage.manifest import NAME as MANIFEST
+from snapshot_ensemble.training import loop as training
+from snapshot_ensemble.training.dataset_passes import Passes
+from snapshot_ensemble.training.fingerprint import check_same
+from snapshot_ensemble.training.fit_arguments import validation_of
+from snapshot_ensemble.training.state import TrainingState
 
 # What changes when the ensemble takes another place.
 _OF_A_DIRECTORY = ("_store", "_directory_is_own", "history", "_done", "_runs", "_earlier", "_saves")

@@ -8,14 +8,12 @@ from typing import Any, Self
 
 import keras
 
-from snapshot_ensemble.annealing import AnnealedRate
-from snapshot_ensemble.directory import DirectoryStore
+from snapshot_ensemble.inference.member_pool import check_built, check_model
 from snapshot_ensemble.learning import Learner
-from snapshot_ensemble.manifest import NAME as MANIFEST
-from snapshot_ensemble.restarting import Restarter, Shrink
-from snapshot_ensemble.running import check_built, check_model
 from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles, Schedule
-from snapshot_ensemble.snapshots import (
+from snapshot_ensemble.storage.directory import DirectoryStore
+from snapshot_ensemble.storage.manifest import NAME as MANIFEST
+from snapshot_ensemble.storage.snapshot import (
     MemoryStore,
     Snapshot,
     SnapshotError,
@@ -23,6 +21,8 @@ from snapshot_ensemble.snapshots import (
     load_weights,
     set_weights,
 )
+from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.shrink_perturb import Restarter, Shrink
 
 
 class Keeper(Learner):

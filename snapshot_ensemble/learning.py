@@ -6,12 +6,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble import heldout
-from snapshot_ensemble.averaging import average
-from snapshot_ensemble.combining import check_combine, combine_outputs
+from snapshot_ensemble.evaluation import held_out as heldout
+from snapshot_ensemble.evaluation.member_weights import check_method, learn_weights, temperature_of
+from snapshot_ensemble.evaluation.report import Report, make_report, most_members
+from snapshot_ensemble.evaluation.weight_averaging import average
+from snapshot_ensemble.inference.combining import check_combine, combine_outputs
 from snapshot_ensemble.prediction import Predictor
-from snapshot_ensemble.report import Report, make_report, most_members
-from snapshot_ensemble.weighting import check_method, learn_weights, temperature_of
 
 
 class Learner(Predictor):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from snapshot_ensemble import scoring
-from snapshot_ensemble.averaging import Averager
 from snapshot_ensemble.checks import counted
-from snapshot_ensemble.combining import combine_outputs
 from snapshot_ensemble.ensemble import SnapshotEnsemble
-from snapshot_ensemble.finding import RangeTest
-from snapshot_ensemble.report import Report
+from snapshot_ensemble.evaluation import metrics as scoring
+from snapshot_ensemble.evaluation.report import Report
+from snapshot_ensemble.evaluation.weight_averaging import Averager
+from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
+from snapshot_ensemble.training.lr_range_test import RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

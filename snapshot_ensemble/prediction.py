@@ -7,18 +7,18 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble.building import metrics_lent
-from snapshot_ensemble.combining import check_combine, combine_outputs
-from snapshot_ensemble.exporting import (
+from snapshot_ensemble.evaluation.metrics import uncertainty
+from snapshot_ensemble.export.formats import (
     check_format,
     export_model,
     serving_function,
     serving_graph,
 )
-from snapshot_ensemble.members import graph_of
-from snapshot_ensemble.merging import merge
-from snapshot_ensemble.running import Runner
-from snapshot_ensemble.scoring import uncertainty
+from snapshot_ensemble.export.merged_model import merge
+from snapshot_ensemble.inference.cloning import metrics_lent
+from snapshot_ensemble.inference.combining import check_combine, combine_outputs
+from snapshot_ensemble.inference.member_pool import Runner
+from snapshot_ensemble.inference.members_model import graph_of
 
 
 class Predictor(Runner):

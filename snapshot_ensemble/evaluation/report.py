@@ -1,0 +1,298 @@
+"""The report: what each member and each combination is worth on held-out data."""
+
+import dataclasses
+import html
+import math
+from typing import Any
+
+import keras
+import numpy as np
+
+from snapshot_ensemble.checks import counted
+from snapshot_ensemble.evaluation import metrics as scoring
+from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.evaluation.member_weights import learn_temperature
+from snapshot_ensemble.evaluation.targets import Truth
+from snapshot_ensemble.inference.combining import combine_outputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """Scores on held-out data; prints as a table, in a terminal and in a notebook.
+
+    Attributes:
+        rows: Scores by name, for `"member 0"` …, `"last snapshot"`, `"best member"` (chosen on
+            these data) and each combination. The compiled loss and metrics are those that
+            `evaluate` gives. For classes: `nll`, the mean negative log-likelihood in nats
+            without a temperature; `nll_calibrated`, with one that was fitted on one half of the
+            rows and scored on the other; `brier`; `ece`, the expected calibration error of the
+            likeliest class; of a member `disagreement`, with each of the others on average. For
+            regression: `squared_error`. With several outputs each has the output's name before it.
+        examples: Number of rows of data.
+        bins: Number of bins of equal mass in `ece`; 0 without classes.
+        temperature: The temperature of the combinations.
+        disagreement: For each output by name, the share of items for which each pair of members
+            differs in the likeliest class; of values the root of their mean squared difference.
+        added_from_last: For each output by name, the error of the mean of the last 1, 2, …
+            members: the share of wrong classes, or the mean squared error; and their `loss`.
+        added_from_first: The same, from the first.
+        worth: The smallest number of last members whose mean is within one standard error (of
+            the paired difference) of the best such mean.
+        notes: What should be known, in words.
+    """
+
+    rows: dict[str, dict[str, float]]
+    examples: int
+    bins: int
+    temperature: float
+    disagreement: dict[str, np.ndarray]
+    added_from_last: dict[str, list[float]]
+    added_from_first: dict[str, list[float]]
+    worth: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, as what JSON can hold."""
+        content = dataclasses.asdict(self)
+        pairs = self.disagreement.items()
+        content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
+        means = {name: scoring.mean_of_pairs(matrix) for name, matrix in pairs}
+        content["mean_disagreement"] = means
+        # JSON has no word for what is not known.
+        return keras.tree.map_structure(
+            lambda v: None if isinstance(v, float) and math.isnan(v) else v, content
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        table = [("", *columns)]
+        for name, row in self.rows.items():
+            table.append((name, *(_shown(row.get(column)) for column in columns)))
+        return table
+
+    def _remarks(self) -> list[str]:
+        pairs = (
+            f"{scoring.mean_of_pairs(matrix):.4f}"
+            + (f" ({name})" if len(self.disagreement) > 1 else "")
+            for name, matrix in self.disagreement.items()
+        )
+        bins = f"; calibration error over {self.bins} bins of equal mass" if self.bins else ""
+        remarks = [
+            f"{self.examples} rows{bins}.",
+            f"Mean pairwise disagreement: {', '.join(pairs)}.",
+        ]
+        for name, errors in self.added_from_last.items():
+            first = self.added_from_first[name]
+            remarks.append(f"{name}, members added from the last: {_listed(errors)}")
+            remarks.append(f"{name}, members added from the first: {_listed(first)}")
+        if self.temperature != 1:
+            remarks.append(
+                f"The combinations have the temperature {self.temperature:.4g}, the members none."
+            )
+        return remarks + self.notes
+
+    def __str__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = []
+        for row in cells:
+            numbers = map(str.rjust, row[1:], widths[1:])
+            lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
+        return "\n".join([*lines, "", *self._remarks()])
+
+    __repr__ = __str__
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+    def _repr_html_(self) -> str:
+        def line(row: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+
+        cells = self._cells()
+        body = "".join(line(row, "td") for row in cells[1:])
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        head = f"<thead>{line(cells[0], 'th')}</thead>"
+        return f"<table>{head}<tbody>{body}</tbody></table>{remarks}"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)
+
+
+def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -> Report:
+    """Scores the members and their combinations.
+
+    Args:
+        held: The members' predictions, and the truth.
+        weights: The weights of a weighted combination, if there are any.
+        temperature: What combinations are tempered by.
+    """
+    members = held.members()
+    matrices = [
+        scoring.disagreement(items, truth)
+        for items, truth in zip(held.items, held.truths, strict=True)
+    ]
+    compiled = held.scorer()
+    rows = {}
+    for number, outputs in enumerate(members):
+        rows[f"member {number}"] = _row(held, compiled, outputs, outputs)
+        for name, matrix in zip(_columns(held, "disagreement"), matrices, strict=True):
+            rows[f"member {number}"][name] = float(matrix[number].sum() / max(1, len(members) - 1))
+    losses = [held.loss(outputs) for outputs in members]
+    rows["last snapshot"] = rows[f"member {len(members) - 1}"]
+    rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
+    for combine in _combinations(held, weights):
+        by = weights if combine == "weighted" else None
+        plain = combine_outputs(members, combine, held.meanings, by)
+        shown = combine_outputs(members, combine, held.meanings, by, temperature)
+        rows[combine] = _row(held, compiled, plain, shown)
+    from_last, last_rows = _added(held, backwards=True)
+    from_first, _ = _added(held, backwards=False)
+    worth = min(_good_enough(last_rows))
+    return Report(
+        rows=rows,
+        examples=held.rows,
+        bins=_bins(held),
+        temperature=temperature,
+        disagreement=dict(zip(held.names, matrices, strict=True)),
+        added_from_last=from_last,
+        added_from_first=from_first,
+        worth=worth,
+        notes=_notes(losses, from_last["loss"], worth, weights is not None),
+    )
+
+
+def _bins(held: HeldOut) -> int:
+    """The number of bins of the calibration error; 0 where there are no classes."""
+    pairs = zip(held.truths, held.meanings, strict=True)
+    items = [len(truth.weights) for truth, meaning in pairs if meaning.is_classes]
+    return min([scoring.BINS, *items]) if items else 0
+
+
+def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
+    """Those that make sense for all outputs."""
+    names = ["mean"]
+    if all(meaning.is_classes for meaning in held.meanings):
+        names += ["vote", "geometric"]
+    if not any(meaning.is_classes for meaning in held.meanings):
+        names += ["median"]
+    return names + ([] if weights is None else ["weighted"])
+
+
+def _columns(held: HeldOut, name: str) -> list[str]:
+    """The name of a column for each output."""
+    return [name] if len(held.names) == 1 else [f"{output}_{name}" for output in held.names]
+
+
+def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, float]:
+    """The scores of one prediction; `plain` is what `shown` is without a temperature."""
+    row = dict(compiled(keras.tree.map_structure(np.asarray, shown)))
+    before = _items(held, plain)
+    calibrated = _calibrated(held, before)
+    for i, (meaning, truth, items) in enumerate(
+        zip(held.meanings, held.truths, _items(held, shown), strict=True)
+    ):
+        scores = {"squared_error": scoring.loss(items, truth)}
+        if meaning.is_classes:
+            scores = {
+                "nll": scoring.loss(before[i], truth),
+                "nll_calibrated": calibrated[i],
+                "brier": scoring.brier_score(items, truth, meaning),
+                "ece": scoring.calibration_error(items, truth),
+            }
+        named = {_columns(held, name)[i]: value for name, value in scores.items()}
+        # A metric of the user's keeps its name.
+        row |= {name: value for name, value in named.items() if name not in row}
+    return row
+
+
+def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
+    flat = zip(keras.tree.flatten(outputs), held.meanings, strict=True)
+    return [scoring.items_of(output, meaning) for output, meaning in flat]
+
+
+def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
+    """The negative log-likelihood of each output with the temperature of the other half."""
+    from scipy import special  # noqa: PLC0415  Loaded where it is used.
+
+    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
+    totals = [0.0 if i in chosen else math.nan for i in range(len(items))]
+    for half in (0, 1):
+        fitted, scored = (
+            [_half(held.truths[i], held.rows, side) for i in chosen] for side in (half, 1 - half)
+        )
+        if not all(truth.weights.any() for truth in (*fitted, *scored)):
+            return [math.nan] * len(items)
+        shares = [held.loss_weights[i] for i in chosen]
+        temperature = learn_temperature([items[i] for i in chosen], fitted, shares) if chosen else 1
+        for i, truth in zip(chosen, scored, strict=True):
+            cooled = special.log_softmax(items[i] / temperature, axis=-1)
+            totals[i] += scoring.loss(cooled, truth)
+    return totals
+
+
+def _half(truth: Truth, rows: int, side: int) -> Truth:
+    """Every other row; what is not in it counts nothing. Both halves sum to 1 together."""
+    of_row = np.arange(len(truth.weights)) // (len(truth.weights) // rows)
+    return Truth(truth.targets, np.where(of_row % 2 == side, truth.weights, 0.0))
+
+
+def _added(held: HeldOut, backwards: bool) -> tuple[dict[str, list[float]], np.ndarray]:
+    """Errors of the means of 1, 2, … members, and each row's part of their loss."""
+    curves: dict[str, list[float]] = {}
+    parts = np.zeros((len(held.outputs[0]), held.rows))
+    names = ["error"] if len(held.names) == 1 else [f"{name}_error" for name in held.names]
+    for items, truth, weight, name in zip(
+        held.items, held.truths, held.loss_weights, names, strict=True
+    ):
+        ordered = items[::-1] if backwards else items
+        counts = np.arange(1, len(items) + 1).reshape(-1, *[1] * (items.ndim - 1))
+        if items.ndim == 2:
+            means = np.cumsum(ordered, axis=0) / counts
+        else:
+            means = np.logaddexp.accumulate(ordered, axis=0) - np.log(counts)
+        curves[name] = [scoring.error(mean, truth) for mean in means]
+        for k, mean in enumerate(means):
+            each = weight * truth.weights * scoring.losses(mean, truth)
+            parts[k] += each.reshape(held.rows, -1).sum(axis=1)
+    curves["loss"] = parts.sum(axis=1).tolist()
+    return curves, parts
+
+
+def _good_enough(parts: np.ndarray) -> list[int]:
+    """The numbers of members whose loss is within a standard error of the least."""
+    best = int(np.argmin(parts.sum(axis=1)))
+    found = []
+    for k, part in enumerate(parts):
+        apart = part - parts[best]
+        error = math.sqrt(len(apart)) * np.std(apart, ddof=1) if len(apart) > 1 else 0.0
+        if k == best or (len(apart) > 1 and apart.sum() <= error):
+            found.append(k + 1)
+    return found
+
+
+def most_members(held: HeldOut) -> int:
+    """The largest number of last members whose mean is as good as the best such mean."""
+    return max(_good_enough(_added(held, backwards=True)[1]))
+
+
+def _notes(alone: list[float], from_last: list[float], worth: int, weighted: bool) -> list[str]:
+    count, best = len(alone), int(np.argmin(alone))
+    notes = [
+        f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
+        "one standard error of the best such mean."
+    ]
+    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # More than by rounding.
+        k = int(np.argmin(from_last)) + 1
+        tries = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
+        tries.append("combine='weighted'" if weighted else "fit_weights on held-out data")
+        notes.append(
+            f"The mean of all members (loss {from_last[-1]:.4f}) is worse than member {best} "
+            f"alone ({alone[best]:.4f}). Try {' or '.join(tries)}."
+        )
+    return notes

@@ -1,0 +1,309 @@
+"""A Keras model into a file that is served without Keras, checked by the runtime that serves it."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import pathlib
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from snapshot_ensemble.inference.cloning import Member
+from snapshot_ensemble.storage.snapshot import Weights
+
+Outputs = dict[str, np.ndarray]
+
+# How far a runtime's numbers may be from Keras's, relative to the largest: they order the
+# arithmetic differently.
+_TOLERANCE = {"tf_saved_model": 1e-5, "onnx": 1e-4, "litert": 1e-4, "openvino": 1e-4}
+_ENDINGS = {"onnx": ".onnx", "litert": ".tflite", "openvino": ".xml"}
+_PACKAGES = {"onnx": ("tf2onnx", "onnx"), "openvino": ("openvino",)}
+
+
+def check_format(filepath: Any, format: str) -> pathlib.Path:
+    """The path, or `ValueError` or `ImportError` if nothing can be exported to it so."""
+    path = pathlib.Path(filepath)
+    if format not in _TOLERANCE:
+        raise ValueError(
+            f"`format` must be one of {tuple(_TOLERANCE)}. Received: format={format!r}"
+        )
+    ending = _ENDINGS.get(format)
+    if ending and path.suffix != ending:
+        raise ValueError(
+            f"A file of format {format!r} must end with '{ending}'. Received: filepath='{path}'"
+        )
+    for package in _PACKAGES.get(format, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"Exporting to {format!r} needs the package {package}. Received: "
+                f"format={format!r}. Install it with: pip install 'snapshot-ensemble[serving]'"
+            )
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is exported, and what it is compared with.
+
+    Attributes:
+        model: A model whose output is a dict by name.
+        signature: A `keras.layers.InputSpec` with a name for each input, in their structure.
+        expected: Gives the right outputs by name for a batch of inputs in that structure.
+    """
+
+    model: keras.Model
+    signature: Any
+    expected: Callable[[Any], Outputs]
+
+
+class _NamedOutputs(keras.Model):
+    """Members that cannot be laid out as a graph, with their combined outputs under names."""
+
+    def __init__(
+        self,
+        model: keras.Model,
+        members: Sequence[Weights],
+        combine: Callable[[list[Any]], Any],
+    ) -> None:
+        super().__init__(name=model.name, autocast=False)
+        self._resources = model  # Such as lookup tables, which the file must hold.
+        self._members = [Member(model) for _ in members]
+        for member, weights in zip(self._members, members, strict=True):
+            member.set_weights(weights)
+        self._combine = combine
+        self.built = True
+
+    def call(self, inputs: Any) -> Any:
+        return by_name(self._combine([member(inputs) for member in self._members]), None)
+
+
+def by_name(outputs: Any, names: Sequence[str] | None) -> dict[str, Any]:
+    """Outputs as a dict: by its own keys, by the layers' names, or as Keras numbers them."""
+    flat = keras.tree.flatten(outputs)
+    if isinstance(outputs, dict) and len(outputs) == len(flat):
+        return dict(zip(sorted(outputs), flat, strict=True))
+    return dict(zip(names or [f"output_{i}" for i in range(len(flat))], flat, strict=True))
+
+
+def serving_graph(merged: keras.Model, reference: keras.Model) -> Served:
+    """A Functional model for export, with its outputs under their names."""
+    names = merged.output_names
+    inputs = merged._inputs_struct
+    named = keras.Model(inputs, by_name(merged._outputs_struct, names), name=merged.name)
+    signature = keras.tree.map_structure(
+        lambda tensor: keras.layers.InputSpec(tensor.dtype, tensor.shape, name=tensor.name), inputs
+    )
+    return Served(named, signature, lambda x: by_name(reference.predict(x, verbose=0), names))
+
+
+def serving_function(
+    model: keras.Model,
+    members: Sequence[Weights],
+    combine: Callable[[list[Any]], Any],
+    reference: keras.Model,
+) -> Served:
+    """Members of a subclassed model for export; their inputs are those that it was built with."""
+    from keras.src.export.export_utils import get_input_signature  # noqa: PLC0415
+
+    (signature,) = get_input_signature(model)
+    if isinstance(signature, dict):
+        signature = {key: _named(spec, key) for key, spec in signature.items()}
+    elif isinstance(signature, (list, tuple)):
+        signature = [_named(spec, f"inputs_{i}") for i, spec in enumerate(signature)]
+    else:
+        signature = _named(signature, "inputs")
+    named = _NamedOutputs(model, members, combine)
+    return Served(named, signature, lambda x: by_name(reference.predict(x, verbose=0), None))
+
+
+def _named(spec: Any, name: str) -> Any:
+    return keras.layers.InputSpec(spec.dtype, spec.shape, name=name)
+
+
+def export_model(
+    served: Served,
+    filepath: pathlib.Path,
+    format: str,
+    *,
+    overwrite: bool,
+    **arguments: Any,
+) -> None:
+    """Exports, opens what was written in its own runtime, compares, and moves it into place.
+
+    Args:
+        served: What to export.
+        filepath: A path that `check_format` has passed.
+        format: A Keras export format.
+        overwrite: Whether what lies at the path may be replaced.
+        **arguments: For `keras.Model.export`.
+
+    Raises:
+        ValueError: If something lies at the path and `overwrite` is `False`, or if the runtime
+            refuses the file or computes something else; then nothing is left behind.
+    """
+    taken = [path for path in _files_of(filepath, format) if path.exists()]
+    if taken and not overwrite:
+        raise ValueError(
+            f"There is something at the path already. Received: filepath='{taken[0]}'. Choose "
+            "another path, or pass `overwrite=True` to replace it."
+        )
+    with _written_beside(filepath) as folder:
+        written = folder / filepath.name
+        _write(served, written, format, arguments)
+        _compare(served, written, format)
+        for path in taken:
+            path.rename(folder / f"replaced-{path.name}")
+        try:
+            for path in _files_of(filepath, format):
+                (folder / path.name).rename(path)
+        except OSError:
+            for path in taken:
+                (folder / f"replaced-{path.name}").rename(path)
+            raise
+
+
+def _files_of(filepath: pathlib.Path, format: str) -> list[pathlib.Path]:
+    return [filepath, filepath.with_suffix(".bin")] if format == "openvino" else [filepath]
+
+
+@contextlib.contextmanager
+def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder on the same file system, so that moving from it is one step."""
+    filepath.parent.mkdir(parents=True, exist_ok=True)
+    folder = filepath.parent / f"writing-{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:
+    arguments = {"verbose": False, "input_signature": [served.signature], **arguments}
+    try:
+        with warnings.catch_warnings(), _quiet(not arguments["verbose"]):
+            # Keras probes NumPy for a name that it would mend for tf2onnx.
+            warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
+            served.model.export(str(path), format=format, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"The ensemble cannot be exported as {format!r}: {error}\nA SavedModel "
+            "(format='tf_saved_model') takes every TensorFlow operation."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Keeps TensorFlow from telling where it writes, which is not where the file ends up."""
+    logger = tf.get_logger()
+    level = logger.level
+    if wanted:
+        logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _compare(served: Served, path: pathlib.Path, format: str) -> None:
+    specs = keras.tree.flatten(served.signature)
+    batch = {spec.name: random_array(spec) for spec in specs}
+    expected = served.expected(keras.tree.pack_sequence_as(served.signature, list(batch.values())))
+    try:
+        found = _RUNTIMES[format](path, batch)
+    except ModuleNotFoundError:
+        return  # Its runtime is not installed: there is nothing to open it with.
+    except Exception as error:
+        raise ValueError(
+            f"The exported file is refused by its own runtime. Received: format={format!r}: "
+            f"{error}\n{_advice(error)}"
+        ) from error
+    for name, right in expected.items():
+        scale = max(1.0, float(np.max(np.abs(right), initial=0.0)))
+        if name not in found or not np.allclose(
+            found[name], right, rtol=0, atol=_TOLERANCE[format] * scale, equal_nan=True
+        ):
+            raise ValueError(
+                f"The exported file computes something else than the ensemble in output "
+                f"{name!r}. Received: format={format!r}. Export a SavedModel instead."
+            )
+
+
+def _advice(error: Exception) -> str:
+    if "Erfc" in str(error):
+        return (
+            "This is the exact GELU, which tf2onnx writes as an operator that ONNX does not have: "
+            "use `keras.activations.gelu(x, approximate=True)`, or export a SavedModel."
+        )
+    if "Select TensorFlow op" in str(error):
+        return (
+            "LiteRT alone does not have all of its operations. A recurrent layer is one of the "
+            "common reasons: make it with `unroll=True`, or export a SavedModel."
+        )
+    return "A SavedModel (format='tf_saved_model') takes every TensorFlow operation."
+
+
+def _run_saved_model(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
+    loaded = tf.saved_model.load(str(path))
+    signature = loaded.signatures["serving_default"]
+    specs = signature.structured_input_signature[1]
+    tensors = {name: tf.constant(array, specs[name].dtype) for name, array in inputs.items()}
+    return {name: value.numpy() for name, value in signature(**tensors).items()}
+
+
+def _run_onnx(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
+    if importlib.util.find_spec("onnxruntime") is None:
+        import onnx  # noqa: PLC0415
+
+        # It knows at least which operators there are.
+        onnx.checker.check_model(str(path), full_check=True)
+    import onnxruntime  # noqa: PLC0415
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _run_litert(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
+    from ai_edge_litert.interpreter import Interpreter  # noqa: PLC0415
+
+    return Interpreter(model_path=str(path)).get_signature_runner()(**inputs)
+
+
+def _run_openvino(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
+    import openvino  # noqa: PLC0415
+
+    # On some processors the default is bfloat16, which has three digits.
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = openvino.Core().compile_model(str(path), "CPU", precise)(inputs)
+    return {name: array for output, array in found.items() for name in output.get_names()}
+
+
+_RUNTIMES: dict[str, Callable[[pathlib.Path, dict[str, np.ndarray]], Outputs]] = {
+    "tf_saved_model": _run_saved_model,
+    "onnx": _run_onnx,
+    "litert": _run_litert,
+    "openvino": _run_openvino,
+}
+
+
+def random_array(spec: Any, rows: int = 2) -> Any:
+    """A random batch of one input.
+
+    Open dimensions are given 16; integers are 0 or 1, which every vocabulary has.
+    """
+    rng = np.random.default_rng(0)
+    shape = (rows, *(16 if size is None else size for size in spec.shape[1:]))
+    dtype = keras.backend.standardize_dtype(spec.dtype)
+    if dtype == "string":
+        return tf.constant(rng.choice(["a", "the b"], shape))
+    if dtype == "bool" or "int" in dtype:
+        return rng.integers(0, 2, shape).astype(dtype)
+    return rng.normal(size=shape).astype(dtype)

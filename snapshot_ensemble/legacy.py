@@ -1,0 +1,321 @@
+"""The names of snapshot_ensemble 1.0, for `model.fit(callbacks=[...])`."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from snapshot_ensemble.checks import whole_number
+from snapshot_ensemble.schedules import CosineAnnealing
+from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered, weights_only
+from snapshot_ensemble.training.dataset_passes import Passes
+from snapshot_ensemble.training.fit_arguments import steps_in_epoch
+from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.loop import CycleCallback, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_OPTIONS = {"num_snapshots": 10, "dirpath": "Ensemble/", "model_prefix": "Model"}
+
+
+class Ring:
+    """Weight files `Model-1.weights.h5`, …, of which the newest take the place of the oldest.
+
+    Args:
+        directory: Path of the directory. It is made when something is written.
+        prefix: What the files' names begin with.
+        size: How many files there are at most.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], prefix: str, size: int) -> None:
+        self._directory, self._prefix, self._size = pathlib.Path(directory), prefix, size
+        self.snapshots: list[Snapshot] = []
+        self.version = 0
+
+    @property
+    def paths(self) -> list[pathlib.Path]:
+        """The files, oldest snapshot first."""
+        first = self.version - len(self.snapshots)
+        return [self._path(number) for number in range(first, self.version)]
+
+    def _path(self, number: int) -> pathlib.Path:
+        return self._directory / f"{self._prefix}-{number % self._size + 1}.weights.h5"
+
+    def add(self, model: keras.Model, snapshot: Snapshot) -> None:
+        path = self._path(self.version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place first: what is there already stays whole until the new one is.
+        temporary = path.with_name(f"writing-{path.name}")
+        try:
+            with weights_only(model):
+                model.save_weights(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.version += 1
+        self.snapshots = renumbered([*self.snapshots, snapshot][-self._size :])
+
+    def keep_newest(self, count: int) -> None:
+        pass  # It never holds more than its size.
+
+    def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
+        pass  # Version 1.0 has none.
+
+
+class SnapshotEnsembleCallback(keras.callbacks.Callback):
+    """Anneals the learning rate along cosines and saves the weights at the end of each cycle.
+
+    The callback of snapshot_ensemble 1.0, on the plan and the in-graph rate of
+    `SnapshotEnsemble`, which also predicts, and is what new code wants. The plan is that of
+    `CosineAnnealing`, over the epochs that `fit` is given: epochs left over lengthen the last
+    cycle, which is saved, too. With fewer epochs than `cycle_length` there is one cycle.
+
+    Afterwards the optimizer has its own rate back. If `fit` ends in an exception, it has when the
+    model is trained again.
+
+    Example:
+
+    >>> callback = SnapshotEnsembleCallback(cycle_length=2, cycle_length_multiplier=1.0)
+    >>> history = model.fit(x, y, epochs=6, callbacks=[callback], verbose=0)
+    >>> ens = SnapshotEnsemble.from_weights(model, callback.paths)
+    >>> len(ens)
+    3
+
+    Args:
+        cycle_length: Epochs in the first cycle. Defaults to `10`.
+        cycle_length_multiplier: How many times as long each cycle is as the one before. Defaults
+            to `1.5`.
+        lr_init: The learning rate at the start of the first cycle. Defaults to `0.01`.
+        lr_min: The learning rate at the end of the first cycle. Defaults to `1e-6`.
+        lr_multiplier: How many times as large both bounds are in each cycle as in the one
+            before. Defaults to `0.9`.
+        ensemble: Whether weights are saved. Defaults to `True`.
+        ensemble_options: A dict with some of `num_snapshots`, keep the newest that many
+            (defaults to `10`), `dirpath`, the directory (defaults to `"Ensemble/"`), and
+            `model_prefix`, what names begin with (defaults to `"Model"`): the files are
+            `Ensemble/Model-1.weights.h5` and so on; after `num_snapshots` of them the first is
+            written again.
+
+    Raises:
+        ValueError: If a value is impossible, or `ensemble_options` has another key.
+
+    References:
+        - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109)
+        - [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983)
+    """
+
+    def __init__(
+        self,
+        cycle_length: int = 10,
+        cycle_length_multiplier: float = 1.5,
+        lr_init: float = 0.01,
+        lr_min: float = 1e-6,
+        lr_multiplier: float = 0.9,
+        ensemble: bool = True,
+        ensemble_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.schedule = CosineAnnealing(
+            cycle_length, cycle_length_multiplier, lr_init, lr_min, lr_multiplier
+        )
+        self.ensemble = ensemble
+        self.options = snapshot_options(ensemble_options)
+        self._ring = Ring(
+            self.options["dirpath"], self.options["model_prefix"], self.options["num_snapshots"]
+        )
+        self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
+        self._history: dict[str, list[Any]] = {}
+        self._cycles: CycleCallback | None = None
+        self._installed = contextlib.ExitStack()
+
+    @property
+    def paths(self) -> list[pathlib.Path]:
+        """The weight files that it saved, the oldest first."""
+        return self._ring.paths
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._cycles is None:
+            self._cycles = self._begin(epoch)
+        self._cycles.on_epoch_begin(epoch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._cycles is not None:
+            self._cycles.on_epoch_end(epoch, logs)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._installed.close()  # After a `fit` that ended in an exception.
+        self._cycles = None
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._cycles is not None:
+            self._cycles.on_train_end(logs)
+        self._installed.close()
+        self._cycles = None
+
+    def _begin(self, first_epoch: int) -> CycleCallback:
+        """Now that the first epoch's number is known, the plan is."""
+        model, epochs = self.model, self.params["epochs"] - first_epoch
+        rate, config = AnnealedRate(model), self.schedule.get_config()
+        config["cycle_length"] = min(config["cycle_length"], epochs)
+        run = Run(
+            plan=CosineAnnealing(**config).plan(epochs),
+            number=0,
+            first_epoch=first_epoch,
+            store=self._ring if self.ensemble else _Nowhere("", "", 1),
+            rate=rate,
+            history=self._history,
+            done=self._done,
+            max_snapshots=None,
+            keep_going=False,
+            save_every=None,
+            fingerprint={},
+            earlier=[],
+        )
+
+        def steps_of(known: int | None) -> int | None:
+            return None if known is None else steps_in_epoch(model, None, {}, known)
+
+        cycles = CycleCallback(run, steps_of, Passes(None))
+        cycles.set_model(model)
+        cycles.set_params(self.params)
+        cycles.on_train_begin()
+        make_train_function = model.make_train_function
+
+        def make(force: bool = False) -> Any:
+            if not force:  # Another `fit` has begun, since this one ended in an exception.
+                self._installed.close()
+            return make_train_function(force=force)
+
+        self._installed.enter_context(_with_attribute(model, "make_train_function", make))
+        self._installed.enter_context(rate.installed())
+        # Keras makes it before it asks callbacks, and does not look again.
+        make_train_function(force=True)
+        return cycles
+
+
+@contextlib.contextmanager
+def _with_attribute(model: keras.Model, name: str, value: Any) -> Iterator[None]:
+    """Gives this one model an attribute in the place of its class's."""
+    object.__setattr__(model, name, value)
+    try:
+        yield
+    finally:
+        vars(model).pop(name, None)
+
+
+class _Nowhere(Ring):
+    """Where snapshots go that are not to be kept."""
+
+    def add(self, model: keras.Model, snapshot: Snapshot) -> None:
+        pass
+
+
+def snapshot_options(given: dict[str, Any] | None) -> dict[str, Any]:
+    """The options of 1.0 with their defaults, in a dict of their own."""
+    unknown = set(given or {}) - set(_OPTIONS)
+    if unknown:
+        raise ValueError(
+            f"`ensemble_options` may have {', '.join(map(repr, _OPTIONS))}. Received: "
+            f"ensemble_options={given!r}"
+        )
+    options = {**_OPTIONS, **(given or {})}
+    options["num_snapshots"] = whole_number("num_snapshots", options["num_snapshots"], 1)
+    return options
+
+
+def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
+    cycle_length: int = 10,
+    cycle_length_multiplier: float = 1.5,
+    lr_init: float = 0.01,
+    lr_min: float = 1e-6,
+    lr_multiplier: float = 0.9,
+    ensemble: bool = True,
+    ensemble_options: dict[str, Any] | None = None,
+) -> list[keras.callbacks.Callback]:
+    """A `SnapshotEnsembleCallback`, and a checkpoint of the weights of least `val_loss`.
+
+    The checkpoint is `Ensemble/Model-Best.weights.h5`, and needs validation data in `fit`.
+
+    Example:
+
+    >>> callbacks = GenerateSnapshotCallbacks(cycle_length=5)
+    >>> history = model.fit(x, y, validation_split=0.1, callbacks=callbacks, verbose=0)
+
+    Args:
+        cycle_length: As for `SnapshotEnsembleCallback`.
+        cycle_length_multiplier: As for `SnapshotEnsembleCallback`.
+        lr_init: As for `SnapshotEnsembleCallback`.
+        lr_min: As for `SnapshotEnsembleCallback`.
+        lr_multiplier: As for `SnapshotEnsembleCallback`.
+        ensemble: As for `SnapshotEnsembleCallback`.
+        ensemble_options: As for `SnapshotEnsembleCallback`.
+
+    Returns:
+        A list of two callbacks for `model.fit`.
+
+    Raises:
+        ValueError: As `SnapshotEnsembleCallback`.
+    """
+    snapshots = SnapshotEnsembleCallback(
+        cycle_length,
+        cycle_length_multiplier,
+        lr_init,
+        lr_min,
+        lr_multiplier,
+        ensemble,
+        ensemble_options,
+    )
+    name = f"{snapshots.options['model_prefix']}-Best.weights.h5"
+    best = keras.callbacks.ModelCheckpoint(
+        os.path.join(snapshots.options["dirpath"], name),  # noqa: PTH118  Keras wants a string.
+        monitor="val_loss",
+        mode="min",
+        save_best_only=True,
+        save_weights_only=True,
+    )
+    return [snapshots, best]
+
+
+def VisualizeLR(  # noqa: N802  The name that it had.
+    epochs: int = 500,
+    cycle_length: int = 10,
+    cycle_length_multiplier: float = 1.5,
+    lr_init: float = 0.01,
+    lr_min: float = 1e-6,
+    lr_multiplier: float = 0.9,
+) -> "Figure":
+    """Draws the learning rates that `SnapshotEnsembleCallback` would set.
+
+    Example:
+
+    >>> VisualizeLR(epochs=100).savefig("rates.png")
+
+    Args:
+        epochs: The budget. Defaults to `500`.
+        cycle_length: As for `SnapshotEnsembleCallback`.
+        cycle_length_multiplier: As for `SnapshotEnsembleCallback`.
+        lr_init: As for `SnapshotEnsembleCallback`.
+        lr_min: As for `SnapshotEnsembleCallback`.
+        lr_multiplier: As for `SnapshotEnsembleCallback`.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Raises:
+        ValueError: If a value is impossible.
+    """
+    # Not of pyplot's, which would show it in a notebook a second time.
+    from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
+
+    from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415
+
+    schedule = CosineAnnealing(
+        min(cycle_length, epochs), cycle_length_multiplier, lr_init, lr_min, lr_multiplier
+    )
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot_schedule(schedule, epochs, ax=figure.subplots())
+    return figure

@@ -1,0 +1,96 @@
+"""Files that appear in a directory whole, or not at all, and are found as they were written."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from snapshot_ensemble.storage.snapshot import SnapshotError
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of a directory, as it was written."""
+
+    name: str
+    size: int
+    sha256: str
+
+    def checked(self, directory: pathlib.Path) -> pathlib.Path:
+        """Its path; raises `SnapshotError` if it is not as it was written."""
+        path = directory / self.name
+        try:
+            with path.open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise SnapshotError(f"'{path}' cannot be read: {error}") from error
+        if size != self.size or digest != self.sha256:
+            raise SnapshotError(
+                f"'{path}' is not the file that was saved. Received: {size} bytes with SHA-256 "
+                f"{digest}; the manifest says {self.size} bytes with {self.sha256}"
+            )
+        return path
+
+
+class Draft:
+    """A file on its way into a directory: written beside its place, then moved there.
+
+    Args:
+        directory: The directory.
+        name: The file's name in it.
+        write: Takes a path, and writes the content there.
+    """
+
+    def __init__(self, directory: pathlib.Path, name: str, write: Callable[[str], Any]) -> None:
+        self.name = name
+        self._place, self._write = directory / name, write
+        # Keras tells formats apart by the ending.
+        self._temporary = directory / f"writing-{uuid.uuid4().hex}-{name}"
+        self._written = False
+        self._file: File | None = None
+
+    def write(self) -> "Draft":
+        """Writes the content now, from what may be something else later."""
+        try:
+            self._write(str(self._temporary))
+        except BaseException:
+            self.discard()
+            raise
+        self._written = True
+        return self
+
+    def discard(self) -> None:
+        """Leaves nothing of it that is not in its place."""
+        self._temporary.unlink(missing_ok=True)
+
+    def finish(self) -> File:
+        """Makes it safe and moves it into its place; once, if asked again."""
+        if self._file is not None:
+            return self._file
+        if not self._written:
+            self.write()
+        try:
+            with self._temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = os.fstat(file.fileno()).st_size
+                os.fsync(file.fileno())
+            self._temporary.replace(self._place)
+        except BaseException:
+            self.discard()
+            raise
+        _sync_directory(self._place.parent)
+        self._file = File(self.name, size, digest)
+        return self._file
+
+
+def _sync_directory(directory: pathlib.Path) -> None:
+    if os.name == "posix":  # Elsewhere a directory cannot be opened.
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,145 @@
+"""A range test: which learning rates a model still learns at."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.state import TrainingState, build
+
+# The loss is averaged over rates that are a factor of about this apart, and a test ends where it is
+# so many times the least.
+SMOOTHED_OVER, DIVERGED = 1.5, 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeTest:
+    """What a range test found.
+
+    Attributes:
+        rates: The learning rate of each step, float64 of shape `(steps,)`.
+        losses: The loss of each step's batch before it, the same shape.
+        smoothed: The losses averaged over neighbouring rates, the same shape.
+        suggestion: The peak that it suggests.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float
+
+    def __str__(self) -> str:
+        return (
+            f"suggested peak: {self.suggestion:.2g} (loss {self.smoothed[0]:.4g} at "
+            f"{self.rates[0]:.2g}, least {self.smoothed.min():.4g} at "
+            f"{self.rates[self.smoothed.argmin()]:.2g}, {self.smoothed[-1]:.4g} at "
+            f"{self.rates[-1]:.2g})"
+        )
+
+    __repr__ = __str__
+
+
+class _Sweep(keras.callbacks.Callback):
+    """Sets each step's rate, and keeps its loss."""
+
+    def __init__(self, rates: np.ndarray, set_rate: Any) -> None:
+        super().__init__()
+        self.rates, self.set_rate = rates, set_rate
+        self.losses: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self.set_rate(self.rates[len(self.losses)])
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.losses.append(float(logs["loss"]))
+        self.model.reset_metrics()  # What Keras gives is the mean since then.
+        if len(self.losses) == len(self.rates) or self._has_diverged():
+            self.model.stop_training = True
+
+    def _has_diverged(self) -> bool:
+        if not math.isfinite(self.losses[-1]):
+            return True
+        recent = self.losses[-5:]
+        return len(recent) == 5 and min(recent) > DIVERGED * abs(float(np.median(self.losses[:5])))
+
+
+def smooth(rates: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Averages over neighbours, weighted by a normal density of the logarithm of the rate."""
+    places = np.log(rates)
+    weights = np.exp(-0.5 * ((places[:, None] - places) / math.log(SMOOTHED_OVER)) ** 2)
+    return np.asarray(weights @ losses / weights.sum(axis=1))
+
+
+def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float:
+    """The lowest rate at which nine tenths of the whole fall of the loss are reached.
+
+    Above it the loss still falls, or is about to rise: rates at which a long run does not train.
+    """
+    least = int(smoothed.argmin())
+    reached = smoothed <= smoothed[least] + 0.1 * (smoothed[0] - smoothed[least])
+    return float(rates[int(reached.argmax())])
+
+
+def range_test(
+    model: keras.Model,
+    rate: AnnealedRate,
+    x: Any,
+    y: Any,
+    *,
+    lr_min: float,
+    lr_max: float,
+    steps: int,
+    **fit_arguments: Any,
+) -> RangeTest:
+    """Trains with a rate that grows from step to step, and puts everything back.
+
+    Args:
+        model: A compiled model.
+        rate: That of its optimizer.
+        x: As for `model.fit`.
+        y: As for `model.fit`.
+        lr_min: The rate of the first step.
+        lr_max: The rate of the last step.
+        steps: Number of steps, each at a rate the same factor above the one before.
+        **fit_arguments: As for `model.fit`.
+
+    Raises:
+        ValueError: If the loss never falls, so that there is nothing to choose by.
+    """
+    rates = np.geomspace(lr_min, lr_max, steps)
+    with _put_back(model, x), rate.held() as set_rate:
+        sweep = _Sweep(rates, set_rate)
+        given = {"verbose": 0, **fit_arguments, "callbacks": [sweep]}
+        model.fit(x, y, epochs=steps, **given)
+    losses = np.asarray(sweep.losses)
+    known = np.isfinite(losses)
+    rates, losses = rates[: len(losses)][known], losses[known]
+    smoothed = smooth(rates, losses)
+    if not len(losses) or smoothed.min() >= smoothed[0]:
+        raise ValueError(
+            "The loss never falls, so that there is no rate to suggest. Received: "
+            f"lr_min={lr_min}, lr_max={lr_max}, steps={steps}. Begin lower, or look at the data."
+        )
+    return RangeTest(rates, losses, smoothed, suggest(rates, smoothed))
+
+
+@contextlib.contextmanager
+def _put_back(model: keras.Model, x: Any) -> Iterator[None]:
+    """Gives the model, its optimizer and the random generators back the state that they had."""
+    build(model, x)
+    if not model.optimizer.built:
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+    state, history = TrainingState.of(model, [], {}), vars(model).get("history")
+    try:
+        yield
+    finally:
+        state.restore_model(model)
+        model.reset_metrics()
+        model.stop_training = False
+        model.history = history

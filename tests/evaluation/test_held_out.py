@@ -1,0 +1,482 @@
+"""Held-out data: one pass over them, targets in all their shapes, what is left out, the loss."""
+
+import collections
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import TASKS, dense, ensemble_of
+from scipy import special
+
+from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.inference.combining import combine_outputs
+from snapshot_ensemble.inference.output_specs import Output
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(11, 4)).astype("float32")
+LABELS = np.arange(11) * 7 % 3
+MULTICLASS, BINARY = Output("multiclass"), Output("binary")
+MULTILABEL, REGRESSION = Output("multilabel"), Output("regression")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    # Clearing the session takes longer than most of these tests, and would break what they share.
+    keras.utils.set_random_seed(0)
+
+
+def calm(model, loss, **arguments):
+    """Run without tracing, which takes longer than small data do."""
+    model.compile("sgd", loss, run_eagerly=True, **arguments)
+    return model
+
+
+def one_batch(*columns):
+    """Data that Keras takes as they are, where it would trace a pipeline for arrays."""
+    return tf.data.Dataset.from_tensors(columns)
+
+
+class Batches(keras.utils.PyDataset):
+    """Counts how often each of its batches is asked for."""
+
+    def __init__(self, *columns, size=4):
+        super().__init__()
+        self.columns, self.size, self.asked = columns, size, collections.Counter()
+
+    def __len__(self):
+        return math.ceil(len(self.columns[0]) / self.size)
+
+    def __getitem__(self, index):
+        self.asked[index] += 1
+        rows = slice(index * self.size, (index + 1) * self.size)
+        return tuple(column[rows] for column in self.columns)
+
+
+# One pass
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return ensemble_of(calm(dense(), "sparse_categorical_crossentropy"), 3)
+
+
+def gathered(ens, x, y=None, sample_weight=None, **how):
+    return ens._gather(x, y, sample_weight, verbose=0, **how)
+
+
+def test_data_are_gone_through_as_often_as_for_one_model(classifier):
+    alone, together = Batches(ROWS, LABELS), Batches(ROWS, LABELS)
+    classifier.model.predict(alone, verbose=0)
+    held = gathered(classifier, together)
+    assert together.asked == alone.asked
+    np.testing.assert_array_equal(held.y, LABELS)
+    own = classifier.predict_members(ROWS, verbose=0)
+    np.testing.assert_allclose(held.outputs[0], own, rtol=1e-5, atol=1e-7)
+    assert held.rows == len(ROWS)
+    assert held.sample_weight is None
+
+
+def test_data_that_come_only_once_are_enough(classifier):
+    weights = RNG.uniform(0.5, 1.5, len(ROWS))
+    columns = (ROWS, LABELS, weights)
+    stream = ([column[i : i + 4] for column in columns] for i in range(0, len(ROWS), 4))
+    held = gathered(classifier, (tuple(batch) for batch in stream), steps=3)
+    np.testing.assert_array_equal(held.y, LABELS)
+    np.testing.assert_allclose(held.sample_weight, weights)
+    whole = gathered(classifier, one_batch(*columns))
+    np.testing.assert_allclose(held.outputs[0], whole.outputs[0], rtol=1e-5, atol=1e-7)
+
+
+def test_targets_stay_beside_their_rows_where_data_are_shuffled(classifier):
+    ordered = tf.data.Dataset.from_tensor_slices((ROWS, LABELS))
+    shuffled = gathered(classifier, ordered.shuffle(11, seed=1).batch(4))
+    assert not np.array_equal(shuffled.y, LABELS)
+    plain = gathered(classifier, ordered.batch(4))
+    for member in range(3):
+        found = shuffled.loss(shuffled.outputs[0][member])
+        assert found == pytest.approx(plain.loss(plain.outputs[0][member]), rel=1e-5)
+
+
+def test_arrays_and_what_surrounds_them(classifier):
+    given = LABELS[:, None].tolist()
+    held = gathered(classifier, ROWS, given, np.ones(11), batch_size=4)
+    assert held.y is given
+    assert held.model is classifier.model
+    assert held.meanings == [MULTICLASS]
+    assert held.names == ["answer"]
+    assert len(held.members()) == 3
+    np.testing.assert_array_equal(held.members()[1], held.outputs[0][1])
+    np.testing.assert_allclose(held.items[0], np.log(held.outputs[0]), rtol=1e-5, atol=1e-6)
+
+
+# Targets of every shape that Keras takes
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dense()
+
+
+def held_of(model, shape, y, meaning, sample_weight=None, masks=None):
+    """What two members may predict; what exactly does not matter to the truth."""
+    output = np.full((2, *shape), 1 / shape[-1], "float32")
+    return HeldOut(model, [output], None, [meaning], y, sample_weight, masks or {})
+
+
+def check_truth(held, targets, weights=None):
+    [truth] = held.truths
+    targets = np.asarray(targets, "float64")
+    np.testing.assert_allclose(truth.targets, targets, atol=1e-7)
+    assert truth.targets.dtype == truth.weights.dtype == "float64"
+    weights = np.ones(len(targets)) if weights is None else np.reshape(weights, -1)
+    np.testing.assert_allclose(truth.weights, weights / weights.sum(), rtol=1e-6)
+
+
+PIXELS = RNG.integers(0, 3, (2, 4, 5))
+YES = RNG.integers(0, 2, (11, 3))
+SPOTS = RNG.integers(0, 2, (2, 4, 5))
+VALUES = RNG.normal(size=(6, 3, 2))
+SOFT = RNG.dirichlet(np.ones(3), 11)
+
+
+def sides(yes):
+    yes = np.reshape(yes, -1)
+    return np.stack([1 - yes, yes], axis=1)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        LABELS,
+        LABELS[:, None],
+        np.eye(3)[LABELS],
+        LABELS.tolist(),
+        list(LABELS),
+        tuple(LABELS.tolist()),
+        LABELS[:, None].tolist(),
+        np.eye(3)[LABELS].tolist(),
+        LABELS.astype("uint8"),
+        LABELS.astype("float32"),
+        LABELS.astype(object),
+        tf.constant(LABELS),
+        [LABELS],
+        (LABELS[:, None],),
+        {"answer": LABELS},
+    ],
+)
+def test_labels_of_rows(y, model):
+    check_truth(held_of(model, (11, 3), y, MULTICLASS), np.eye(3)[LABELS])
+
+
+def test_soft_labels_of_rows(model):
+    check_truth(held_of(model, (11, 3), SOFT.astype("float32"), MULTICLASS), SOFT)
+    smooth = 0.9 * np.eye(3)[LABELS] + 0.1 / 3
+    check_truth(held_of(model, (11, 3), smooth, MULTICLASS), smooth)
+
+
+@pytest.mark.parametrize("y", [PIXELS, PIXELS[..., None], np.eye(3)[PIXELS], [PIXELS]])
+def test_labels_of_pixels(y, model):
+    check_truth(held_of(model, (2, 4, 5, 3), y, MULTICLASS), np.eye(3)[PIXELS.reshape(-1)])
+
+
+def test_labels_of_steps_of_which_there_are_as_many_as_classes(model):
+    labels = RNG.integers(0, 3, (4, 3))
+    expected = np.eye(3)[labels.reshape(-1)]
+    for y in (labels, labels[..., None], np.eye(3)[labels]):
+        check_truth(held_of(model, (4, 3, 3), y, MULTICLASS), expected)
+
+
+@pytest.mark.parametrize("shape", [(11, 1), (11,)])
+@pytest.mark.parametrize("y", [YES[:, 0], YES[:, :1], YES[:, 0] > 0, YES[:, 0].tolist()])
+def test_yes_and_no_of_rows(y, shape, model):
+    check_truth(held_of(model, shape, y, BINARY), sides(YES[:, 0]))
+
+
+@pytest.mark.parametrize("y", [SPOTS, SPOTS[..., None], SPOTS.astype(bool)])
+def test_yes_and_no_of_pixels(y, model):
+    check_truth(held_of(model, (2, 4, 5, 1), y, BINARY), sides(SPOTS))
+
+
+def test_several_labels_of_rows(model):
+    for y in (YES, YES.astype(bool), YES.tolist()):
+        check_truth(held_of(model, (11, 3), y, MULTILABEL), sides(YES))
+    check_truth(held_of(model, (11, 3), 0.25 * YES, MULTILABEL), sides(0.25 * YES))
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 2), (6, 3), (6, 1), (6,)])
+def test_values_of_every_shape(shape, model):
+    values = VALUES.reshape(-1)[: np.prod(shape)].reshape(shape)
+    given = [values, values.tolist(), values[..., None]]
+    if shape[1:] == (1,):
+        given.append(values[:, 0])
+    for y in given:
+        check_truth(held_of(model, shape, y, REGRESSION), values.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "y", "meaning", "message"),
+    [
+        ((11, 3), YES[:, :2], MULTICLASS, "y of shape (11, 2), where (11,) is needed"),
+        ((2, 4, 5, 3), PIXELS[..., :2], MULTICLASS, "shape (2, 4, 2), where (2, 4, 5) is needed"),
+        ((2, 4, 5, 3), PIXELS[:, 0, 0], MULTICLASS, "shape (2,), where (2, 4, 5) is needed"),
+        ((11, 1), YES, BINARY, "y of shape (11, 3), where (11, 1) is needed"),
+        ((11, 3), YES[:, :1], MULTILABEL, "where (11, 3) is needed"),
+        ((11, 3), YES[:, 0], MULTILABEL, "y of shape (11,), where (11, 3) is needed"),
+        ((6, 3, 2), VALUES[:, :, 0], REGRESSION, "shape (6, 3), where (6, 3, 2) is needed"),
+        ((6, 2), VALUES[:5, 0], REGRESSION, "y of shape (5, 2), x with 6 rows"),
+        ((6, 1), 1.5, REGRESSION, "y of shape (), x with 6 rows"),
+    ],
+)
+def test_targets_of_another_shape(shape, y, meaning, message, model):
+    with pytest.raises(ValueError) as caught:
+        _ = held_of(model, shape, y, meaning).truths
+    assert message in str(caught.value)
+
+
+# Sample weights, masks and classes that are left out
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 1, 1), (2, 4, 5), (2, 4, 5, 1)])
+def test_sample_weights_of_pixels(shape, model):
+    weights = RNG.uniform(0.1, 1, shape)
+    aligned = weights.reshape(shape[:3] + (1,) * (3 - len(shape)))
+    held = held_of(model, (2, 4, 5, 3), PIXELS, MULTICLASS, weights)
+    check_truth(held, np.eye(3)[PIXELS.reshape(-1)], np.broadcast_to(aligned, (2, 4, 5)))
+
+
+@pytest.mark.parametrize("shape", [(11,), (11, 1), (11, 3)])
+def test_sample_weights_of_labels(shape, model):
+    weights = RNG.uniform(0.1, 1, shape)
+    held = held_of(model, (11, 3), YES, MULTILABEL, weights)
+    expected = np.broadcast_to(weights.reshape(11, -1), (11, 3))
+    check_truth(held, sides(YES), expected)
+
+
+@pytest.mark.parametrize("weights", [np.arange(11), (np.arange(11) > 3).tolist(), [np.ones(11)]])
+def test_sample_weights_of_rows(weights, model):
+    held = held_of(model, (11, 3), LABELS, MULTICLASS, weights)
+    check_truth(held, np.eye(3)[LABELS], np.reshape(weights, -1).astype("float64"))
+
+
+def test_masked_steps_do_not_count(model):
+    mask = RNG.random((2, 4, 5)) < 0.6
+    weights = RNG.uniform(0.1, 1, 2)
+    held = held_of(model, (2, 4, 5, 3), PIXELS, MULTICLASS, weights, {"0": mask})
+    check_truth(held, np.eye(3)[PIXELS.reshape(-1)], mask * weights[:, None, None])
+    held = held_of(model, (2, 4, 5, 3), np.eye(3)[PIXELS], MULTILABEL, None, {"0": mask})
+    check_truth(held, sides(np.eye(3)[PIXELS]), np.repeat(mask.reshape(-1), 3))
+
+
+@pytest.mark.parametrize("ignored", [-1, 255, 2])
+def test_labels_to_be_ignored_do_not_count(ignored, model):
+    out = RNG.random(PIXELS.shape) < 0.3
+    labels = np.where(out, ignored, PIXELS % 2)
+    meaning = Output("multiclass", ignored=ignored)
+    [seen] = held_of(model, (2, 4, 5, 3), PIXELS % 2, MULTICLASS).truths
+    for y in (labels, labels[..., None], labels.astype("float32")):
+        held = held_of(model, (2, 4, 5, 3), y, meaning)
+        [truth] = held.truths
+        np.testing.assert_allclose(truth.weights, ~out.reshape(-1) / (~out).sum())
+        counted = truth.weights > 0
+        np.testing.assert_array_equal(truth.targets[counted], seen.targets[counted])
+
+
+def test_nothing_left_that_counts(model):
+    for how in ({"sample_weight": np.zeros(11)}, {"masks": {"0": np.zeros(11, bool)}}):
+        with pytest.raises(ValueError, match="at least 0 and not 0 everywhere"):
+            _ = held_of(model, (11, 3), LABELS, MULTICLASS, **how).truths
+
+
+# Several outputs
+
+
+def two_headed(structure, **arguments):
+    inputs = keras.Input((4,))
+    kind = layers.Dense(3, "softmax", name="kind")(inputs)
+    amount = layers.Dense(2, name="amount")(inputs)
+    outputs = {"kind": kind, "amount": amount} if structure is dict else [kind, amount]
+    loss = {"kind": "sparse_categorical_crossentropy", "amount": "mse"}
+    return calm(keras.Model(inputs, outputs), loss, **arguments)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """By structure: a held-out set without targets, and its meanings by name."""
+    made = {}
+    for structure in (list, dict):
+        model = two_headed(structure)
+        names = ["kind", "amount"] if structure is list else ["amount", "kind"]
+        shapes = {"kind": (2, 11, 3), "amount": (2, 11, 2)}
+        meanings = {"kind": MULTICLASS, "amount": REGRESSION}
+        outputs = [np.full(shapes[name], 1 / 3, "float32") for name in names]
+        pattern = dict.fromkeys(names, 0) if structure is dict else [0, 0]
+        made[structure] = model, outputs, pattern, [meanings[name] for name in names]
+    return made
+
+
+AMOUNTS = RNG.normal(size=(11, 2))
+BY_NAME = {"kind": LABELS, "amount": AMOUNTS}
+HOW_MUCH = {"kind": np.arange(11.0), "amount": np.arange(11.0) % 3}
+
+
+@pytest.mark.parametrize(
+    ("structure", "y"),
+    [
+        (list, [LABELS, AMOUNTS]),
+        (list, (LABELS[:, None], AMOUNTS)),
+        (list, BY_NAME),
+        (dict, BY_NAME),
+        (dict, {"amount": AMOUNTS, "kind": np.eye(3)[LABELS]}),
+    ],
+)
+@pytest.mark.parametrize("weights", [None, "one for all", "by place", "by name"])
+def test_targets_of_several_outputs(structure, y, weights, heads):
+    model, outputs, pattern, meanings = heads[structure]
+    each = HOW_MUCH
+    if weights in (None, "one for all"):
+        each = dict.fromkeys(HOW_MUCH, np.ones(11) if weights is None else HOW_MUCH["kind"])
+    given = {
+        None: None,
+        "one for all": HOW_MUCH["kind"],
+        # In the order of the outputs, which for a dict is that of its sorted keys.
+        "by place": [HOW_MUCH[name] for name in sorted(HOW_MUCH, reverse=structure is list)],
+        "by name": HOW_MUCH,
+    }[weights]
+    held = HeldOut(model, outputs, pattern, meanings, y, given, {})
+    for meaning, truth in zip(meanings, held.truths, strict=True):
+        name = "kind" if meaning.is_classes else "amount"
+        expected = np.eye(3)[LABELS] if name == "kind" else AMOUNTS.reshape(-1)
+        np.testing.assert_allclose(truth.targets, expected)
+        counts = np.repeat(each[name], len(expected) // 11)
+        np.testing.assert_allclose(truth.weights, counts / counts.sum())
+
+
+@pytest.mark.parametrize("structure", [list, dict])
+@pytest.mark.parametrize(
+    "y",
+    [
+        LABELS,
+        [LABELS],
+        [LABELS, AMOUNTS, AMOUNTS],
+        {"kind": LABELS},
+        {"kind": LABELS, "amount": None},
+        {"kind": LABELS, "size": AMOUNTS},
+        {"amount": AMOUNTS, "sort": LABELS},
+    ],
+)
+def test_targets_that_are_not_one_for_each_output(structure, y, heads):
+    model, outputs, pattern, meanings = heads[structure]
+    with pytest.raises(ValueError) as caught:
+        _ = HeldOut(model, outputs, pattern, meanings, y, None, {}).truths
+    assert "`y` must have one array for each of the model's 2 outputs" in str(caught.value)
+
+
+# The loss, as Keras would have it
+
+
+def mean_of(held):
+    return combine_outputs(held.members(), "mean", held.meanings)
+
+
+TARGETS = {
+    "softmax": LABELS,
+    "logits": LABELS,
+    "sigmoid": YES[:, :1],
+    "log-odds": YES[:, 0],
+    "multilabel": YES,
+    "regression": AMOUNTS,
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_loss_is_what_keras_gives(task):
+    loss, units, activation = TASKS[task]
+    metric = "accuracy" if TARGETS[task] is LABELS else "mae"
+    ens = ensemble_of(calm(dense(loss, units, activation), loss, metrics=[metric]), 3)
+    data = one_batch(ROWS, TARGETS[task])
+    held = gathered(ens, data)
+    expected = ens.evaluate(data, verbose=0, return_dict=True)
+    assert held.loss(mean_of(held)) == pytest.approx(expected["loss"], rel=1e-5)
+    assert held.scorer()(mean_of(held)) == pytest.approx(expected, rel=1e-5)
+    one = ens.evaluate(data, members=[1], verbose=0, return_dict=True)
+    assert held.loss(held.members()[1]) == pytest.approx(one["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("structure", [list, dict])
+def test_loss_of_several_outputs_by_their_weights(structure):
+    share = {"kind": 0.5, "amount": 3.0}
+    shares = share if structure is dict else [0.5, 3.0]
+    ens = ensemble_of(two_headed(structure, loss_weights=shares), 3)
+    # Keras divides by the number of rows, and not by the sum of their weights.
+    weights = RNG.uniform(0.2, 1.8, 11)
+    weights *= 11 / weights.sum()
+    y = BY_NAME if structure is dict else (LABELS, AMOUNTS)
+    data = one_batch(ROWS, y, weights)
+    held = gathered(ens, data)
+    assert dict(zip(held.names, held.loss_weights, strict=True)) == share
+    expected = ens.evaluate(data, verbose=0, return_dict=True)
+    assert held.loss(mean_of(held)) == pytest.approx(expected["loss"], rel=1e-5)
+    assert held.scorer()(mean_of(held)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [-1, 0])
+def test_loss_without_what_is_to_be_ignored(ignored):
+    model = keras.Sequential([keras.Input((4, 5, 2)), layers.Conv2D(3, 1)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored)
+    ens = ensemble_of(calm(model, loss), 2)
+    labels = np.where(RNG.random(PIXELS.shape) < 0.4, ignored, PIXELS)
+    x = RNG.normal(size=(2, 4, 5, 2)).astype("float32")
+    held = gathered(ens, one_batch(x, labels))
+    logs = special.log_softmax(held.outputs[0][1].astype("float64"), axis=-1)
+    real = labels != ignored
+    expected = -np.take_along_axis(logs, labels.clip(0)[..., None], -1)[..., 0][real].mean()
+    assert held.loss(held.members()[1]) == pytest.approx(expected, rel=1e-5)
+    by_keras = ens.evaluate(one_batch(x, labels), members=[1], verbose=0)
+    assert by_keras == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_without_what_is_masked():
+    tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [1, 1, 1, 1, 0]])
+    tags = RNG.integers(0, 2, tokens.shape)
+    inputs = keras.Input((5,), dtype="int32")
+    hidden = layers.Embedding(7, 4, mask_zero=True)(inputs)
+    model = keras.Model(inputs, layers.Dense(2, "softmax")(hidden))
+    ens = ensemble_of(calm(model, "sparse_categorical_crossentropy", metrics=["accuracy"]), 2)
+    # In batches of their own, as masks come.
+    data = tf.data.Dataset.from_tensor_slices((tokens, tags)).batch(2)
+    held = gathered(ens, data)
+    np.testing.assert_array_equal(held.masks["0"], tokens != 0)
+    own = held.outputs[0][1].astype("float64")
+    picked = np.take_along_axis(own, tags[..., None], axis=-1)[..., 0]
+    expected = -np.log(picked[tokens != 0]).mean()
+    assert held.loss(held.members()[1]) == pytest.approx(expected, rel=1e-5)
+    found = held.scorer()(held.members()[1])
+    by_keras = ens.evaluate(one_batch(tokens, tags), members=[1], verbose=0, return_dict=True)
+    assert found == pytest.approx(by_keras, rel=1e-5)
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+class Unnamed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = layers.Dense(1, "sigmoid"), layers.Dense(1)
+
+    def call(self, inputs):
+        return [self.first(inputs)[:, 0], self.second(inputs)]
+
+
+def test_outputs_of_a_subclass_are_named_by_number():
+    model = calm(Unnamed(), ["binary_crossentropy", "mse"])
+    model(ROWS)
+    ens = ensemble_of(model, 2)
+    yes, values = YES[:, 0], AMOUNTS[:, 0]
+    held = gathered(ens, one_batch(ROWS, (yes, values)))
+    assert held.names == ["output_0", "output_1"]
+    first, second = (output.astype("float64") for output in held.outputs)
+    assert first.shape == (2, 11)
+    expected = -np.log(np.where(yes, first[0], 1 - first[0])).mean()
+    expected += np.mean((second[0, :, 0] - values) ** 2)
+    assert held.loss(held.members()[0]) == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,147 @@
+"""How many rows are predicted at once where nobody said."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from snapshot_ensemble import Snapshot, SnapshotEnsemble
+from snapshot_ensemble.inference.batch_size import batch_size_for, rows_at_once
+
+
+def net(*inside, shape=(8,)):
+    return keras.Sequential([keras.Input(shape), *inside, layers.Dense(3, "softmax")])
+
+
+def branches():
+    x = keras.Input((8,))
+    one, other = layers.Dense(2**12)(x), layers.Dense(2**12)(x)
+    return keras.Model(x, layers.Add()([one, other]))
+
+
+def ensemble_of(model):
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    ens, rng = SnapshotEnsemble(model), np.random.default_rng(0)
+    for index in range(2):
+        weights = [rng.normal(0, 0.3, w.shape).astype(w.dtype) ** 2 for w in model.get_weights()]
+        ens._store.add_weights(weights, Snapshot(index))
+    return ens
+
+
+# The largest tensor has so many float32 a row; a batch of it is to be 1 MiB or less.
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (net(layers.Dense(64)), 1024),
+        (net(layers.Dense(2**9)), 512),
+        (net(layers.Dense(2**9 + 1)), 256),
+        (net(layers.Dense(2**14)), 32),
+        (net(layers.BatchNormalization(), layers.Dropout(0.5)), 1024),
+        (net(layers.LSTM(4), shape=(5, 2)), 1024),
+        (net(layers.Conv2D(16, 3, padding="same"), layers.Flatten(), shape=(8, 8, 1)), 256),
+        (net(net(layers.Dense(2**11))), 128),
+        (branches(), 64),
+    ],
+)
+def test_small_layers_take_many_rows(model, expected):
+    assert rows_at_once(model) == expected
+
+
+class OverTheBatch(layers.Layer):
+    def call(self, inputs):
+        return inputs - keras.ops.mean(inputs, axis=0)
+
+
+class OwnStep(keras.Sequential):
+    def predict_step(self, data):
+        return super().predict_step(data)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.head(inputs)
+
+
+def with_raw_operation():
+    x = keras.Input((8,))
+    return keras.Model(x, layers.Dense(3, "softmax")(x - keras.ops.mean(x, axis=0)))
+
+
+def in_training_mode():
+    x = keras.Input((8,))
+    normed = layers.BatchNormalization()(x, training=True)
+    return keras.Model(x, layers.Dense(3, "softmax")(normed))
+
+
+OTHERS = {
+    "a custom layer": lambda: net(OverTheBatch()),
+    "a custom layer within": lambda: net(net(OverTheBatch())),
+    "a lambda": lambda: net(layers.Lambda(lambda x: x - keras.ops.mean(x, axis=0))),
+    "a raw operation": with_raw_operation,
+    "training mode": in_training_mode,
+    "a step of its own": lambda: OwnStep([keras.Input((8,)), layers.Dense(3, "softmax")]),
+    "a subclass": Subclassed,
+    "a fixed batch": lambda: keras.Sequential([keras.Input(batch_shape=(32, 8)), layers.Dense(3)]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_whatever_may_look_beyond_a_row_has_keras_batches(kind):
+    assert rows_at_once(OTHERS[kind]()) == 32
+
+
+@pytest.mark.parametrize("layer", [layers.LSTM(4, stateful=True), layers.SimpleRNN(4)])
+def test_a_recurrent_layer_that_remembers_the_batch_before(layer):
+    model = keras.Sequential([keras.Input(batch_shape=(32, 5, 2)), layer])
+    assert rows_at_once(model) == 32
+
+
+def test_sequences_of_any_length():
+    model = keras.Sequential([keras.Input((None, 2)), layers.LSTM(4), layers.Dense(3)])
+    assert rows_at_once(model) == 32
+
+
+@pytest.mark.parametrize("kind", ["a custom layer", "a raw operation", "training mode"])
+def test_rows_that_depend_on_their_batch_are_predicted_as_keras_does(kind):
+    ens = ensemble_of(OTHERS[kind]())
+    x = np.random.default_rng(1).normal(size=(600, 8)).astype("float32")
+    expected = np.mean([member.predict(x, verbose=0) for member in ens], axis=0)
+    np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-6)
+
+
+def test_the_batch_grows_only_where_nobody_counts_in_batches():
+    x, model = np.zeros((9_000, 8), "float32"), net(layers.Dense(64))
+    assert batch_size_for(model, x) == {"batch_size": 1024}
+    assert batch_size_for(model, {"a": tf.constant(x)}) == {"batch_size": 1024}
+    assert batch_size_for(model, x[:800]) == {"batch_size": 100}  # Eight batches at least.
+    assert batch_size_for(model, x[:8]) == {"batch_size": 32}
+    assert batch_size_for(model, x, batch_size=7) == {}
+    assert batch_size_for(model, x, steps=3) == {}
+    assert batch_size_for(model, x, callbacks=[keras.callbacks.Callback()]) == {}
+    assert batch_size_for(model, tf.data.Dataset.from_tensors(x)) == {}
+
+
+def test_large_batches_predict_what_small_ones_do():
+    ens = ensemble_of(net(layers.Dense(64, "relu"), layers.BatchNormalization()))
+    x = np.random.default_rng(1).normal(size=(9_001, 8)).astype("float32")
+    y = np.arange(len(x)) % 3
+    for combine in ("mean", "vote", "geometric"):
+        expected = ens.predict(x, combine=combine, batch_size=32, verbose=0)
+        found = ens.predict(x, combine=combine, verbose=0)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    grown, small = ens.report(x, y, verbose=0), ens.report(x, y, batch_size=32, verbose=0)
+    assert grown.rows["mean"]["nll"] == pytest.approx(small.rows["mean"]["nll"], rel=1e-5)
+
+
+def test_few_rows_in_many_ways_are_nothing_that_tensorflow_warns_of(caplog):
+    ens = ensemble_of(net(layers.Dense(64, "relu")))
+    x = np.random.default_rng(1).normal(size=(300, 8)).astype("float32")
+    for combine in ("mean", "vote", "geometric"):
+        for members in (1, 2, [0]):
+            ens.predict(x, combine=combine, members=members, verbose=0)
+    assert "retracing" not in caplog.text

@@ -1,0 +1,274 @@
+"""Weights that training leaves alone are kept once: in memory, on disk, and in predictions."""
+
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.storage import weight_delta as sharing
+
+X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+Y = np.argmax(X[:, :3], axis=1)
+WIDTH = 200
+
+
+class BreakOffError(Exception):
+    pass
+
+
+def frozen(trainable=False, dtype=None):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    backbone = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(WIDTH, "relu", dtype=dtype),
+            layers.Dense(WIDTH, "tanh", dtype=dtype),
+        ],
+        name="backbone",
+    )
+    backbone.trainable = trainable
+    inputs = keras.Input((6,), name="x")
+    hidden = layers.Dropout(0.1, dtype=dtype)(backbone(inputs, training=False))
+    model = keras.Model(inputs, layers.Dense(3, "softmax", name="y")(hidden))
+    model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+    return model
+
+
+def trained(directory, *, model=None, cycles=3, epochs=6, **arguments):
+    fit = {name: arguments.pop(name) for name in ("resume", "callbacks") if name in arguments}
+    ens = SnapshotEnsemble(
+        frozen() if model is None else model, cycles=cycles, directory=directory, **arguments
+    )
+    keras.utils.set_random_seed(1)
+    ens.fit(X, Y, epochs=epochs, batch_size=16, verbose=0, **fit)
+    return ens
+
+
+def member_weights(ens):
+    return [member.get_weights() for member in ens]
+
+
+def check_same(left, right):
+    for one, other in zip(left, right, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def bytes_of(arrays):
+    return sum(array.nbytes for array in arrays)
+
+
+def test_a_directory_has_a_frozen_backbone_once(tmp_path):
+    ens = trained(tmp_path / "run")
+    backbone = bytes_of(ens.model.get_layer("backbone").get_weights())
+    kinds = sorted(path.suffix for path in (tmp_path / "run").iterdir())
+    assert kinds == [".json", ".keras", ".lock", ".npz", ".npz", ".npz", ".npz"]
+    others = [p.stat().st_size for p in (tmp_path / "run").iterdir() if p.suffix == ".npz"]
+    assert sum(others) < 0.3 * backbone
+    check_same(member_weights(ens), member_weights(trained(None)))
+    loaded = SnapshotEnsemble.load(tmp_path / "run")
+    check_same(member_weights(loaded), member_weights(ens))
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), ens.predict(X, verbose=0))
+    # The very same arrays, not copies.
+    first, last = (loaded._store.weights(loaded.model, i) for i in (0, 2))
+    assert [a is b for a, b in zip(first, last, strict=True)].count(True) == 4
+
+
+def test_a_saved_ensemble_has_it_once_too(tmp_path):
+    ens = trained(None)
+    ens.save(tmp_path / "saved")
+    size = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
+    assert size < 1.5 * bytes_of(ens.model.get_weights())
+    check_same(member_weights(SnapshotEnsemble.load(tmp_path / "saved")), member_weights(ens))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, dtype):
+    expected = trained(tmp_path / "whole", model=frozen(dtype=dtype))
+
+    def break_off(epoch, logs):
+        if epoch == 3:
+            raise BreakOffError
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=break_off)
+    with pytest.raises(BreakOffError):
+        trained(tmp_path / "run", model=frozen(dtype=dtype), callbacks=[callback])
+    model = frozen(dtype=dtype)
+    ens = trained(tmp_path / "run", model=model, resume=True)
+    check_same(member_weights(ens), member_weights(expected))
+    check_same([model.get_weights()], [expected.model.get_weights()])
+
+
+def test_resuming_gives_back_the_backbone_of_then(tmp_path):
+    expected = trained(tmp_path / "run")
+    other = frozen()
+    for variable in other.weights:
+        variable.assign(variable + 1.0)
+    trained(tmp_path / "run", model=other, resume=True)
+    check_same([other.get_weights()], [expected.model.get_weights()])
+
+
+def test_the_base_outlives_the_snapshots_that_go(tmp_path):
+    expected = trained(None, model=NoConfig(frozen()))
+    # A model that cannot be saved: the first snapshot is the base.
+    with pytest.warns(UserWarning, match="The model cannot be saved"):
+        ens = trained(tmp_path / "run", model=NoConfig(frozen()), max_snapshots=1)
+    check_same(member_weights(ens), member_weights(expected)[-1:])
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert sum(name.endswith(".weights.h5") for name in names) == 1
+    loaded = SnapshotEnsemble.load(tmp_path / "run", model=NoConfig(frozen()))
+    check_same(member_weights(loaded), member_weights(expected)[-1:])
+    listed = {entry["name"] for entry in ens._store.inspect()["files"]}
+    assert names - listed == {"ensemble.json", "ensemble.lock"}
+
+
+class NoConfig(keras.Model):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.compile(inner.optimizer, inner.loss)
+        self(X)
+
+    def call(self, x):
+        return self.inner(x)
+
+    def get_config(self):
+        raise NotImplementedError
+
+
+def test_what_is_unfrozen_later_is_written(tmp_path):
+    trained(tmp_path / "run")
+    ens = SnapshotEnsemble.load(tmp_path / "run")
+    before = ens._store.weights(ens.model, 2)
+    for layer in ens.model.get_layer("backbone").layers:
+        layer.trainable = True
+    ens.model.compile("sgd", "sparse_categorical_crossentropy")
+    ens.fit(X, Y, epochs=3, verbose=0)
+    assert len(ens) == 6
+    loaded = SnapshotEnsemble.load(tmp_path / "run")
+    check_same(member_weights(loaded), member_weights(ens))
+    check_same([before], [loaded[2].get_weights()])
+    assert not np.array_equal(loaded[5].get_weights()[0], before[0])
+
+
+def test_a_model_that_trains_all_over_keeps_files_of_kerass_own(tmp_path):
+    trained(tmp_path / "run", model=frozen(trainable=True))
+    assert len(list((tmp_path / "run").glob("snapshot-*.weights.h5"))) == 3
+
+
+def test_a_damaged_base_is_refused_by_name(tmp_path):
+    trained(tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("*.keras")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for model in (None, frozen()):
+        with pytest.raises(SnapshotError, match=path.name):
+            SnapshotEnsemble.load(tmp_path / "run", model=model)
+
+
+def test_a_difference_of_another_model_is_refused(tmp_path):
+    base = [np.zeros(3), np.ones((2, 2))]
+    sharing.write_difference(tmp_path / "d.npz", [np.zeros(3), np.eye(2)], base)
+    np.testing.assert_array_equal(sharing.read_difference(tmp_path / "d.npz", base)[1], np.eye(2))
+    for other in ([np.zeros(3), np.ones(4)], [np.zeros(3)], [np.zeros(3), np.ones((2, 2), "f4")]):
+        with pytest.raises(SnapshotError, match=r"d\.npz' does not hold weights of this model"):
+            sharing.read_difference(tmp_path / "d.npz", other)
+
+
+def test_a_manifest_without_its_base_is_refused(tmp_path):
+    trained(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    content = json.loads((tmp_path / "copy" / "ensemble.json").read_text())
+    content["base"] = None
+    del content["sha256"]
+    from snapshot_ensemble.storage.manifest import _digest
+
+    content["sha256"] = _digest(content)
+    (tmp_path / "copy" / "ensemble.json").write_text(json.dumps(content))
+    with pytest.raises(SnapshotError, match="names no file that others are part of"):
+        SnapshotEnsemble.load(tmp_path / "copy")
+
+
+def test_a_backbone_that_was_trained_before_brings_no_optimizer_along(tmp_path):
+    model = frozen()
+    backbone = model.get_layer("backbone")
+    backbone.trainable = True
+    backbone.compile("adam", "mse")
+    backbone.fit(X, np.zeros((len(X), WIDTH)), verbose=0)
+    for layer in (backbone, *backbone.layers):
+        layer.trainable = False
+    slots = backbone.optimizer.variables
+    ens = trained(tmp_path / "run", model=model)
+    assert backbone.optimizer.variables == slots
+    size = sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
+    assert size < 1.6 * bytes_of(model.get_weights())
+    loaded = SnapshotEnsemble.load(tmp_path / "run")
+    check_same(member_weights(loaded), member_weights(ens))
+
+
+# In predictions
+
+
+def counting(layer, calls):
+    """Lets a layer count how often it is called."""
+    call = layer.call
+
+    def counted(*args, **kwargs):
+        calls.append(layer.name)
+        return call(*args, **kwargs)
+
+    object.__setattr__(layer, "call", counted)
+
+
+@pytest.mark.parametrize("kind", ["nested", "flat", "sequential", "cast"])
+def test_what_members_share_runs_once(kind):
+    model = made(kind)
+    ens = trained(None, model=model)
+    expected = [member.predict(X, verbose=0) for member in ens]
+    calls = []
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dense):
+            counting(layer, calls)
+    x = X.astype("float64") if kind == "cast" else X
+    np.testing.assert_allclose(ens.predict_members(x, verbose=0), expected, atol=1e-6)
+    assert calls.count(calls[0]) == 1
+    assert calls.count(model.layers[-1].name) == 3
+    np.testing.assert_allclose(ens(x), np.mean(expected, axis=0), atol=1e-6)
+
+
+def made(kind):
+    if kind in ("nested", "cast"):
+        return frozen()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((6,)), *(keras.layers.Dense(8, "tanh") for _ in range(2))]
+    )
+    model.trainable = False
+    if kind == "sequential":
+        model.add(keras.layers.Dense(3, "softmax"))
+    else:
+        # Past the frozen layers there is a way around them, and one goes twice.
+        shared, inputs = keras.layers.Dense(8, "relu"), model.inputs[0]
+        once = shared(model.outputs[0])
+        merged = keras.layers.concatenate([shared(once), inputs])
+        model = keras.Model(inputs, keras.layers.Dense(3, "softmax")(merged))
+    model.trainable = True
+    for layer in model.layers:
+        layer.trainable = layer not in model.layers[: len(model.layers) // 2]
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+def test_the_model_is_as_it_was():
+    model = frozen()
+    ens = trained(None, model=model)
+    before = model.predict(X, verbose=0)
+    ens.predict(X, verbose=0)
+    for graph in (model, model.get_layer("backbone")._functional):
+        assert "_run_through_graph" not in vars(graph)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), before)

@@ -1,0 +1,165 @@
+"""The range test: its curve, what it suggests, and a model that nothing has happened to."""
+
+import random
+
+import keras
+import matplotlib as mpl
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import layers
+
+from snapshot_ensemble import SnapshotEnsemble, plots
+from snapshot_ensemble.training.lr_range_test import smooth, suggest
+
+mpl.use("Agg")
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 4)).astype("float32")
+Y = (X @ np.asarray([1.0, -2.0, 0.5, 3.0]) + 1).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
+
+
+def linear(optimizer="sgd", **arguments):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    model.compile(optimizer, "mse", **arguments)
+    return model
+
+
+def classifier(optimizer="sgd"):
+    inside = [layers.Dense(16, "relu"), layers.BatchNormalization(), layers.Dropout(0.1)]
+    model = keras.Sequential([keras.Input((4,)), *inside, layers.Dense(2, "softmax")])
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def test_the_losses_are_those_of_gradient_descent_written_out():
+    model = linear()
+    w, b = (array.astype("float64") for array in model.get_weights())
+    found = SnapshotEnsemble(model).find_lr(X, Y, batch_size=64, lr_min=1e-3, lr_max=0.3, steps=40)
+    np.testing.assert_allclose(found.rates, np.geomspace(1e-3, 0.3, 40))
+    for rate, loss in zip(found.rates, found.losses, strict=True):
+        apart = X @ w[:, 0] + b[0] - Y
+        assert loss == pytest.approx(np.mean(apart**2), rel=1e-4)
+        w = w - rate * (2 * X.T @ apart / 64)[:, None]
+        b = b - rate * 2 * apart.mean()
+
+
+def test_steps_of_several_batches_have_one_rate_and_their_mean_loss():
+    found = SnapshotEnsemble(linear(steps_per_execution=2)).find_lr(X, Y, batch_size=8, steps=12)
+    assert len(found.rates) == len(found.losses) == 12
+
+
+OPTIMIZERS = {
+    "a rate": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(0.02),
+    "a schedule": lambda: keras.optimizers.SGD(
+        keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9), momentum=0.9
+    ),
+    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.02)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("trained", [True, False])
+def test_nothing_has_happened_to_the_model(optimizer, trained):
+    y = (Y > 0).astype(int)
+
+    def run(look):
+        keras.utils.set_random_seed(1)
+        model = classifier(OPTIMIZERS[optimizer]())
+        if trained:
+            model.fit(X, y, verbose=0)
+        if look:
+            history = vars(model).get("history")
+            generators = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+            SnapshotEnsemble(model).find_lr(X, y, batch_size=16, steps=30)
+            now = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+            assert now == generators
+            assert vars(model).get("history") is history
+            assert not model.stop_training
+        model.fit(X, y, epochs=2, verbose=0)
+        return [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
+
+    for one, other in zip(run(True), run(False), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_nothing_has_happened_where_it_breaks_off():
+    losses = []
+
+    def broken(y_true, y_pred):
+        losses.append(keras.ops.mean((y_true - y_pred) ** 2))
+        if len(losses) == 3:
+            raise ZeroDivisionError
+        return losses[-1]
+
+    model = linear()
+    model.compile("sgd", broken, run_eagerly=True)
+    before = model.get_weights()
+    with pytest.raises(ZeroDivisionError):
+        SnapshotEnsemble(model, task="regression").find_lr(X, Y, steps=30)
+    for one, other in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.01)
+
+
+def test_it_ends_where_the_loss_diverges():
+    found = SnapshotEnsemble(linear()).find_lr(X, Y, batch_size=64, lr_max=1e4, steps=200)
+    assert len(found.rates) < 200
+    assert np.isfinite(found.losses).all()
+    # Gradient descent diverges beyond 2 / the largest curvature.
+    inputs = np.c_[X, np.ones(64)]
+    highest = 2 / np.linalg.eigvalsh(2 * inputs.T @ inputs / 64).max()
+    assert highest / 100 < found.suggestion < highest
+
+
+def test_a_model_that_is_not_built_yet():
+    model = keras.Sequential([layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert SnapshotEnsemble(model).find_lr(X, Y, steps=50, lr_max=1.0).suggestion < 1
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5), st.integers(30, 100))
+def test_smoothing_leaves_lines_as_they_are_away_from_the_ends(level, slope, count):
+    rates = np.geomspace(1e-6, 10, count)
+    line = level + slope * np.log(rates)
+    inner = slice(count // 4, -(count // 4))
+    np.testing.assert_allclose(smooth(rates, line)[inner], line[inner], atol=1e-6)
+
+
+def test_the_suggestion_is_where_nine_tenths_of_the_fall_are_reached():
+    rates = np.geomspace(1e-3, 1e3, 7)
+    assert suggest(rates, np.asarray([10, 9, 4, 1.1, 0.9, 0.0, 50])) == pytest.approx(10)
+    assert suggest(rates, np.asarray([10, 9, 4, 0.9, 0.5, 0.0, 50])) == pytest.approx(1)
+
+
+def test_how_it_prints_and_is_drawn():
+    found = SnapshotEnsemble(linear()).find_lr(X, Y, steps=60)
+    assert str(found).startswith(f"suggested peak: {found.suggestion:.2g} (loss ")
+    ax = plots.plot_lr(found)
+    drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
+    np.testing.assert_array_equal(drawn["of each batch"].T, [found.rates, found.losses])
+    np.testing.assert_array_equal(drawn["smoothed"].T, [found.rates, found.smoothed])
+    assert set(drawn[f"suggested peak: {found.suggestion:.2g}"][:, 0]) == {found.suggestion}
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("learning rate", "loss", "log")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr_min": 0}, ValueError, r"above 0\. Received: lr_min=0"),
+        ({"lr_min": 1.0, "lr_max": 0.5}, ValueError, r"Received: lr_min=1\.0, lr_max=0\.5"),
+        ({"steps": 5}, ValueError, r"at least 10\. Received: steps=5"),
+        ({"epochs": 5, "callbacks": []}, ValueError, r"Received: callbacks, epochs\. Leave"),
+        ({"epoch": 5}, TypeError, r"no argument `epoch`\. Received: epoch=5"),
+        ({"lr_min": 10.0, "lr_max": 1e3}, ValueError, r"never falls.*lr_max=1000\.0, steps=300"),
+    ],
+)
+def test_what_cannot_be(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SnapshotEnsemble(linear()).find_lr(X, Y, **arguments)
