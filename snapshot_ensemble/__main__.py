@@ -14,6 +14,7 @@ from snapshot_ensemble.ensemble import SnapshotEnsemble
 from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles
 from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.snapshot import SnapshotError
+from snapshot_ensemble.tables import text_table
 
 EXAMPLES = """\
 examples:
@@ -54,25 +55,22 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Prints what a directory holds, and whether it is as it was written; loads no model."""
-    found = DirectoryStore.open(arguments.directory).inspect()
+    contents = DirectoryStore.open(arguments.directory).inspect()
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(contents))
     else:
-        print(f"{'file':28}{'bytes':>10}  {'cycle':>5}  {'epoch':>5}  metrics")
-        for entry in found["files"]:
-            metrics = " ".join(f"{k}={v:.4g}" for k, v in (entry["metrics"] or {}).items())
-            numbers = [
-                ("" if entry[name] is None else str(entry[name])) for name in ("cycle", "epoch")
-            ]
-            print(
-                f"{entry['name']:28}{entry['bytes']:10}  {numbers[0]:>5}  {numbers[1]:>5}  "
-                f"{metrics}{'' if entry['intact'] else '  NOT AS IT WAS SAVED'}"
-            )
+        rows = [("file", "bytes", "cycle", "epoch", "metrics")]
+        for entry in contents["files"]:
+            numbers = ("" if entry[n] is None else str(entry[n]) for n in ("cycle", "epoch"))
+            metrics = [f"{name}={value:.4g}" for name, value in (entry["metrics"] or {}).items()]
+            metrics += [] if entry["intact"] else ["NOT AS IT WAS SAVED"]
+            rows.append((entry["name"], str(entry["bytes"]), *numbers, " ".join(metrics)))
+        print(text_table(rows, "lrrrl"))
         print(
-            f"weights: {found['weights']}  temperature: {found['temperature']:.4g}  "
-            f"members: {found['members'] or 'all'}"
+            f"weights: {contents['weights']}  temperature: {contents['temperature']:.4g}  "
+            f"members: {contents['members'] or 'all'}"
         )
-    damaged = [entry["name"] for entry in found["files"] if not entry["intact"]]
+    damaged = [entry["name"] for entry in contents["files"] if not entry["intact"]]
     if damaged:
         raise SnapshotError(f"Not as they were saved: {', '.join(damaged)}")
 
@@ -99,8 +97,8 @@ def report(arguments: argparse.Namespace) -> None:
                 f"{arguments.data} with {file.files}. Name its arrays by --x and --y."
             )
         x, y = file[arguments.x], file[arguments.y]
-    found = SnapshotEnsemble.load(arguments.directory).report(x, y, verbose=0)
-    print(json.dumps(found.to_dict()) if arguments.json else found)
+    scores = SnapshotEnsemble.load(arguments.directory).report(x, y, verbose=0)
+    print(json.dumps(scores.to_dict()) if arguments.json else scores)
 
 
 def demo(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.ensemble import SnapshotEnsemble
+from snapshot_ensemble.tables import text_table
 
 PEAK = 0.1
 BATCH = 16
@@ -175,9 +176,10 @@ def run_demo(
 
     print("\nOne ordinary run of the same budget ...", flush=True)
     scores = score(ens, ordinary_run(x_train, y_train, epochs, seed), x_test, y_test)
-    print(f"\n{'on the held-out images':34}{'error %':>10}{'NLL':>10}")
+    rows = [("on the held-out images", "error %", "NLL")]
     for name, values in scores.items():
-        print(f"{name:34}{100 * values['error']:10.2f}{values['nll']:10.4f}")
+        rows.append((name, f"{100 * values['error']:.2f}", f"{values['nll']:.4f}"))
+    print(f"\n{text_table(rows)}")
 
     ens.export(served, overwrite=overwrite)
     found = predict_in_a_fresh_process(served, x_test)

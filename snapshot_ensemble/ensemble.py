@@ -1,47 +1,66 @@
 """`SnapshotEnsemble`: the face of the package."""
 
-import dataclasses
+import contextlib
+import operator
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import keras
+import numpy as np
 
 from snapshot_ensemble.checks import counted, real_number, whole_number
-from snapshot_ensemble.fitting import Fitter
-from snapshot_ensemble.inference.member_pool import MEMORY_LIMIT
-from snapshot_ensemble.schedules import (
-    CosineAnnealing,
-    Plan,
-    as_schedule,
+from snapshot_ensemble.evaluation.calibration import temperature_of
+from snapshot_ensemble.evaluation.held_out import gather
+from snapshot_ensemble.evaluation.member_counts import most_members
+from snapshot_ensemble.evaluation.member_weights import check_method, learn_weights
+from snapshot_ensemble.evaluation.report import Report, make_report
+from snapshot_ensemble.evaluation.uncertainty import predict_uncertainty
+from snapshot_ensemble.evaluation.weight_averaging import average_weights
+from snapshot_ensemble.export.formats import check_format, export_members
+from snapshot_ensemble.export.merged_model import merge
+from snapshot_ensemble.inference.cloning import metrics_lent
+from snapshot_ensemble.inference.combining import check_weights, combine_outputs
+from snapshot_ensemble.inference.member_pool import (
+    MEMORY_LIMIT,
+    MemberPool,
+    PredictArguments,
+    check_built,
+    check_model,
 )
-from snapshot_ensemble.storage.directory import DirectoryStore
-from snapshot_ensemble.storage.snapshot import (
-    MemoryStore,
-    SnapshotStore,
-)
-from snapshot_ensemble.training import loop as training
-from snapshot_ensemble.training.fingerprint import fingerprint
+from snapshot_ensemble.schedules import CosineAnnealing, Plan, as_schedule, settings_of
+from snapshot_ensemble.storage.directory import DirectoryStore, copy_snapshots
+from snapshot_ensemble.storage.memory import MemoryStore
+from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
+from snapshot_ensemble.storage.store import SnapshotStore
+from snapshot_ensemble.storage.weight_files import load_weights
 from snapshot_ensemble.training.fit_arguments import (
-    check_callbacks,
     check_fit_arguments,
-    is_validated,
+    epochs_to_run,
+    validation_of,
 )
 from snapshot_ensemble.training.learning_rate import AnnealedRate, compiled_rate
 from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
+from snapshot_ensemble.training.member_checks import warn_of_stragglers
+from snapshot_ensemble.training.session import FitSession
 from snapshot_ensemble.training.shrink_perturb import Restarter, Shrink, check_shrink
 
 
-class SnapshotEnsemble(Fitter):
+class SnapshotEnsemble:
     """Trains a compiled Keras model once and makes an ensemble of it.
 
-    The learning rate is annealed from its peak to its floor along a cosine, the weights are
-    kept, the rate restarts, again and again until the budget is used up: each cycle ends in
-    another minimum, and together they predict better than the last one, with more honest
-    probabilities. Predictions are combined in probability space and mean what the model's
-    output means: probabilities, logits (then log-probabilities, for sigmoids log-odds) or
-    values.
+    The learning rate is annealed from its peak to its floor along a cosine, the weights are saved,
+    the rate restarts, and so on until the budget is used up. Each cycle ends in another minimum,
+    and together these members predict better than the last one alone, with better calibrated
+    probabilities. Predictions are combined in probability space and mean what the model's output
+    means: probabilities, logits (then log-probabilities, or log-odds for sigmoids) or values.
+
+    Methods that run over data take `batch_size`, `verbose`, `steps`, `callbacks` and, for
+    held-out data, `x`, `y` and `sample_weight` as `model.predict` and `model.evaluate` do. By
+    default (`batch_size=None`), arrays go through a graph of Keras's own small layers in batches of
+    up to 1024 rows, which is faster and gives the same predictions; everything else in batches
+    of 32. Held-out data are data that training has not seen.
 
     Example:
 
@@ -60,37 +79,37 @@ class SnapshotEnsemble(Fitter):
     Args:
         model: A compiled `keras.Model`: Functional, Sequential or subclassed, with one or many
             inputs and outputs.
-        cycles: Into how many cycles `fit` splits its epochs: their lengths differ by one epoch
-            at most, the longer ones last. Defaults to `5`.
-        schedule: A `CosineAnnealing`, in place of equal cycles. Defaults to `None`.
+        cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
+            epoch; the longer ones come last. Defaults to `5`.
+        schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
-            the model was compiled with (of a schedule, its rate at step 0).
-        lr_min: The learning rate that each cycle anneals to. Defaults to `0.0`.
-        shrink: The share of each trained weight that a restart carries over: `1.0` is the warm
-            restart of the paper, `0.0` a fresh start, and between them
-            `weight = shrink * weight + (1 - shrink) * a fresh draw of its initializer`
-            (shrink and perturb). `"auto"`: 1 until a cycle has ended with a `val_loss` of more
-            than twice its `loss` that is more than 5 % above the least of any epoch until then, or
-            less than 10 % below the least before that cycle; then 0.5. Always 1 where the least
-            of the first cycle was not within 30 % of the least since (one cycle could not learn
-            again what a restart takes away), without validation data, and for models whose
-            layers cannot be made from their configs. A dict by names of layers, also of whole
-            models inside: the innermost name counts, what has none is carried over.
-            Frozen weights, and with a number or `"auto"` also layers that were trained before the
-            first `fit` (a bias that is not zero tells), are never touched; optimizer slots and
-            batch-normalisation statistics are carried over. Defaults to `"auto"`.
-        directory: Where snapshots are written as training goes. Defaults to `None`: they are
-            held in memory.
-        max_snapshots: Keep the newest that many. Defaults to `None`: keep all.
-        task: `"multiclass"`, `"binary"`, `"multilabel"` or `"regression"`, with several outputs
+            the model was compiled with (for a schedule, its rate at step 0).
+        lr_min: The learning rate at the end of each cycle. Defaults to `0.0`.
+        shrink: The share of each trained weight that a restart carries over. `1.0` is the paper's
+            warm restart, `0.0` a fresh start; in between,
+            `weight = shrink * weight + (1 - shrink) * new draw of its initializer` (shrink and
+            perturb). `"auto"`: 1 until the run has overfitted, then 0.5. It has overfitted once a
+            cycle ends with a `val_loss` of more than twice its `loss`, and that `val_loss` is more
+            than 5 % above the lowest so far, or less than 10 % below the lowest of the cycles
+            before. It stays 1 if the first cycle's lowest `val_loss` is more than 30 % above the
+            lowest so far (one cycle is then too short to learn again what a restart removes), if
+            there are no validation data, and for models with layers that cannot be made from
+            their configs. A dict gives shares by layer name, also for whole nested models; the
+            innermost name counts, and layers without one are carried over. Frozen weights are
+            never changed, nor, for a number or `"auto"`, layers that were trained before the first
+            `fit` (recognised by a bias that is not zero). Optimizer slots and batch-normalisation
+            statistics are carried over. Defaults to `"auto"`.
+        directory: Where snapshots are written as training goes. Defaults to `None`: in memory.
+        max_snapshots: Keep only the newest that many. Defaults to `None`: keep all.
+        task: `"multiclass"`, `"binary"`, `"multilabel"` or `"regression"`; with several outputs
             one for each, in the outputs' structure. Defaults to `None`: read off the compiled
             loss and the last activation.
-        memory_limit: How many bytes the members' weights may take in memory at once, those that
-            all share counted once. Members that would take more predict arrays one after
+        memory_limit: How many bytes the members' weights may take in memory at once; weights that
+            all members share count once. If there are more, members predict arrays one after
             another, through one model. Defaults to `2**28` (256 MiB).
 
     Raises:
-        ValueError: If the model is not compiled, its task cannot be told, or a value is
+        ValueError: If the model is not compiled, its task cannot be determined, or a value is
             impossible.
         TypeError: If a value has the wrong type.
 
@@ -120,24 +139,56 @@ class SnapshotEnsemble(Fitter):
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow."
             )
         store: SnapshotStore = MemoryStore() if directory is None else DirectoryStore(directory)
-        super().__init__(model, task, store, memory_limit)
-        self._describe_to(store)
+        self._use(store, MemberPool(model, task, store, memory_limit))
         self.schedule = as_schedule(cycles, schedule, lr_init, lr_min)
         if max_snapshots is not None:
             max_snapshots = whole_number("max_snapshots", max_snapshots, 1)
         self.max_snapshots = max_snapshots
         self.directory = None if directory is None else pathlib.Path(directory)
-        # Until `fit` or `load` a directory is only a name: what lies there is not this ensemble's.
-        self._directory_is_own = False
         self._rate = AnnealedRate(model)
         self._restarter = Restarter(check_shrink(shrink))
-        self.history: dict[str, list[Any]] = {}
-        self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
-        self._runs = 0  # How many of the runs in the directory this object has been through.
-        self._earlier: list[int] = []  # The number of epochs of each.
-        self._saves = False
+        # The number of the run that the next `fit` is, should it resume.
+        self._next_run = 0
+
+    def _use(self, store: SnapshotStore, pool: MemberPool) -> None:
+        self._store, self._pool = store, pool
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.directory is None else f"in '{self.directory}'"
+        return f"<SnapshotEnsemble of {self.model.name!r}: {counted(len(self), 'member')} {where}>"
+
+    # What it was made with
+
+    @property
+    def model(self) -> keras.Model:
+        """The model, as `fit` has trained it so far."""
+        return self._pool.model
+
+    @property
+    def task(self) -> Any:
+        """What the outputs mean, as it was given."""
+        return self._pool.task
+
+    @property
+    def memory_limit(self) -> int:
+        """How many bytes the members' weights may take in memory at once."""
+        return self._pool.memory_limit
+
+    @memory_limit.setter
+    def memory_limit(self, memory_limit: int) -> None:
+        self._pool.memory_limit = whole_number("memory_limit", memory_limit, 0)
+
+    @property
+    def shrink(self) -> Shrink:
+        """The share of the weights that a restart carries over, as it was given."""
+        return self._restarter.shrink
 
     # Training
+
+    @property
+    def history(self) -> dict[str, list[Any]]:
+        """All epochs of all runs: a list for each metric, with `None` where an epoch has none."""
+        return self._store.record.progress.history
 
     def plan(self, epochs: int) -> Plan:
         """The cycles that `fit` would run.
@@ -163,11 +214,7 @@ class SnapshotEnsemble(Fitter):
         """
         peak = self.schedule.lr_init
         plan = self.schedule.plan(epochs, compiled_rate(self.model) if peak is None else peak)
-        shrink = str(self.shrink) if isinstance(self.shrink, Mapping) else self.shrink
-        for place, cycle in enumerate(plan):
-            if place or self._done["cycles"]:  # The very first begins with the model's weights.
-                plan[place] = dataclasses.replace(cycle, shrink=shrink)
-        return plan
+        return plan.with_shrink(self.shrink, goes_on=self._store.record.progress.done.cycles > 0)
 
     def find_lr(
         self,
@@ -183,19 +230,19 @@ class SnapshotEnsemble(Fitter):
 
         The model is trained for `steps` batches with a rate that grows by the same factor from
         each to the next, until the loss diverges; then its weights, its optimizer and the random
-        generators are put back as they were. Of the losses, averaged over neighbouring rates, the
-        suggestion is the lowest rate at which nine tenths of their fall are reached. It is a
-        place to begin from, within a factor of two or so: batch size, weight decay and the
+        generators are restored. The losses are averaged over neighbouring rates, and the
+        suggestion is the lowest rate at which nine tenths of their total fall are reached. Take it
+        as a starting point, right within a factor of about two: batch size, weight decay and the
         length of cycles matter, too.
 
         Example:
 
-        >>> found = SnapshotEnsemble(model).find_lr(x, y, batch_size=8)
-        >>> 1e-6 < found.suggestion < 10
+        >>> test = SnapshotEnsemble(model).find_lr(x, y, batch_size=8)
+        >>> 1e-6 < test.suggestion < 10
         True
 
         Args:
-            x: As for `model.fit`; data that can be gone through again and again.
+            x: As for `model.fit`; data that can be read more than once.
             y: As for `model.fit`.
             lr_min: The rate of the first step. Defaults to `1e-6`.
             lr_max: The rate of the last step. Defaults to `10.0`.
@@ -213,22 +260,6 @@ class SnapshotEnsemble(Fitter):
         References:
             - [Smith, 2017](https://arxiv.org/abs/1506.01186)
         """
-        refused = {"epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"}
-        if given := sorted(refused & set(fit_arguments)):
-            raise ValueError(
-                "A range test counts in steps, and does nothing but train. Received: "
-                f"{', '.join(given)}. Leave it out."
-            )
-        check_fit_arguments(self.model, fit_arguments)
-        steps = whole_number("steps", steps, 10)
-        lr_min, lr_max = (
-            real_number(name, value, positive=True)
-            for name, value in (("lr_min", lr_min), ("lr_max", lr_max))
-        )
-        if lr_min >= lr_max:
-            raise ValueError(
-                f"`lr_min` must be below `lr_max`. Received: lr_min={lr_min}, lr_max={lr_max}"
-            )
         return range_test(
             self.model,
             self._rate,
@@ -252,48 +283,50 @@ class SnapshotEnsemble(Fitter):
         keep_going: bool = False,
         **fit_arguments: Any,
     ) -> keras.callbacks.History:
-        """Trains through the cycles of `plan(epochs)` and keeps a snapshot at the end of each.
+        """Trains through the cycles of `plan(epochs)` and saves a snapshot at the end of each.
 
-        Everything goes through one `model.fit`, with the learning rate computed inside the
-        compiled training step, exact for every step. Afterwards, also after an interrupt or an
-        exception, the optimizer has its own rate (or schedule) back and snapshots of finished
-        cycles are kept; a cycle that did not end gives no member. A second `fit` adds cycles.
+        Training is one `model.fit`, with the learning rate computed inside the compiled training
+        step, exact for every step. Afterwards, also after an interrupt or an exception, the
+        optimizer has its own rate (or schedule) back and the snapshots of finished cycles are
+        kept; a cycle that did not end gives no member. If it ends before the first snapshot or
+        state of training is saved, the ensemble and its directory are as they were before. A
+        second `fit` adds cycles.
 
-        With validation data (arrays, a `tf.data.Dataset`, a `PyDataset`) those members predict from
-        then on that they say (`choose_members`): early ones that make the mean worse do not.
+        With validation data (arrays, a `tf.data.Dataset`, a `PyDataset`), `choose_members` is
+        called with them: early members that make the mean worse do not predict by default.
 
-        A snapshot has the weights as they were trained, also where `use_ema` or
-        `EarlyStopping(restore_best_weights=True)` later puts others into the model.
+        A snapshot has the weights as they were trained, even if `use_ema` or
+        `EarlyStopping(restore_best_weights=True)` puts others into the model later.
 
-        Where the number of steps in an epoch is not known before the first one ends (a `tf.data`
-        of unknown length without `steps_per_epoch`), the first epoch runs at the mean of the
-        rates that the plan has for it, and all later ones exactly by the plan.
+        If the number of steps in an epoch is not known before the first one ends (a `tf.data` of
+        unknown length without `steps_per_epoch`), the first epoch runs at the mean of the rates
+        that the plan has for it, and all later ones exactly by the plan.
 
-        With a `directory` the state of training is taken at the end of each epoch and written
-        while the next one runs (a run that is killed may go on an epoch earlier): weights,
-        optimizer, seeds of dropout, Python's and NumPy's random generators, history, and the
-        state of Keras's own callbacks and of those that have `get_state()` and
-        `set_state(state)`. If the run is broken off, by whatever, the same script with
-        `resume=True` goes on and ends with the same snapshots: to the bit on a CPU with
+        With a `directory`, the state of training is taken at the end of each epoch and written
+        while the next one runs (so a run that is killed may resume one epoch earlier): weights,
+        optimizer, dropout seeds, Python's and NumPy's random generators, history, and the state
+        of Keras's own callbacks and of those with `get_state()` and `set_state(state)`. If the
+        run is interrupted for any reason, the same script with `resume=True` continues it and
+        ends with the same snapshots. They are bitwise equal on a CPU with
         `keras.utils.set_random_seed` and `tf.config.experimental.enable_op_determinism`, for
-        arrays and for a `tf.data.Dataset` that is gone through once an epoch, also if it
-        shuffles with a seed. Data that go on from epoch to epoch (`steps_per_epoch`,
-        generators) begin anew where the run goes on.
+        arrays and for a `tf.data.Dataset` that is read once an epoch, also if it shuffles with a
+        seed. Data that continue from one epoch to the next (`steps_per_epoch`, generators) start
+        from the beginning when the run is resumed.
 
         Args:
             x: As for `model.fit`.
             y: As for `model.fit`.
             epochs: The budget. Defaults to `None`: ten epochs a cycle, or five cycles of a
                 given schedule.
-            resume: Whether a run that was broken off goes on. One that has ended is not run
-                again, one that never began is begun. Defaults to `False`.
-            overwrite: Whether new snapshots take the place of those that there are, in memory
-                or in the directory. They do as soon as the first one, or the first state of
-                training, is kept, not before. Defaults to `False`: a directory that holds
-                something is refused, members of this ensemble are added to.
+            resume: Whether to continue a run that was interrupted. A run that has ended is not
+                run again; one that never began is begun. Defaults to `False`.
+            overwrite: Whether new snapshots replace those that there are, in memory or in the
+                directory. They do so when the first new one, or the first state of training, is
+                saved, not before. Defaults to `False`: a directory that holds something is
+                refused, members of this ensemble are added to.
             save_every: After how many epochs the state of training is saved in the directory;
-                at the end of each cycle it is in any case. `None`: never. Defaults to `1`.
-            keep_going: Whether training goes on if a cycle ends with a loss or weights that are
+                it always is at the end of each cycle. `None`: never. Defaults to `1`.
+            keep_going: Whether training continues if a cycle ends with a loss or weights that are
                 not finite, from where the last good cycle ended. Such a cycle gives no member
                 and a warning. Defaults to `False`: training stops.
             **fit_arguments: All other arguments of `model.fit`. With `initial_epoch` the plan
@@ -305,68 +338,704 @@ class SnapshotEnsemble(Fitter):
 
         Raises:
             ValueError: If the plan is impossible, a callback sets the learning rate, the
-                directory holds something, or a broken run had another plan, model or size of
-                data. All before training.
+                directory holds something, or an interrupted run had another plan, model or size
+                of data. All before training.
             TypeError: If `model.fit` has no such argument.
             OSError: If the directory cannot be written to, or another process writes to it.
-            SnapshotError: If a file to go on from is not as it was saved.
+            SnapshotError: If a file to resume from is not as it was saved.
         """
         check_fit_arguments(self.model, fit_arguments)
-        check_callbacks(fit_arguments.get("callbacks"))
-        plan = self._plan_from(fit_arguments.get("initial_epoch"), epochs)
-        if save_every is not None:
-            save_every = whole_number("save_every", save_every, 1)
-        self._restarter.begin(self.model, is_validated(fit_arguments))
-        before = dict(vars(self))
-        self._open(resume, overwrite)
-        with self._store.writing():
-            # What broke off may have been to take the place of what is still here.
-            anew = overwrite or (resume and self._store.replacing)
-            if anew:
-                self._store.restart()
-                self.history, self._done = {}, dict.fromkeys(self._done, 0)
-                self._runs, self._earlier = 0, []
-            number = self._done["runs"]
-            same = fingerprint(self.model, plan, self.shrink, x, fit_arguments)
-            state = None
-            if resume and not anew:
-                number = self._runs
-                state = self._state_of(number)
-                if state is None and number < self._done["runs"]:
-                    return self._ended_run(number, x)
-                if state is not None:
-                    self._go_back_to(state, same)
-            self._saves = self.directory is not None and save_every is not None
-            run = training.Run(
-                plan=plan,
-                number=number,
-                first_epoch=fit_arguments.get("initial_epoch") or 0,
-                store=self._store,
-                rate=self._rate,
-                history=self.history,
-                done=self._done,
-                max_snapshots=self.max_snapshots,
-                keep_going=keep_going,
-                save_every=save_every if self._saves else None,
-                fingerprint=same,
-                earlier=self._earlier[:number],
-                state=state,
-                restarter=self._restarter,
-            )
-            return self._train(run, before if anew else None, x=x, y=y, arguments=fit_arguments)
+        default, first = self.schedule.default_epochs(), fit_arguments.get("initial_epoch")
+        session = FitSession(
+            model=self.model,
+            store=self._store,
+            settings=self._settings(),
+            rate=self._rate,
+            restarter=self._restarter,
+            plan=self.plan(epochs_to_run(epochs, default, first)),
+            directory=self.directory,
+            next_run=self._next_run,
+            max_snapshots=self.max_snapshots,
+            resume=resume,
+            overwrite=overwrite,
+            save_every=save_every,
+            keep_going=keep_going,
+        )
+        history = session.run(x, y, fit_arguments)
+        self._next_run = session.next_run
+        if session.has_trained:
+            warn_of_stragglers(self.snapshots, self.history)
+            self._choose_members_by(validation_of(x, y, fit_arguments))
+        return history
 
-    def _plan_from(self, initial_epoch: int | None, epochs: int | None) -> Plan:
-        """The plan of the epochs that are left, of as many as there are by default."""
-        first = whole_number("initial_epoch", initial_epoch or 0, 0)
-        if epochs is None:
-            return self.plan(self.schedule.default_epochs())
-        if first and whole_number("epochs", epochs, 1) <= first:
+    def _choose_members_by(self, validation: dict[str, Any] | None) -> None:
+        """Chooses the members that predict by default, if there are data and memory for it."""
+        everyone = range(len(self))
+        if validation is None or len(everyone) < 2 or self._pool.is_too_large(everyone):
+            return
+        # What was trained counts more than the choice: without one, all members predict.
+        with contextlib.suppress(TypeError, ValueError):
+            self.choose_members(**validation, verbose=0)
+
+    # The members
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """A `Snapshot` for each member, oldest first."""
+        return list(self._store.snapshots)
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def __getitem__(self, index: int) -> keras.Model:
+        return self._pool.member(range(len(self))[operator.index(index)])
+
+    def __iter__(self) -> Iterator[keras.Model]:
+        return (self[i] for i in range(len(self)))
+
+    # What was learned about them
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """The weights of `combine="weighted"`.
+
+        One a member, float64, at least 0 and summing to 1; `None` until they are set. They are
+        forgotten when the members change.
+        """
+        weights = self._pool.learned.weights
+        return None if weights is None else np.asarray(weights, "float64")
+
+    @weights.setter
+    def weights(self, weights: Any) -> None:
+        if weights is not None:
+            weights = check_weights(weights, len(self)).tolist()
+        self._pool.learn(weights=weights)
+
+    @property
+    def temperature(self) -> float:
+        """What `calibrate` learned; 1.0 changes nothing. Forgotten when the members change."""
+        return self._pool.learned.temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._pool.learn(temperature=real_number("temperature", temperature, positive=True))
+
+    @property
+    def members(self) -> int | list[int] | None:
+        """The members that predictions combine by default.
+
+        `None` for all, an int for the last that many, or a list of indices. `fit` chooses them if
+        it has validation data, and so does `choose_members`. Forgotten when the members change.
+        """
+        return self._pool.learned.members
+
+    @members.setter
+    def members(self, members: int | Sequence[int] | None) -> None:
+        if members is not None:
+            indices = self._pool.indices(members)
+            members = len(indices) if np.ndim(members) == 0 else indices
+        self._pool.learn(members=members)
+
+    # Predicting
+
+    def predict(
+        self,
+        x: Any,
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """The members' predictions, combined.
+
+        The data are read once, however many members there are. Predictions are combined in
+        float32, or in float64 if the model uses it.
+
+        Args:
+            x: As for `model.predict`.
+            combine: `"mean"`, of the members' probabilities or values; `"vote"`, the share of
+                members that vote for each class (classes only; if several classes have the
+                largest share, the one with the highest mean is raised by a millionth, so that
+                `argmax` is the winner); `"weighted"`, the mean weighted by `weights`;
+                `"geometric"`, the normalised geometric mean (classes only); `"median"` (regression
+                only). Defaults to `"mean"`.
+            members: Which members: an int for the last that many, or a list of indices. Defaults
+                to `None`: those of the attribute `members`, which are all unless validation data
+                chose some; for `"weighted"`, all.
+            batch_size, verbose, steps, callbacks: As for `model.predict`.
+
+        Returns:
+            NumPy arrays in the structure and shapes of `model.predict`.
+
+        Raises:
+            ValueError: If there are no members, or `combine` or `members` is invalid.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        return self._pool.predict(x, self._pool.combiner(combine, members), arguments)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+    ) -> Any:
+        """The members' outputs for one batch, combined: as `model(inputs, training=False)`.
+
+        For single rows, gradients with respect to the inputs, and use inside a `tf.function`.
+        All members run in one compiled graph, traced at the first call.
+
+        Example:
+
+        >>> ens(x[:1]).shape
+        TensorShape([1, 3])
+
+        Args:
+            inputs: One batch: arrays or tensors, in the structure of the model's inputs.
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`.
+
+        Returns:
+            Tensors in the structure and shapes of the model's outputs.
+
+        Raises:
+            ValueError: If there are no members, or `combine` or `members` are invalid.
+        """
+        return self._pool.members_model(self._pool.combiner(combine, members)).run(inputs)
+
+    def predict_members(
+        self,
+        x: Any,
+        *,
+        members: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """Each member's own output.
+
+        Args:
+            x: As for `model.predict`.
+            members: An int for the last that many, or a list of indices. Defaults to `None`, all.
+            batch_size, verbose, steps, callbacks: As for `model.predict`.
+
+        Returns:
+            As `model.predict`, with the members on a new first axis of each array.
+
+        Raises:
+            ValueError: If there are no members, or `members` is invalid.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        stacked = self._pool.predict(x, self._pool.side_by_side(members), arguments)
+        # Keras joins batches along the first axis, so until here the members are on the second.
+        return keras.tree.map_structure(lambda array: np.moveaxis(array, 1, 0), stacked)
+
+    def predict_uncertainty(
+        self,
+        x: Any,
+        *,
+        members: int | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """How unsure the ensemble is, and how much of that is disagreement among its members.
+
+        With the members' probabilities `p_m` and the entropy `H(p) = -sum_c p_c log p_c`, in
+        nats: `total = H(mean p_m)`, `aleatoric = mean H(p_m)`, which further members would not
+        reduce, and `epistemic = total - aleatoric`. The temperature is not applied.
+
+        Example:
+
+        >>> uncertainty = ens.predict_uncertainty(x, verbose=0)
+        >>> most_unsure = np.argsort(-uncertainty["epistemic"])[:10]
+
+        Args:
+            x: As for `model.predict`.
+            members: Which members, as for `predict`.
+            batch_size, verbose, steps, callbacks: As for `model.predict`.
+
+        Returns:
+            A dict of arrays; with several outputs one for each, in their structure. `"mean"`: as
+            `predict` returns it without a temperature. For classes `"total"`, `"aleatoric"` and
+            `"epistemic"`, float32, of the output's shape without the classes' axis (one number
+            a row or pixel), for binary and multilabel of the output's shape. For regression
+            `"std"`, the standard deviation over the members, in the output's shape and unit.
+
+        Raises:
+            ValueError: If there are no members, or `members` is invalid.
+
+        References:
+            - [Depeweg et al., 2018](https://arxiv.org/abs/1710.07283)
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        return predict_uncertainty(self._pool, x, members, arguments)
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        return_dict: bool = False,
+        **evaluate_arguments: Any,
+    ) -> Any:
+        """The compiled loss and metrics, on the combined output.
+
+        The loss is that of the predictions alone: penalties on weights (regularizers) belong to
+        single members and are not in it.
+
+        Args:
+            x: As for `model.evaluate`.
+            y: As for `model.evaluate`.
+            combine: As for `predict`.
+            members: As for `predict`.
+            return_dict: Whether to return a dict by name rather than a list.
+                Defaults to `False`.
+            **evaluate_arguments: `batch_size`, `verbose`, `sample_weight`, `steps` and
+                `callbacks`, as for `model.evaluate`.
+
+        Returns:
+            The loss and metrics as `model.evaluate` returns them.
+
+        Raises:
+            ValueError: If there are no members, or `combine` or `members` is invalid.
+        """
+        model = self._pool.members_model(self._pool.combiner(combine, members))
+        with metrics_lent(self.model):
+            return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
+
+    # Learning from held-out data
+
+    def fit_weights(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        method: str = "likelihood",
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> np.ndarray:
+        """Learns the weights of `combine="weighted"` on held-out data.
+
+        Training data would favour the members that overfitted, so there is no default.
+        `"likelihood"` minimises the held-out loss of the weighted mean over all weights that are
+        at least 0 and sum to 1, a convex problem, to a relative tolerance of 1e-9. The loss is
+        the negative log-likelihood for classes and the squared error for regression; over several
+        outputs their sum, with the compiled `loss_weights`. `"greedy"` selects members with
+        replacement for 25 rounds, in each the one that lowers the loss most, and keeps the round
+        with the lowest loss (Caruana et al., 2004). On the data given, neither is worse than the
+        best member or the mean. Members of weight 0 are neither run nor exported.
+
+        Example:
+
+        >>> weights = ens.fit_weights(x_val, y_val, verbose=0)
+        >>> bool(weights.min() >= 0), round(float(weights.sum()), 6)
+        (True, 1.0)
+        >>> weighted = ens.predict(x, combine="weighted", verbose=0)
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`.
+            method: `"likelihood"` or `"greedy"`. Defaults to `"likelihood"`.
+            sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Returns:
+            The weights, float64 of shape `(members,)`; also in `weights` from then on.
+
+        Raises:
+            ValueError: If the data do not fit the model, are fewer than two rows, lack a class,
+                or hold a NaN. The weights are as before.
+
+        References:
+            - [Caruana et al., 2004](https://doi.org/10.1145/1015330.1015432)
+        """
+        check_method(method)
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        held = gather(self._pool, x, y, sample_weight, arguments)
+        self.weights = weights = learn_weights(held, method)
+        return weights
+
+    def choose_members(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> int:
+        """Chooses on held-out data how many of the last members predict by default.
+
+        Early members that have not converged make the mean worse. This compares the means of the
+        last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
+        nats, or squared error) is within one standard error of the paired difference from the
+        lowest. `fit` calls it with its validation data.
+
+        Example:
+
+        >>> count = ens.choose_members(x_val, y_val, verbose=0)
+        >>> ens.members in (None, count)
+        True
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`.
+            sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Returns:
+            How many; also in `members` from then on, where `None` means all.
+
+        Raises:
+            ValueError: If the data do not fit the model, or hold a NaN. `members` is as before.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        held = gather(self._pool, x, y, sample_weight, arguments)
+        count = most_members(held)
+        self.members = None if count == len(self) else count
+        return count
+
+    def calibrate(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> float:
+        """Learns one temperature for the combined probabilities on held-out data.
+
+        The logarithms of the combined probabilities (for binary and multilabel, their log-odds)
+        are divided by it: `p_c^(1/T) / sum_k p_k^(1/T)`. Above 1 it makes predictions less
+        confident, below 1 more confident. It minimises the negative log-likelihood between 0.05
+        and 20, and from then on it is part of `predict`, `evaluate`, `to_keras`, `export` and
+        `save`, for every combination. The most probable class never changes. `predict_members`
+        and `predict_uncertainty` do not apply it. If there are several outputs, all classifiers
+        among them share it. Calibrating again starts from the uncalibrated probabilities.
+
+        Example:
+
+        >>> temperature = ens.calibrate(x_val, y_val, verbose=0)
+        >>> ens.temperature == temperature
+        True
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`.
+            combine: The combination to calibrate. Defaults to `"mean"`.
+            members: The members to combine, as for `predict`.
+            sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Returns:
+            The temperature; also in `temperature` from then on.
+
+        Raises:
+            ValueError: If all outputs are regressions, or the data do not fit the model, are
+                fewer than two rows, lack a class, or hold a NaN. The temperature is as before.
+
+        References:
+            - [Guo et al., 2017](https://arxiv.org/abs/1706.04599)
+        """
+        indices, weights = self._pool.combination(combine, members)
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        held = gather(self._pool, x, y, sample_weight, arguments, indices=indices)
+        combined = combine_outputs(held.members(), combine, held.meanings, weights)
+        self.temperature = temperature_of(held, combined)
+        return self.temperature
+
+    def report(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Report:
+        """Scores each member and each combination, from one pass over the data.
+
+        Example:
+
+        >>> report = ens.report(x_val, y_val, verbose=0)
+        >>> list(report.rows)
+        ['member 0', 'member 1', 'last snapshot', 'best member', 'mean', 'vote', 'geometric']
+        >>> list(report.rows["mean"])
+        ['loss', 'nll', 'nll_calibrated', 'brier', 'ece']
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`.
+            sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Returns:
+            A `Report`. It prints as a table; `to_dict()` gives its numbers.
+
+        Raises:
+            ValueError: If there are no members, or the data do not fit the model or hold a NaN.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        held = gather(self._pool, x, y, sample_weight, arguments)
+        return make_report(held, self._pool.learned)
+
+    def average_weights(
+        self,
+        members: int | Sequence[int] | str | None = None,
+        x: Any = None,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+    ) -> keras.Model:
+        """One model of the original size, whose weights are the mean of the members' weights.
+
+        It costs no more to serve than one member, but is good only if the members lie in the same
+        basin of the loss. Restarts at a high rate leave the basin, and then the averaged model is
+        worse than any member. So give data to check it on, or let `members="greedy"` add only
+        members that help.
+
+        The mean is taken in float64. The batch-normalisation statistics are estimated on `x` with
+        the new weights, in one pass in which these layers normalise by the statistics of the
+        batch and dropout is off: the mean and variance of all rows, whatever the layers' momentum.
+        Frozen layers keep their statistics.
+
+        Example:
+
+        >>> small = ens.average_weights("greedy", x=x_val, y=y_val)
+        >>> small.count_params() == ens.model.count_params()
+        True
+
+        Args:
+            members: As for `predict`, or `"greedy"`: beginning with the best member on `x` and
+                `y`, members are tried in the order of their loss, and one is added if it lowers the
+                averaged model's loss (the greedy soup of Wortsman et al., 2022). Defaults to
+                `None`, all.
+            x: Data as for `model.evaluate`, to estimate the statistics on.
+            y: Targets of `x`, to check on. A warning says if the averaged model is worse there
+                than the worst member.
+            batch_size: As for `model.predict`.
+
+        Returns:
+            A compiled `keras.Model`.
+
+        Raises:
+            ValueError: If there are no members, `members` is invalid, or `"greedy"` has no
+                data.
+
+        References:
+            - [Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)
+            - [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482)
+        """
+        return average_weights(self._pool, members, x, y, batch_size)
+
+    # One model to serve
+
+    def to_keras(
+        self, combine: str = "mean", members: int | Sequence[int] | None = None
+    ) -> keras.Model:
+        """One Keras model that computes the combination.
+
+        It is made of stock Keras layers and operations and of your own model's layers, so it is
+        saved and loaded without this package. Layers whose weights are equal in all members and
+        that depend only on such layers (a frozen backbone, preprocessing) are in it once, and
+        computed once. Its output carries no Keras mask: to score padded sequences with it, mask
+        the padding by `sample_weight`.
+
+        Example:
+
+        >>> model = ens.to_keras()
+        >>> model.save("ensemble.keras")
+        >>> again = keras.models.load_model("ensemble.keras")  # also without this package
+
+        Args:
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`.
+
+        Returns:
+            A Functional `keras.Model` with the inputs' structure and names and the outputs'
+            structure and names of the wrapped model, compiled with its loss and metrics (and
+            plain SGD, which adds no slots to its file).
+
+        Raises:
+            ValueError: If there are no members, `combine` or `members` is invalid, or the
+                model is a subclass, which is not a graph of layers.
+        """
+        combiner = self._pool.combiner(combine, members)
+        return merge(self.model, self._pool.weights(combiner.members), combiner.combine)
+
+    def export(
+        self,
+        filepath: str | os.PathLike[str],
+        format: str = "tf_saved_model",
+        *,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        overwrite: bool = False,
+        **export_arguments: Any,
+    ) -> None:
+        """Exports one model that computes the combination, to be served without Keras.
+
+        Its signature has the model's own input and output names and takes any batch size. The
+        file is opened by its own runtime, where that is installed, and compared with `predict`
+        on random inputs before it is moved into place.
+
+        Args:
+            filepath: Path of the folder or file. Files end with `.onnx`, `.tflite` (LiteRT) or
+                `.xml` (OpenVINO, with a `.bin` beside it).
+            format: `"tf_saved_model"`, `"onnx"`, `"litert"` or `"openvino"`. Defaults to
+                `"tf_saved_model"`.
+            combine: As for `predict`. Defaults to `"mean"`.
+            members: As for `predict`.
+            overwrite: Whether what is at the path may be replaced. Defaults to `False`.
+            **export_arguments: As for `keras.Model.export`.
+
+        Raises:
+            ValueError: If there are no members, `combine`, `members` or `format` make no sense,
+                something is at the path, or the file does not give the ensemble's numbers.
+            ImportError: If the format needs a package that is not installed.
+        """
+        path = check_format(filepath, format)
+        combiner = self._pool.combiner(combine, members)
+        export_members(self._pool, combiner, path, format, overwrite, export_arguments)
+
+    # Saving and loading
+
+    def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Saves the whole ensemble: the model, the snapshots, the weights and the history.
+
+        All files are in place before the manifest names them: a save that fails leaves what was
+        there.
+
+        Args:
+            directory: Path of the directory.
+            overwrite: Whether the ensemble may replace one that is there. Defaults to `False`.
+
+        Raises:
+            ValueError: If there are no members, or the directory holds something and
+                `overwrite` is `False`.
+        """
+        self._pool.indices()  # Or there are none.
+        here = self.directory if self._store.claimed else None
+        if here is not None and pathlib.Path(directory).resolve() == here.resolve():
+            self._store.commit()  # Its snapshots are there already.
+            return
+        with self._rate.lifted():
+            copy_snapshots(self.model, self._store, directory, self._settings(), overwrite)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        custom_objects: dict[str, Any] | None = None,
+        model: keras.Model | None = None,
+        skip_damaged: bool = False,
+    ) -> Self:
+        """Loads an ensemble from the directory that `fit` or `save` wrote.
+
+        Nothing in the directory is executed, and every file is checked against the manifest.
+        The ensemble stays in its directory: a further `fit` adds to it there. The model has the
+        weights of the last snapshot, to continue from; a given one keeps its own.
+
+        Args:
+            directory: Path of the directory.
+            custom_objects: Classes and functions of your own that the model uses, by name.
+            model: The compiled model itself, if it cannot be made from a file: a subclass
+                without `get_config`, a loss that is a lambda.
+            skip_damaged: Whether to load the other snapshots if some are not as they were saved; a
+                warning names them. Their files stay where they are. Defaults to `False`.
+
+        Returns:
+            A `SnapshotEnsemble`.
+
+        Raises:
+            SnapshotError: If the directory holds no ensemble, or a file is not as it was saved;
+                the message names it.
+        """
+        while True:
+            store = DirectoryStore.open(directory)
+            try:
+                return cls._load(store, directory, custom_objects, model, skip_damaged)
+            except SnapshotError:
+                if store.is_current():
+                    raise
+                # A writer has replaced files in the meantime: load all of it again.
+
+    @classmethod
+    def _load(
+        cls,
+        store: DirectoryStore,
+        directory: str | os.PathLike[str],
+        custom_objects: dict[str, Any] | None,
+        model: keras.Model | None,
+        skip_damaged: bool,
+    ) -> Self:
+        loaded = store.model(custom_objects) if model is None else model
+        check_model(loaded)
+        check_built(loaded)
+        with store.settings_checked() as settings:
+            schedule = settings.pop("schedule")
+            settings["schedule"] = None if schedule is None else CosineAnnealing(**schedule)
+            ensemble = cls(loaded, directory=directory, **settings)
+        store.leave_out_damaged(loaded, skip_damaged)
+        ensemble._use(store, MemberPool(loaded, ensemble.task, store, ensemble.memory_limit))
+        ensemble._next_run = store.record.progress.done.runs
+        if len(ensemble) and model is None:
+            store.put(loaded, loaded, len(ensemble) - 1)
+        return ensemble
+
+    @classmethod
+    def from_weights(
+        cls, model: keras.Model, paths: Sequence[str | os.PathLike[str]], **arguments: Any
+    ) -> Self:
+        """An ensemble of weight files that something else trained.
+
+        Args:
+            model: The compiled model that the weights belong to. It is built, and not changed.
+            paths: Files of `model.save_weights`, oldest first.
+            **arguments: Arguments of `SnapshotEnsemble`, for a later `fit`.
+
+        Returns:
+            A `SnapshotEnsemble` that holds the weights in memory.
+
+        Raises:
+            SnapshotError: If a file does not hold weights of this model; the message names it.
+            ValueError: If there are no paths, or the model is not built.
+        """
+        paths = paths if isinstance(paths, (str, os.PathLike)) or paths is None else list(paths)
+        if not isinstance(paths, list) or not paths:
+            raise ValueError(f"`paths` must be a list of weight files. Received: paths={paths!r}")
+        if arguments.get("directory") is not None:
             raise ValueError(
-                "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
-                f"Received: epochs={epochs}, initial_epoch={first}"
+                "`from_weights` holds the weights in memory. Received: "
+                f"directory={arguments['directory']!r}. Call `save(directory)` afterwards."
             )
-        return self.plan(epochs - first if first else epochs)
+        make: Any = cls
+        ensemble: Self = make(model, **arguments)
+        check_built(model)
+        store = MemoryStore()
+        for index, path in enumerate(paths):
+            store.add_weights(load_weights(model, path), Snapshot(index))
+        ensemble._use(store, MemberPool(model, ensemble.task, store, ensemble.memory_limit))
+        return ensemble
 
-    def __repr__(self) -> str:
-        where = "in memory" if self.directory is None else f"in '{self.directory}'"
-        return f"<SnapshotEnsemble of {self.model.name!r}: {counted(len(self), 'member')} {where}>"
+    def _settings(self) -> dict[str, Any]:
+        """The constructor's arguments that a directory keeps."""
+        return {
+            "max_snapshots": self.max_snapshots,
+            "shrink": self.shrink,
+            **settings_of(self.schedule),
+            "task": self.task,
+        }

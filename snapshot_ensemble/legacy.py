@@ -3,18 +3,23 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
 
 from snapshot_ensemble.checks import whole_number
+from snapshot_ensemble.keras_compat.train_step import next_fit_noticed, remake_train_function
 from snapshot_ensemble.schedules import CosineAnnealing
-from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered, weights_only
+from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered
+from snapshot_ensemble.storage.weight_files import save_weights
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fit_arguments import steps_in_epoch
 from snapshot_ensemble.training.learning_rate import AnnealedRate
-from snapshot_ensemble.training.loop import CycleCallback, Run
+from snapshot_ensemble.training.loop import CycleCallback
+from snapshot_ensemble.training.run import Run
+from snapshot_ensemble.training.shrink_perturb import Restarter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,8 +56,7 @@ class Ring:
         # Beside its place first: what is there already stays whole until the new one is.
         temporary = path.with_name(f"writing-{path.name}")
         try:
-            with weights_only(model):
-                model.save_weights(temporary)
+            save_weights(model, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -127,8 +131,7 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         self._ring = Ring(
             self.options["dirpath"], self.options["model_prefix"], self.options["num_snapshots"]
         )
-        self._done = {"cycles": 0, "epochs": 0, "steps": 0, "runs": 0}
-        self._history: dict[str, list[Any]] = {}
+        self._progress = Progress()
         self._cycles: CycleCallback | None = None
         self._installed = contextlib.ExitStack()
 
@@ -163,17 +166,11 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         config["cycle_length"] = min(config["cycle_length"], epochs)
         run = Run(
             plan=CosineAnnealing(**config).plan(epochs),
-            number=0,
             first_epoch=first_epoch,
             store=self._ring if self.ensemble else _Nowhere("", "", 1),
             rate=rate,
-            history=self._history,
-            done=self._done,
-            max_snapshots=None,
-            keep_going=False,
-            save_every=None,
-            fingerprint={},
-            earlier=[],
+            restarter=Restarter(),
+            progress=self._progress,
         )
 
         def steps_of(known: int | None) -> int | None:
@@ -183,28 +180,11 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         cycles.set_model(model)
         cycles.set_params(self.params)
         cycles.on_train_begin()
-        make_train_function = model.make_train_function
-
-        def make(force: bool = False) -> Any:
-            if not force:  # Another `fit` has begun, since this one ended in an exception.
-                self._installed.close()
-            return make_train_function(force=force)
-
-        self._installed.enter_context(_with_attribute(model, "make_train_function", make))
+        # Should this `fit` end in an exception, the next one puts the rate back first.
+        self._installed.enter_context(next_fit_noticed(model, self._installed.close))
         self._installed.enter_context(rate.installed())
-        # Keras makes it before it asks callbacks, and does not look again.
-        make_train_function(force=True)
+        remake_train_function(model)
         return cycles
-
-
-@contextlib.contextmanager
-def _with_attribute(model: keras.Model, name: str, value: Any) -> Iterator[None]:
-    """Gives this one model an attribute in the place of its class's."""
-    object.__setattr__(model, name, value)
-    try:
-        yield
-    finally:
-        vars(model).pop(name, None)
 
 
 class _Nowhere(Ring):

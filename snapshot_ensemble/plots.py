@@ -11,9 +11,11 @@ import numpy as np
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.ensemble import SnapshotEnsemble
-from snapshot_ensemble.evaluation import metrics as scoring
+from snapshot_ensemble.evaluation import metrics
+from snapshot_ensemble.evaluation.held_out import gather
+from snapshot_ensemble.evaluation.loss_landscape import losses_between_members
 from snapshot_ensemble.evaluation.report import Report
-from snapshot_ensemble.evaluation.weight_averaging import Averager
+from snapshot_ensemble.evaluation.uncertainty import error_without_least_sure
 from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
 from snapshot_ensemble.training.lr_range_test import RangeTest
@@ -226,7 +228,7 @@ def plot_reliability(
     y: Any = None,
     *,
     combine: str = "mean",
-    bins: int = scoring.BINS,
+    bins: int = metrics.BINS,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draws how often the likeliest class is right against how probable it was said to be.
@@ -248,8 +250,9 @@ def plot_reliability(
     Raises:
         ValueError: If the first output is a regression, or the data do not fit the model.
     """
-    chosen, weights = ensemble._choice(combine, None)
-    held = ensemble._gather(x, y, None, chosen, verbose=0)
+    pool = ensemble._pool
+    indices, weights = pool.combination(combine, None)
+    held = gather(pool, x, y, indices=indices)
     if not held.meanings[0].is_classes:
         raise ValueError(
             "Reliability is that of probabilities. Received: a model whose first output is a "
@@ -261,9 +264,9 @@ def plot_reliability(
         cases.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
     for temperature, label, color, marker in cases:
         combined = combine_outputs(held.members(), combine, held.meanings, weights, temperature)
-        logs = scoring.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
-        confidence, right, _ = scoring.reliability(logs, held.truths[0], bins).T
-        found = scoring.calibration_error(logs, held.truths[0], bins)
+        logs = metrics.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
+        confidence, right, _ = metrics.reliability(logs, held.truths[0], bins).T
+        found = metrics.calibration_error(logs, held.truths[0], bins)
         told = f"{label} (error {found:.3f})"
         ax.plot(confidence, right, color=color, marker=marker, markersize=4, label=told)
     ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="honest")
@@ -289,26 +292,13 @@ def plot_uncertainty(
     Raises:
         ValueError: If the data do not fit the model.
     """
-    held = ensemble._gather(x, y, None, ensemble._chosen(ensemble.members), verbose=0)
-    members, meaning, truth = held.members(), held.meanings[0], held.truths[0]
-    mean = keras.tree.flatten(combine_outputs(members, "mean", held.meanings))[0]
-    flat = [keras.tree.flatten(outputs)[0] for outputs in members]
-    spread = scoring.uncertainty(flat, [meaning])
-    items = scoring.items_of(mean, meaning)
-    if meaning.is_classes:
-        right = np.take_along_axis(truth.targets, items.argmax(-1)[:, None], axis=-1)[:, 0]
-        wrong = 1 - right
-    else:
-        wrong = scoring.losses(items, truth)
+    pool = ensemble._pool
+    held = gather(pool, x, y, indices=pool.default_indices())
     ax = _axes(ax)
     colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
-    for name, values in spread.items():
-        order = np.argsort(np.asarray(values).reshape(-1), kind="stable")
-        weights = truth.weights[order]
-        left = np.cumsum(weights)
-        error = np.cumsum(weights * wrong[order]) / np.maximum(left, np.finfo(float).tiny)
-        ax.plot(1 - left, error, color=colors[name], label=f"by {name}")
-    what = "share of wrong classes" if meaning.is_classes else "mean squared error"
+    for name, (set_aside, error) in error_without_least_sure(held).items():
+        ax.plot(set_aside, error, color=colors[name], label=f"by {name}")
+    what = "share of wrong classes" if held.meanings[0].is_classes else "mean squared error"
     return _labelled(ax, "share set aside, the least sure first", f"{what}, of the rest")
 
 
@@ -345,24 +335,10 @@ def plot_landscape(
     References:
         - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109), figure 4
     """
-    if len(ensemble) < 2:
-        raise ValueError(
-            "There is no line between fewer than two members. Received: "
-            f"{counted(len(ensemble), 'member')}."
-        )
-    judge = Averager(ensemble.model, ensemble._read, x, y, batch_size)
-    members = [ensemble._store.weights(ensemble.model, i) for i in range(len(ensemble))]
-    places = np.linspace(0, len(members) - 1, (len(members) - 1) * points + 1)
-    losses = []
-    for place in places:
-        first = min(int(place), len(members) - 2)
-        share = place - first
-        pairs = zip(members[first], members[first + 1], strict=True)
-        weights = [((1 - share) * a + share * b).astype(a.dtype) for a, b in pairs]
-        losses.append(judge.loss(weights))
+    positions, losses = losses_between_members(ensemble._pool, x, y, points, batch_size)
     ax = _axes(ax)
-    ax.plot(places, losses, color=BLUE)
-    ax.plot(places[::points], losses[::points], "o", color=RED, label="snapshot")
+    ax.plot(positions, losses, color=BLUE)
+    ax.plot(positions[::points], losses[::points], "o", color=RED, label="snapshot")
     _count(ax.xaxis)
     return _labelled(ax, "member, and the line to the next", "loss")
 
@@ -388,7 +364,7 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
     trained = [variable.trainable for variable in ensemble.model.weights]
     rows = []
     for index in range(len(ensemble)):
-        weights = ensemble._store.weights(ensemble.model, index)
+        weights = ensemble[index].get_weights()
         flat = [w.astype("float64").ravel() for w, t in zip(weights, trained, strict=True) if t]
         rows.append(np.concatenate(flat))
     centred = np.stack(rows) - np.mean(rows, axis=0)

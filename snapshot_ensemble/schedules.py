@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from snapshot_ensemble.checks import real_number, whole_number
+from snapshot_ensemble.tables import text_table
 
 
 def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any = np) -> Any:
@@ -83,14 +85,25 @@ class Plan(list[Cycle]):
         if any(c.shrink != 1 for c in self):
             shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
             rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
+        return text_table(rows, "r")
 
     __repr__ = __str__
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
+
+    def with_shrink(self, shrink: Any, *, goes_on: bool) -> "Plan":
+        """The same cycles, told what each restart carries over of the weights.
+
+        Args:
+            shrink: As for `SnapshotEnsemble`.
+            goes_on: Whether the first cycle begins with a restart, too.
+        """
+        shown = str(shrink) if isinstance(shrink, Mapping) else shrink
+        return Plan(
+            dataclasses.replace(cycle, shrink=shown) if number or goes_on else cycle
+            for number, cycle in enumerate(self)
+        )
 
 
 class Schedule:
@@ -316,3 +329,10 @@ def as_schedule(
             "Pass them to `CosineAnnealing`."
         )
     return schedule
+
+
+def settings_of(schedule: Schedule) -> dict[str, Any]:
+    """The arguments of `SnapshotEnsemble` that make the same schedule, as JSON values."""
+    if isinstance(schedule, EqualCycles):
+        return {"schedule": None, **schedule.get_config()}
+    return {"schedule": schedule.get_config()}

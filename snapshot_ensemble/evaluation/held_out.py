@@ -12,8 +12,11 @@ from snapshot_ensemble.evaluation.metrics import items_of, loss
 from snapshot_ensemble.evaluation.targets import Truth, few, numbers, read_truth
 from snapshot_ensemble.inference.batch_size import batch_size_for
 from snapshot_ensemble.inference.cloning import compile_like, metrics_lent
+from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
 from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, per_output
+from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
+from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 
 
 class Gatherer(MembersModel):
@@ -29,7 +32,7 @@ def lay_side_by_side(outputs: list[Any]) -> dict[str, Any]:
     """The members' outputs on a new second axis, with the masks of the first."""
     found = {"outputs": keras.tree.map_structure(lambda *o: keras.ops.stack(o, axis=1), *outputs)}
     flat = keras.tree.flatten(outputs[0])
-    masks = {str(i): getattr(tensor, "_keras_mask", None) for i, tensor in enumerate(flat)}
+    masks = {str(i): mask_of(tensor) for i, tensor in enumerate(flat)}
     if masks := {name: mask for name, mask in masks.items() if mask is not None}:
         found["masks"] = masks
     return found
@@ -107,7 +110,7 @@ class HeldOut:
     @functools.cached_property
     def loss_weights(self) -> list[float]:
         """How much each output counts, as compiled."""
-        given = self.model._compile_config.config.get("loss_weights")
+        given = compile_arguments(self.model).get("loss_weights")
         if given is None:
             return [1.0] * len(self.outputs)
         flat = per_output(given, self.structure, self.names, len(self.outputs))
@@ -199,51 +202,81 @@ class _Judge(keras.Model):
     def call(self, inputs: Any) -> Any:
         outputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs["outputs"])
         for name, mask in inputs["masks"].items():
-            keras.tree.flatten(outputs)[int(name)]._keras_mask = mask
+            set_mask(keras.tree.flatten(outputs)[int(name)], mask)
         return outputs
 
 
 def gather(
+    pool: MemberPool,
+    x: Any,
+    y: Any,
+    sample_weight: Any = None,
+    arguments: PredictArguments = PredictArguments(verbose=0),  # noqa: B008  It is constant.
+    *,
+    indices: list[int] | None = None,
+) -> HeldOut:
+    """Predicts held-out data with members, in one pass over them.
+
+    Args:
+        pool: The members.
+        x: As for `model.evaluate`.
+        y: As for `model.evaluate`.
+        sample_weight: As for `model.evaluate`.
+        arguments: As for `model.predict`.
+        indices: Which members. Defaults to `None`, all.
+
+    Raises:
+        ValueError: If there are no members or no targets, they do not fit the outputs, or a number
+            is NaN.
+        TypeError: If targets are no numbers.
+    """
+    indices = pool.indices() if indices is None else indices
+    combiner = Combiner(indices, ("held out",), lay_side_by_side)
+    gatherer = pool.members_model(combiner, Gatherer)
+    return gather_with(gatherer, pool.model, pool.meanings, x, y, sample_weight, arguments)
+
+
+def gather_with(
     gatherer: Gatherer,
     model: keras.Model,
     read: Callable[[Any], list[Output]],
     x: Any,
     y: Any,
     sample_weight: Any,
-    **predict_arguments: Any,
+    arguments: PredictArguments,
 ) -> HeldOut:
-    """Goes through the data once.
+    """The same, with members that a `Gatherer` made with `lay_side_by_side` runs.
 
     Args:
-        gatherer: Runs the members; made with `lay_side_by_side`.
+        gatherer: Runs the members.
         model: The wrapped model.
         read: What gives the meanings of outputs.
         x: As for `model.evaluate`.
         y: As for `model.evaluate`.
         sample_weight: As for `model.evaluate`.
-        **predict_arguments: As for `model.predict`.
+        arguments: As for `model.predict`.
 
     Raises:
         ValueError: If there are no targets, they do not fit the outputs, or a number is NaN.
         TypeError: If targets are no numbers.
     """
-    own = batch_size_for(model, x, **predict_arguments)
-    found = gatherer.predict(x, **predict_arguments | own)
-    if y is not None and "y" in found:
+    run = arguments._asdict()
+    predicted = gatherer.predict(x, **run | batch_size_for(model, x, **run))
+    if y is not None and "y" in predicted:
         raise ValueError(
             "`y` must not be given where `x` brings the targets itself. "
             f"Received: x={type(x).__name__}, y={type(y).__name__}"
         )
-    y, sample_weight = found.get("y", y), found.get("sample_weight", sample_weight)
+    y, sample_weight = predicted.get("y", y), predicted.get("sample_weight", sample_weight)
     if y is None:
         raise ValueError(
             f"There are no targets to compare with. Received: x={type(x).__name__}, y=None. "
             "Give `y`, or data that yield `(inputs, targets)`."
         )
-    structure = keras.tree.map_structure(lambda o: o[:, 0], found["outputs"])
-    outputs = [np.moveaxis(array, 1, 0) for array in keras.tree.flatten(found["outputs"])]
-    masks = found.get("masks", {})
-    size = predict_arguments.get("batch_size")
+    structure = keras.tree.map_structure(lambda o: o[:, 0], predicted["outputs"])
+    outputs = [np.moveaxis(array, 1, 0) for array in keras.tree.flatten(predicted["outputs"])]
+    masks = predicted.get("masks", {})
+    size = arguments.batch_size
     held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks, size)
     for output, meaning in zip(outputs, held.meanings, strict=True):
         wrong = [i for i, member in enumerate(output) if _makes_no_sense(member, meaning)]

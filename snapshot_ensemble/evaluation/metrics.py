@@ -1,4 +1,4 @@
-"""How good predictions are: likelihood, Brier score, calibration, uncertainty, diversity.
+"""How good predictions are: likelihood, Brier score, calibration, diversity.
 
 Classes are scored as log-probabilities with the classes on the last axis, in float64. A unit of a
 binary or multilabel output is two of them, no and yes: one formula does for all.
@@ -7,7 +7,6 @@ binary or multilabel output is two of them, no and yes: one formula does for all
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -17,7 +16,7 @@ from snapshot_ensemble.inference.output_specs import Output
 
 BINS = 15
 # Probabilities below the smallest positive float32 count as that: zero cannot be told from them.
-_FLOOR = math.log(float(np.finfo("float32").tiny))
+LOG_FLOOR = math.log(float(np.finfo("float32").tiny))
 
 
 def class_logs(output: Any, meaning: Output) -> Any:
@@ -47,7 +46,7 @@ def items_of(output: Any, meaning: Output) -> np.ndarray:
         # How close to 1 it can come is a matter of the type that it was worked out in.
         wide = np.minimum(wide, 1 - float(np.finfo(output.dtype).epsneg) / 2)
     logs = np.asarray(class_logs(wide, meaning))
-    return np.maximum(logs.reshape(-1, logs.shape[-1]), _FLOOR)
+    return np.maximum(logs.reshape(-1, logs.shape[-1]), LOG_FLOOR)
 
 
 def losses(items: np.ndarray, truth: Truth) -> np.ndarray:
@@ -76,11 +75,14 @@ def _right(logs: np.ndarray, truth: Truth) -> np.ndarray:
     return np.take_along_axis(truth.targets, logs.argmax(-1)[:, None], axis=-1)[:, 0]
 
 
+def item_errors(items: np.ndarray, truth: Truth) -> np.ndarray:
+    """How wrong the most probable class of each item is, 0 or 1; of values the squared error."""
+    return losses(items, truth) if items.ndim == 1 else 1 - _right(items, truth)
+
+
 def error(items: np.ndarray, truth: Truth) -> float:
-    """The share of items whose likeliest class is wrong; of values the mean squared error."""
-    if items.ndim == 1:
-        return loss(items, truth)
-    return 1 - float(truth.weights @ _right(items, truth))
+    """The share of items whose most probable class is wrong; of values the mean squared error."""
+    return float(truth.weights @ item_errors(items, truth))
 
 
 def reliability(logs: np.ndarray, truth: Truth, bins: int = BINS) -> np.ndarray:
@@ -139,43 +141,3 @@ def mean_of_pairs(matrix: np.ndarray) -> float:
     """The mean over all pairs of different members; 0 for one member."""
     count = len(matrix)
     return float(matrix.sum() / (count * (count - 1))) if count > 1 else 0.0
-
-
-def uncertainty(members: list[Any], meanings: list[Output]) -> Any:
-    """What the members' spread says, for arrays and in the graph.
-
-    With the members' probabilities `p_m` and `H(p) = -sum p log p` in nats:
-    `total = H(mean p_m)`, `aleatoric = mean H(p_m)`, `epistemic = total - aleatoric`, which is
-    the mutual information of the class and the member.
-
-    Args:
-        members: Each member's outputs, all of one structure.
-        meanings: What each flat output means.
-
-    Returns:
-        In that structure a dict for each output: `total`, `aleatoric`, `epistemic`; of a
-        regression `std`.
-    """
-    flat = [keras.tree.flatten(outputs) for outputs in members]
-    found = []
-    for i, meaning in enumerate(meanings):
-        # In float64: the epistemic part is a small difference.
-        stack = ops.stack([ops.cast(outputs[i], "float64") for outputs in flat])
-        found.append(_spread(stack, meaning))
-    return keras.tree.pack_sequence_as(members[0], found)
-
-
-def _spread(stack: Any, meaning: Output) -> dict[str, Any]:
-    if not meaning.is_classes:
-        return {"std": ops.cast(ops.std(stack, axis=0), "float32")}
-    logs = class_logs(stack, meaning)
-    of_mean = ops.logsumexp(logs, axis=0) - math.log(logs.shape[0])
-    aleatoric = ops.mean(_entropy(logs), axis=0)
-    # Never below 0, by Jensen; only rounding would have it so.
-    epistemic = ops.maximum(_entropy(of_mean) - aleatoric, 0)
-    parts = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
-    return {name: ops.cast(part, "float32") for name, part in parts.items()}
-
-
-def _entropy(logs: Any) -> Any:
-    return -ops.sum(ops.exp(logs) * ops.maximum(logs, _FLOOR), axis=-1)

@@ -9,11 +9,14 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
-from snapshot_ensemble.evaluation import metrics as scoring
+from snapshot_ensemble.evaluation import metrics
+from snapshot_ensemble.evaluation.calibration import learn_temperature
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.evaluation.member_weights import learn_temperature
+from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.combining import combine_outputs
+from snapshot_ensemble.storage.record import Learned
+from snapshot_ensemble.tables import text_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Report:
         content = dataclasses.asdict(self)
         pairs = self.disagreement.items()
         content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
-        means = {name: scoring.mean_of_pairs(matrix) for name, matrix in pairs}
+        means = {name: metrics.mean_of_pairs(matrix) for name, matrix in pairs}
         content["mean_disagreement"] = means
         # JSON has no word for what is not known.
         return keras.tree.map_structure(
@@ -72,7 +75,7 @@ class Report:
 
     def _remarks(self) -> list[str]:
         pairs = (
-            f"{scoring.mean_of_pairs(matrix):.4f}"
+            f"{metrics.mean_of_pairs(matrix):.4f}"
             + (f" ({name})" if len(self.disagreement) > 1 else "")
             for name, matrix in self.disagreement.items()
         )
@@ -92,13 +95,7 @@ class Report:
         return remarks + self.notes
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for row in cells:
-            numbers = map(str.rjust, row[1:], widths[1:])
-            lines.append("  ".join([row[0].ljust(widths[0]), *numbers]).rstrip())
-        return "\n".join([*lines, "", *self._remarks()])
+        return "\n".join([text_table(self._cells()), "", *self._remarks()])
 
     __repr__ = __str__
 
@@ -124,17 +121,19 @@ def _listed(values: list[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
-def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -> Report:
+def make_report(held: HeldOut, learned: Learned) -> Report:
     """Scores the members and their combinations.
 
     Args:
         held: The members' predictions, and the truth.
-        weights: The weights of a weighted combination, if there are any.
-        temperature: What combinations are tempered by.
+        learned: The weights of a weighted combination, the temperature of all combinations, and
+            which members predict by default.
     """
+    weights = None if learned.weights is None else np.asarray(learned.weights)
+    temperature = learned.temperature
     members = held.members()
     matrices = [
-        scoring.disagreement(items, truth)
+        metrics.disagreement(items, truth)
         for items, truth in zip(held.items, held.truths, strict=True)
     ]
     compiled = held.scorer()
@@ -151,9 +150,9 @@ def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -
         plain = combine_outputs(members, combine, held.meanings, by)
         shown = combine_outputs(members, combine, held.meanings, by, temperature)
         rows[combine] = _row(held, compiled, plain, shown)
-    from_last, last_rows = _added(held, backwards=True)
-    from_first, _ = _added(held, backwards=False)
-    worth = min(_good_enough(last_rows))
+    from_last, last_rows = curves_by_members(held, backwards=True)
+    from_first, _ = curves_by_members(held, backwards=False)
+    worth = min(good_counts(last_rows))
     return Report(
         rows=rows,
         examples=held.rows,
@@ -163,7 +162,7 @@ def make_report(held: HeldOut, weights: np.ndarray | None, temperature: float) -
         added_from_last=from_last,
         added_from_first=from_first,
         worth=worth,
-        notes=_notes(losses, from_last["loss"], worth, weights is not None),
+        notes=_notes(losses, from_last["loss"], worth, learned),
     )
 
 
@@ -171,7 +170,7 @@ def _bins(held: HeldOut) -> int:
     """The number of bins of the calibration error; 0 where there are no classes."""
     pairs = zip(held.truths, held.meanings, strict=True)
     items = [len(truth.weights) for truth, meaning in pairs if meaning.is_classes]
-    return min([scoring.BINS, *items]) if items else 0
+    return min([metrics.BINS, *items]) if items else 0
 
 
 def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
@@ -197,13 +196,13 @@ def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, floa
     for i, (meaning, truth, items) in enumerate(
         zip(held.meanings, held.truths, _items(held, shown), strict=True)
     ):
-        scores = {"squared_error": scoring.loss(items, truth)}
+        scores = {"squared_error": metrics.loss(items, truth)}
         if meaning.is_classes:
             scores = {
-                "nll": scoring.loss(before[i], truth),
+                "nll": metrics.loss(before[i], truth),
                 "nll_calibrated": calibrated[i],
-                "brier": scoring.brier_score(items, truth, meaning),
-                "ece": scoring.calibration_error(items, truth),
+                "brier": metrics.brier_score(items, truth, meaning),
+                "ece": metrics.calibration_error(items, truth),
             }
         named = {_columns(held, name)[i]: value for name, value in scores.items()}
         # A metric of the user's keeps its name.
@@ -213,7 +212,7 @@ def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, floa
 
 def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
     flat = zip(keras.tree.flatten(outputs), held.meanings, strict=True)
-    return [scoring.items_of(output, meaning) for output, meaning in flat]
+    return [metrics.items_of(output, meaning) for output, meaning in flat]
 
 
 def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
@@ -232,7 +231,7 @@ def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
         temperature = learn_temperature([items[i] for i in chosen], fitted, shares) if chosen else 1
         for i, truth in zip(chosen, scored, strict=True):
             cooled = special.log_softmax(items[i] / temperature, axis=-1)
-            totals[i] += scoring.loss(cooled, truth)
+            totals[i] += metrics.loss(cooled, truth)
     return totals
 
 
@@ -242,46 +241,7 @@ def _half(truth: Truth, rows: int, side: int) -> Truth:
     return Truth(truth.targets, np.where(of_row % 2 == side, truth.weights, 0.0))
 
 
-def _added(held: HeldOut, backwards: bool) -> tuple[dict[str, list[float]], np.ndarray]:
-    """Errors of the means of 1, 2, … members, and each row's part of their loss."""
-    curves: dict[str, list[float]] = {}
-    parts = np.zeros((len(held.outputs[0]), held.rows))
-    names = ["error"] if len(held.names) == 1 else [f"{name}_error" for name in held.names]
-    for items, truth, weight, name in zip(
-        held.items, held.truths, held.loss_weights, names, strict=True
-    ):
-        ordered = items[::-1] if backwards else items
-        counts = np.arange(1, len(items) + 1).reshape(-1, *[1] * (items.ndim - 1))
-        if items.ndim == 2:
-            means = np.cumsum(ordered, axis=0) / counts
-        else:
-            means = np.logaddexp.accumulate(ordered, axis=0) - np.log(counts)
-        curves[name] = [scoring.error(mean, truth) for mean in means]
-        for k, mean in enumerate(means):
-            each = weight * truth.weights * scoring.losses(mean, truth)
-            parts[k] += each.reshape(held.rows, -1).sum(axis=1)
-    curves["loss"] = parts.sum(axis=1).tolist()
-    return curves, parts
-
-
-def _good_enough(parts: np.ndarray) -> list[int]:
-    """The numbers of members whose loss is within a standard error of the least."""
-    best = int(np.argmin(parts.sum(axis=1)))
-    found = []
-    for k, part in enumerate(parts):
-        apart = part - parts[best]
-        error = math.sqrt(len(apart)) * np.std(apart, ddof=1) if len(apart) > 1 else 0.0
-        if k == best or (len(apart) > 1 and apart.sum() <= error):
-            found.append(k + 1)
-    return found
-
-
-def most_members(held: HeldOut) -> int:
-    """The largest number of last members whose mean is as good as the best such mean."""
-    return max(_good_enough(_added(held, backwards=True)[1]))
-
-
-def _notes(alone: list[float], from_last: list[float], worth: int, weighted: bool) -> list[str]:
+def _notes(alone: list[float], from_last: list[float], worth: int, learned: Learned) -> list[str]:
     count, best = len(alone), int(np.argmin(alone))
     notes = [
         f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
@@ -290,9 +250,14 @@ def _notes(alone: list[float], from_last: list[float], worth: int, weighted: boo
     if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # More than by rounding.
         k = int(np.argmin(from_last)) + 1
         tries = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
-        tries.append("combine='weighted'" if weighted else "fit_weights on held-out data")
+        is_weighted = learned.weights is not None
+        tries.append("combine='weighted'" if is_weighted else "fit_weights on held-out data")
         notes.append(
             f"The mean of all members (loss {from_last[-1]:.4f}) is worse than member {best} "
             f"alone ({alone[best]:.4f}). Try {' or '.join(tries)}."
         )
+    if learned.members is not None:
+        some = isinstance(learned.members, list)
+        which = f"members {learned.members}" if some else f"the last {learned.members} members"
+        notes.append(f"By default, predictions combine {which}.")
     return notes

@@ -1,8 +1,7 @@
 """One model of the original size: the mean of the members' weights."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,10 +9,15 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from snapshot_ensemble.evaluation.held_out import Gatherer, gather, lay_side_by_side
+from snapshot_ensemble.evaluation.held_out import Gatherer, gather_with, lay_side_by_side
 from snapshot_ensemble.inference.cloning import Member, build_member
-from snapshot_ensemble.inference.members_model import with_weights
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
+from snapshot_ensemble.keras_compat.batch_statistics import (
+    STATISTICS,
+    normalizing_layers,
+    recorded_by_batch,
+)
+from snapshot_ensemble.keras_compat.stateless_call import with_weights
 from snapshot_ensemble.storage.snapshot import Weights
 
 
@@ -36,13 +40,6 @@ def _equal(arrays: Sequence[np.ndarray]) -> bool:
     return all(np.array_equal(array, arrays[0]) for array in arrays)
 
 
-def normalizing_layers(model: keras.Model) -> list[Any]:
-    """The layers that keep the statistics of batches, unless they are frozen."""
-    needed = ("moving_mean", "moving_variance", "momentum")
-    layers = [layer for layer in model._flatten_layers() if layer.trainable]
-    return [layer for layer in layers if all(hasattr(layer, name) for name in needed)]
-
-
 class Statistics(keras.Model):
     """Predicts, for each batch, its mean and variance in each layer that normalises by them.
 
@@ -60,7 +57,7 @@ class Statistics(keras.Model):
 
         # In a closure, so that Keras tracks nothing of it.
         def run(inputs: Any) -> dict[str, Any]:
-            with with_weights(model, member.in_model_order), _by_batch(layers) as calls:
+            with with_weights(model, member.in_model_order), recorded_by_batch(layers) as calls:
                 model.predict_step((inputs,))
             # A row for each call: Keras joins them over the batches.
             return {
@@ -81,7 +78,7 @@ class Statistics(keras.Model):
         found = self.predict(x, batch_size=batch_size, verbose=0)
         weights = list(weights)
         for number, calls in found.items():
-            counts, means, variances = (calls[name].astype("float64") for name in _STATISTICS)
+            counts, means, variances = (calls[name].astype("float64") for name in STATISTICS)
             share = counts / counts.sum()
             mean = np.tensordot(share, means, 1)
             # Of all items together: within batches, and between them.
@@ -91,53 +88,11 @@ class Statistics(keras.Model):
         return weights
 
 
-_STATISTICS = ("count", "mean", "variance")
-
-
-@contextlib.contextmanager
-def _by_batch(layers: Sequence[Any]) -> Iterator[list[list[dict[str, Any]]]]:
-    """Lets these layers, and no others, work as in training, and forget all earlier batches.
-
-    Yields a list for each layer, to which each of its calls adds the statistics that it took, and
-    of how many items.
-    """
-
-    def in_training(layer: Any, seen: list[dict[str, Any]]) -> Callable[..., Any]:
-        call = layer.call
-
-        def call_in_training(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = call(inputs, *args, **{**kwargs, "training": True})
-            kept = layer.moving_mean.value, layer.moving_variance.value
-            mask = kwargs.get("mask")
-            if mask is None:
-                count = ops.cast(ops.size(inputs), "float64") / kept[0].shape[0]
-            else:
-                count = ops.sum(ops.cast(mask, "float64"))
-            seen.append(dict(zip(_STATISTICS, (count, *kept), strict=True)))
-            return outputs
-
-        return call_in_training
-
-    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for layer, seen in zip(layers, calls, strict=True):
-            layer.momentum = 0.0
-            # Past Keras's own tracking of attributes: nothing is to be noticed.
-            object.__setattr__(layer, "call", in_training(layer, seen))
-        yield calls
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.__dict__.pop("call", None)
-
-
 class Averager:
     """Averages weights, and judges what comes of it on data.
 
     Args:
-        model: The model whose weights they are.
-        read: What gives the meanings of outputs.
+        pool: The members whose weights they are.
         x: Data to estimate statistics on, or None.
         y: Targets to judge by, or None.
         batch_size: As for `model.predict`.
@@ -145,13 +100,13 @@ class Averager:
 
     def __init__(
         self,
-        model: keras.Model,
-        read: Callable[[Any], list[Output]],
+        pool: MemberPool,
         x: Any,
         y: Any,
         batch_size: int | None,
     ) -> None:
-        self.model, self._read, self._batch_size = model, read, batch_size
+        model = pool.model
+        self._pool, self._batch_size = pool, batch_size
         self._x, self._y = x, y
         with model.distribute_strategy.scope():
             self._member = Member(model)
@@ -164,7 +119,7 @@ class Averager:
         """The mean, with statistics of its own where there are data."""
         weights = mean_weights(members)
         if self._x is None:
-            layers = normalizing_layers(self.model)
+            layers = normalizing_layers(self._pool.model)
             if layers and len(members) > 1:
                 warnings.warn(
                     f"The model has {len(layers)} layers of batch normalisation, whose statistics "
@@ -185,8 +140,9 @@ class Averager:
     def loss(self, weights: Weights) -> float:
         """The loss on the data."""
         self._member.set_weights(weights)
-        run = {"batch_size": self._batch_size, "verbose": 0}
-        held = gather(self._judge, self.model, self._read, self._x, self._y, None, **run)
+        run = PredictArguments(self._batch_size, verbose=0)
+        pool = self._pool
+        held = gather_with(self._judge, pool.model, pool.meanings, self._x, self._y, None, run)
         return held.loss(held.members()[0])
 
     def soup(self, members: Sequence[Weights]) -> Weights:
@@ -201,37 +157,21 @@ class Averager:
         return best
 
 
-def average(
-    model: keras.Model,
-    members: Sequence[Weights],
-    read: Callable[[Any], list[Output]],
-    *,
-    greedy: bool,
-    x: Any,
-    y: Any,
-    batch_size: int | None,
+def average_weights(
+    pool: MemberPool, members: Any, x: Any, y: Any, batch_size: int | None
 ) -> keras.Model:
-    """The model that `average_weights` returns; see there."""
-    judged = y is not None or brings_targets(x)
-    if y is not None and x is None:
-        raise ValueError("`y` needs the data that it belongs to. Received: x=None. Pass `x`.")
-    if greedy and not judged:
-        raise ValueError(
-            "`members='greedy'` chooses by the loss on held-out data. Received: "
-            f"x={type(x).__name__}, y={type(y).__name__}. Pass `x` and `y`."
-        )
-    if hasattr(x, "__next__"):
-        raise ValueError(
-            "`x` is gone through more than once. Received: x="
-            f"{type(x).__name__}, an iterator. Pass arrays, a `tf.data.Dataset` or a `PyDataset`."
-        )
-    averager = Averager(model, read, x, y, batch_size)
-    if greedy:
-        return build_member(model, averager.soup(members))
-    weights = averager.average(members)
-    if judged:
-        worst = max(averager.loss(member) for member in members)
-        loss = averager.loss(weights)
+    """The model that `SnapshotEnsemble.average_weights` returns; see there."""
+    is_greedy = isinstance(members, str) and members == "greedy"
+    is_judged = y is not None or brings_targets(x)
+    weights = pool.weights(pool.indices(None if is_greedy else members))
+    _check_data(x, y, is_greedy and not is_judged)
+    averager = Averager(pool, x, y, batch_size)
+    if is_greedy:
+        return build_member(pool.model, averager.soup(weights))
+    averaged = averager.average(weights)
+    if is_judged:
+        worst = max(averager.loss(member) for member in weights)
+        loss = averager.loss(averaged)
         if not loss <= worst:
             warnings.warn(
                 f"The mean of the weights is worse than the worst member: its loss on `x` is "
@@ -239,7 +179,22 @@ def average(
                 "basins of the loss. Use `members='greedy'`, fewer members, or the ensemble.",
                 stacklevel=3,
             )
-    return build_member(model, weights)
+    return build_member(pool.model, averaged)
+
+
+def _check_data(x: Any, y: Any, lacks_targets: bool) -> None:
+    if y is not None and x is None:
+        raise ValueError("`y` needs the data that it belongs to. Received: x=None. Pass `x`.")
+    if lacks_targets:
+        raise ValueError(
+            "`members='greedy'` chooses by the loss on held-out data. Received: "
+            f"x={type(x).__name__}, y={type(y).__name__}. Pass `x` and `y`."
+        )
+    if hasattr(x, "__next__"):
+        raise ValueError(
+            "`x` is read more than once. Received: x="
+            f"{type(x).__name__}, an iterator. Pass arrays, a `tf.data.Dataset` or a `PyDataset`."
+        )
 
 
 def brings_targets(x: Any) -> bool:

@@ -15,7 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from snapshot_ensemble.export.merged_model import merge
 from snapshot_ensemble.inference.cloning import Member
+from snapshot_ensemble.inference.member_pool import Combiner, MemberPool
+from snapshot_ensemble.keras_compat.layer_graph import graph_of
+from snapshot_ensemble.keras_compat.serving_signature import input_signature
 from snapshot_ensemble.storage.snapshot import Weights
 
 Outputs = dict[str, np.ndarray]
@@ -92,11 +96,38 @@ def by_name(outputs: Any, names: Sequence[str] | None) -> dict[str, Any]:
     return dict(zip(names or [f"output_{i}" for i in range(len(flat))], flat, strict=True))
 
 
+def export_members(
+    pool: MemberPool,
+    combiner: Combiner,
+    filepath: pathlib.Path,
+    format: str,
+    overwrite: bool,
+    arguments: dict[str, Any],
+) -> None:
+    """Exports one model that combines members: their graph, or if there is none, their code.
+
+    Args:
+        pool: The members.
+        combiner: Which of them, and how they are combined.
+        filepath: A path that `check_format` has passed.
+        format: A Keras export format.
+        overwrite: Whether what is at the path may be replaced.
+        arguments: For `keras.Model.export`.
+    """
+    reference = pool.members_model(combiner)
+    parts = pool.weights(combiner.members), combiner.combine
+    if graph_of(pool.model) is not None:
+        served = serving_graph(merge(pool.model, *parts), reference)
+    else:
+        served = serving_function(pool.model, *parts, reference)
+    export_model(served, filepath, format, overwrite=overwrite, **arguments)
+
+
 def serving_graph(merged: keras.Model, reference: keras.Model) -> Served:
     """A Functional model for export, with its outputs under their names."""
     names = merged.output_names
-    inputs = merged._inputs_struct
-    named = keras.Model(inputs, by_name(merged._outputs_struct, names), name=merged.name)
+    inputs = merged.input
+    named = keras.Model(inputs, by_name(merged.output, names), name=merged.name)
     signature = keras.tree.map_structure(
         lambda tensor: keras.layers.InputSpec(tensor.dtype, tensor.shape, name=tensor.name), inputs
     )
@@ -110,9 +141,7 @@ def serving_function(
     reference: keras.Model,
 ) -> Served:
     """Members of a subclassed model for export; their inputs are those that it was built with."""
-    from keras.src.export.export_utils import get_input_signature  # noqa: PLC0415
-
-    (signature,) = get_input_signature(model)
+    signature = input_signature(model)
     if isinstance(signature, dict):
         signature = {key: _named(spec, key) for key, spec in signature.items()}
     elif isinstance(signature, (list, tuple)):

@@ -7,8 +7,15 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.inference.cloning import compile_like, copy_assets
-from snapshot_ensemble.inference.members_model import graph_of, identity
-from snapshot_ensemble.storage.snapshot import Weights, set_weights
+from snapshot_ensemble.inference.members_model import identity
+from snapshot_ensemble.keras_compat.layer_graph import (
+    graph_of,
+    run_graph,
+    source_of,
+    takes_training,
+)
+from snapshot_ensemble.storage.snapshot import Weights
+from snapshot_ensemble.storage.weight_files import set_weights
 
 
 class Merger:
@@ -45,11 +52,11 @@ class Merger:
             inner = graph_of(operation)
             if inner is not None:
                 return self.outputs(inner, args[0], member, kwargs.get("training", training))
-            if training is not None and getattr(operation, "_call_has_training_arg", False):
+            if training is not None and takes_training(operation):
                 kwargs.setdefault("training", training)
             return self._call(operation, member, args, kwargs)
 
-        return graph._run_through_graph(inputs, lambda operation: operation, call)
+        return run_graph(graph, inputs, call)
 
     def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
         places = [self._place[id(v)] for v in getattr(operation, "weights", ())]
@@ -109,9 +116,9 @@ def merge(
         )
     inputs = keras.tree.map_structure(
         lambda tensor: (
-            keras.layers.InputLayer.from_config(tensor._keras_history.operation.get_config()).output
+            keras.layers.InputLayer.from_config(source_of(tensor)[0].get_config()).output
         ),
-        graph._inputs_struct,
+        graph.input,
     )
     names = [tensor.name for tensor in keras.tree.flatten(inputs)]
     merger = Merger(model, members, [*names, *graph.output_names])
@@ -121,7 +128,7 @@ def merge(
         keras.layers.Identity(name=name, dtype=output.dtype)(output)
         for name, output in zip(graph.output_names, keras.tree.flatten(combined), strict=True)
     ]
-    outputs = keras.tree.pack_sequence_as(graph._outputs_struct, named)
+    outputs = keras.tree.pack_sequence_as(graph.output, named)
     merged = keras.Model(inputs, outputs, name=model.name)
     # With plain SGD, which adds no slots to its file.
     compile_like(merged, model)

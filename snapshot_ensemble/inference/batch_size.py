@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble.inference.members_model import graph_of
+from snapshot_ensemble.keras_compat.layer_graph import all_layers, calls_of, graph_of
+from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step, is_stock_layer
 
 # What Keras takes, and the most that is worth it: entering the graph costs nothing any more.
 KERAS, MOST = 32, 1024
@@ -51,18 +52,20 @@ def rows_at_once(model: keras.Model) -> int:
         model: A built model of any kind.
     """
     graph = graph_of(model)
-    own_step = type(model).predict_step is not keras.Model.predict_step
-    if graph is None or own_step or not all(map(_keeps_rows_apart, model._flatten_layers())):
+    if graph is None or has_own_predict_step(model):
+        return KERAS
+    layers = all_layers(model)
+    if not all(map(_keeps_rows_apart, layers)):
         return KERAS
     largest = 1
-    for inner in (graph, *filter(None, map(graph_of, model._flatten_layers()))):
+    for inner in (graph, *filter(None, map(graph_of, layers))):
         for operation in inner.operations:
             if not _keeps_rows_apart(operation):
                 return KERAS
-            for node in operation._inbound_nodes:
-                if node.arguments.kwargs.get("training"):
+            for arguments, outputs in calls_of(operation):
+                if arguments.get("training"):
                     return KERAS
-                for tensor in keras.tree.flatten(node.output_tensors):
+                for tensor in outputs:
                     if tensor.shape[:1] != (None,) or None in tensor.shape[1:]:
                         return KERAS
                     largest = max(largest, 4 * math.prod(tensor.shape[1:]))  # Bytes of float32.
@@ -76,6 +79,4 @@ def _keeps_rows_apart(operation: Any) -> bool:
         return graph_of(operation) is not None
     if isinstance(operation, keras.layers.Lambda) or getattr(operation, "stateful", False):
         return False
-    return isinstance(operation, keras.layers.Layer) and type(operation).__module__.startswith(
-        "keras.src.layers."
-    )
+    return is_stock_layer(operation)

@@ -2,16 +2,18 @@
 
 import contextlib
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras.src.initializers.random_initializers import RandomInitializer
 
 from snapshot_ensemble.inference.members_model import member_outputs
-from snapshot_ensemble.storage.snapshot import Weights, set_weights
+from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
+from snapshot_ensemble.keras_compat.initializers import random_initializers_replaced
+from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.storage.snapshot import Weights
+from snapshot_ensemble.storage.weight_files import set_weights
 
 
 class Member(keras.Model):
@@ -43,37 +45,11 @@ class Member(keras.Model):
         return self._run(inputs)
 
 
-@contextlib.contextmanager
-def initialized_by(replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Puts other initializers in the place of those that draw, for weights made here meanwhile.
-
-    Args:
-        replace: Takes an initializer of Keras's that gives random numbers. Any other might be a
-            table that no file holds, and is left as it is.
-    """
-    add_weight, here = keras.layers.Layer.add_weight, threading.get_ident()
-
-    def add(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = keras.initializers.get(kwargs.get("initializer"))
-        dtype = keras.backend.standardize_dtype(kwargs.get("dtype") or self.variable_dtype)
-        if found is None and "float" in dtype:
-            found = keras.initializers.GlorotUniform()  # Keras's default.
-        if not args and threading.get_ident() == here and isinstance(found, RandomInitializer):
-            kwargs["initializer"] = replace(found)
-        return add_weight(self, *args, **kwargs)
-
-    keras.layers.Layer.add_weight = add
-    try:
-        yield
-    finally:
-        keras.layers.Layer.add_weight = add_weight
-
-
 def blank_member(model: keras.Model) -> keras.Model:
     """A model of its own with the architecture of `model` and weights to be set, not compiled."""
     try:
         # Numbers for weights that are given anyway would take time, and memory for a while.
-        with initialized_by(lambda drawing: keras.initializers.Zeros()):
+        with random_initializers_replaced(lambda _: keras.initializers.Zeros()):
             # Not through `clone_model`, which stumbles over losses and metrics without a config.
             member = type(model).from_config(model.get_config())
             if not member.built:
@@ -90,13 +66,13 @@ def build_member(model: keras.Model, weights: Weights) -> keras.Model:
     """A model of its own with the architecture of `model` and these weights, compiled alike."""
     member = blank_member(model)
     set_weights(member, weights)
-    compile_like(member, model, optimizer=_copy(model._compile_config.config["optimizer"]))
+    compile_like(member, model, optimizer=_copy(compile_arguments(model)["optimizer"]))
     return member
 
 
 def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd") -> None:
     """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
-    arguments = {**model._compile_config.config, "optimizer": optimizer}
+    arguments = {**compile_arguments(model), "optimizer": optimizer}
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(_copy, arguments[name])
     keras.Model.compile(target, **arguments)
@@ -121,7 +97,7 @@ def metrics_lent(model: keras.Model) -> Iterator[None]:
 
     For those that cannot be made anew from a config, which are shared with the user's model.
     """
-    config = model._compile_config.config
+    config = compile_arguments(model)
     leaves = keras.tree.flatten([config["metrics"], config["weighted_metrics"]])
     metrics = [leaf for leaf in leaves if isinstance(leaf, keras.Metric)]
     state = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
@@ -138,7 +114,7 @@ def copy_assets(layer: Any, clone: Any) -> None:
     """Carries over what is neither configuration nor weights, such as an adapted vocabulary."""
     if not isinstance(layer, keras.layers.Layer):
         return
-    for own, other in zip(layer._flatten_layers(), clone._flatten_layers(), strict=True):
+    for own, other in zip(all_layers(layer), all_layers(clone), strict=True):
         if hasattr(own, "save_assets"):
             with tempfile.TemporaryDirectory() as directory:
                 own.save_assets(directory)

@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.checks import whole_number
+from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 
 # Lifts the winner of a drawn vote above its equals: enough to show in float32, also in a
 # logarithm, and far below one vote.
@@ -227,8 +228,8 @@ def combine_outputs(
         if temperature != 1 and meaning.is_classes:
             combined[-1] = temper(combined[-1], meaning.task, meaning.logits, temperature)
         # What is padding in the members' outputs is left out of the scores.
-        if (mask := getattr(flat[0][i], "_keras_mask", None)) is not None:
-            combined[-1]._keras_mask = mask
+        if (mask := mask_of(flat[0][i])) is not None:
+            set_mask(combined[-1], mask)
     return keras.tree.pack_sequence_as(members[0], combined)
 
 

@@ -1,46 +1,63 @@
-"""How members run: all in one graph, or one after another."""
+"""The members of an ensemble, and the graphs that run them: all in one, or one after another."""
 
 import dataclasses
-import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from snapshot_ensemble.checks import real_number, whole_number
+from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.inference.batch_size import are_arrays, batch_size_for
 from snapshot_ensemble.inference.cloning import blank_member, build_member, compile_like
 from snapshot_ensemble.inference.combining import (
     check_combine,
     check_meanings,
     check_members,
-    check_weights,
     combine_outputs,
     weights_of,
 )
-from snapshot_ensemble.inference.members_model import MembersModel, graph_of
+from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, check_task, read_outputs
-from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotStore, Weights
+from snapshot_ensemble.keras_compat.compile_arguments import compilation
+from snapshot_ensemble.keras_compat.layer_graph import graph_of
+from snapshot_ensemble.storage.record import Learned
+from snapshot_ensemble.storage.snapshot import Weights
+from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.weight_delta import bytes_of
 
 # In bytes: how much memory the members' weights may take at once.
 MEMORY_LIMIT = 2**28
 
 
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """What was learned on held-out data about the members that there are."""
+class PredictArguments(NamedTuple):
+    """The arguments that all methods share which run over data, as for `model.predict`."""
 
-    weights: np.ndarray | None = None
-    temperature: float = 1.0
-    members: int | list[int] | None = None
+    batch_size: int | None = None
+    verbose: Any = "auto"
+    steps: int | None = None
+    callbacks: Any = None
 
 
-class Runner:
-    """Members of one model, kept in a store, that run together, and what was learned about them.
+class Combiner(NamedTuple):
+    """Which members run, and what becomes of their outputs.
+
+    Attributes:
+        members: The indices of the members.
+        name: Equal names of equal members mean equal results, so that graphs can be kept; its
+            first item says what kind of result.
+        combine: Takes the list of the members' outputs: arrays, tensors or symbols.
+    """
+
+    members: list[int]
+    name: tuple[Any, ...]
+    combine: Callable[[list[Any]], Any]
+
+
+class MemberPool:
+    """Members of one model, kept in a store, that run together.
 
     Args:
         model: The compiled model whose weights the members are.
@@ -59,157 +76,146 @@ class Runner:
         check_model(model)
         check_task(model, task)
         self.memory_limit = whole_number("memory_limit", memory_limit, 0)
-        self.model = model
-        self.task = task
-        self._store = store
-        self._learned = Learned()
-        self._learned_of: Any = None  # The state of the store that it belongs to.
+        self.model, self.task, self.store = model, task, store
+        self._forget()
+
+    def _forget(self, state: Any = None) -> None:
+        """Drops all graphs, and remembers for which state new ones will be."""
         self._tensors: dict[int, list[Any]] = {}
-        self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}  # By place in a model.
+        # The first array at each place in a model, and the tensor that was made of it.
+        self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}
         self._models: dict[Any, MembersModel] = {}
-        self._built_of: Any = None  # The state of the store that they were made of.
-
-    # The members
-
-    @property
-    def snapshots(self) -> list[Snapshot]:
-        """A `Snapshot` for each member, oldest first."""
-        return list(self._store.snapshots)
+        self._built_for: Any = state
 
     def __len__(self) -> int:
-        return len(self._store.snapshots)
-
-    def __getitem__(self, index: int) -> keras.Model:
-        weights = self._store.weights(self.model, range(len(self))[operator.index(index)])
-        return build_member(self.model, weights)
-
-    def __iter__(self) -> Iterator[keras.Model]:
-        return (self[i] for i in range(len(self)))
-
-    def _members_now(self) -> Any:
-        """Another value whenever the members are others."""
-        return self._store, self._store.version
-
-    # What was learned about them
+        return len(self.store.snapshots)
 
     @property
-    def weights(self) -> np.ndarray | None:
-        """The weights of `combine="weighted"`.
+    def learned(self) -> Learned:
+        """What was learned about the members that there are."""
+        return self.store.record.learned
 
-        One a member, float64, at least 0 and summing to 1; `None` until they are set. They go
-        when the members change.
-        """
-        weights = self._what_is_learned().weights
-        return None if weights is None else weights.copy()
-
-    @weights.setter
-    def weights(self, weights: Any) -> None:
-        self._learn(weights=None if weights is None else check_weights(weights, len(self)))
-
-    @property
-    def temperature(self) -> float:
-        """What `calibrate` learned; 1.0 changes nothing. It goes when the members change."""
-        return self._what_is_learned().temperature
-
-    @temperature.setter
-    def temperature(self, temperature: float) -> None:
-        self._learn(temperature=real_number("temperature", temperature, positive=True))
-
-    @property
-    def members(self) -> int | list[int] | None:
-        """The members that predictions combine where nobody says.
-
-        `None` for all, an int for the last that many, or a list of indices. `fit` chooses them if
-        it has validation data, and so does `choose_members`. It goes when the members change.
-        """
-        return self._what_is_learned().members
-
-    @members.setter
-    def members(self, members: int | Sequence[int] | None) -> None:
-        if members is not None:
-            chosen = self._chosen(members)
-            members = len(chosen) if np.ndim(members) == 0 else chosen
-        self._learn(members=members)
-
-    def _what_is_learned(self) -> Learned:
-        return self._learned if self._learned_of == self._members_now() else Learned()
-
-    def _learn(self, **what: Any) -> None:
-        before = self._learned, self._learned_of
-        self._learned = dataclasses.replace(self._what_is_learned(), **what)
-        self._learned_of = self._members_now()
+    def learn(self, **changes: Any) -> None:
+        """Changes what was learned, and keeps it where the snapshots are."""
+        record, before = self.store.record, self.learned
+        record.learned = dataclasses.replace(before, **changes)
         try:
-            self._keep_learned()
+            self.store.commit()
         except BaseException:
-            self._learned, self._learned_of = before
+            record.learned = before
             raise
 
-    def _keep_learned(self) -> None:
-        """Where it is to be kept beyond memory, that happens here."""
+    # Which members
+
+    def indices(self, members: Any = None) -> list[int]:
+        """The members that an argument `members` means; None: all.
+
+        Raises:
+            ValueError: If there are no members, or the argument makes no sense.
+        """
+        if not len(self):
+            raise ValueError(
+                "The ensemble has no members yet. Call `fit`, or make it with `load` or "
+                "`from_weights`."
+            )
+        return check_members(members, len(self))
+
+    def default_indices(self, members: Any = None) -> list[int]:
+        """The same, but None means the members that predict by default."""
+        return self.indices(self.learned.members if members is None else members)
+
+    def weights(self, indices: Sequence[int]) -> list[Weights]:
+        """The weights of members, each in the order of `model.weights`."""
+        return [self.store.weights(self.model, index) for index in indices]
+
+    def member(self, index: int) -> keras.Model:
+        """One member as a model of its own."""
+        return build_member(self.model, self.store.weights(self.model, index))
+
+    # What becomes of their outputs
+
+    def meanings(self, outputs: Any) -> list[Output]:
+        """What each of the outputs means."""
+        return read_outputs(self.model, self.task, outputs)
+
+    def combination(self, combine: str, members: Any) -> tuple[list[int], np.ndarray | None]:
+        """The members of a combination and, if it is weighted, their weights; all checked."""
+        check_combine(combine)
+        indices = self.indices(members) if combine == "weighted" else self.default_indices(members)
+        graph = graph_of(self.model)
+        if graph is not None:
+            # Of a subclass, the outputs are known only when it runs.
+            check_meanings(combine, self.meanings(graph.output))
+        if combine != "weighted":
+            return indices, None
+        learned = self.learned.weights
+        weights = weights_of(None if learned is None else np.asarray(learned), indices)
+        # Members of weight 0 need not run.
+        indices = [index for index, weight in zip(indices, weights, strict=True) if weight]
+        return indices, weights[weights > 0]
+
+    def combiner(self, combine: str, members: Any) -> Combiner:
+        """What combines members by one of the combinations."""
+        indices, weights = self.combination(combine, members)
+        temperature = self.learned.temperature
+        name = (combine, None if weights is None else tuple(weights), temperature)
+
+        def combined(outputs: list[Any]) -> Any:
+            return combine_outputs(
+                outputs, combine, self.meanings(outputs[0]), weights, temperature
+            )
+
+        return Combiner(indices, name, combined)
+
+    def side_by_side(self, members: Any) -> Combiner:
+        """What stacks the members' outputs, the members on the second axis."""
+
+        def stack(outputs: list[Any]) -> Any:
+            return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
+
+        return Combiner(self.indices(members), ("side by side",), stack)
 
     # Running them
 
-    def _combined(self, combine: str | None, members: Any) -> MembersModel:
-        """The model that runs the members. None: not combined."""
-        return self._model_of(*self._way(combine, members))
-
-    def _way(
-        self, combine: str | None, members: Any
-    ) -> tuple[list[int], Any, Callable[[list[Any]], Any]]:
-        """The members to run, a name for what is made of their outputs, and what makes it."""
-        chosen, weights = self._choice(combine, members)
-        how = (combine, None if weights is None else tuple(weights), self.temperature)
-        return chosen, how, self._put_together(combine, weights)
-
-    def _predict(
-        self,
-        x: Any,
-        chosen: list[int],
-        how: Any,
-        put_together: Callable[[list[Any]], Any],
-        **run: Any,
-    ) -> Any:
+    def predict(self, x: Any, combiner: Combiner, arguments: PredictArguments) -> Any:
         """Predicts with all members at once or, where they are too large, one after another."""
+        run = arguments._asdict()
         run |= batch_size_for(self.model, x, **run)
-        if not self._is_too_large(chosen) or not are_arrays(x):
-            return self._model_of(chosen, how, put_together).predict(x, **run)
-        self._tensors, self._models, self._first, self._built_of = {}, {}, {}, None
-        outputs = []
+        if not self.is_too_large(combiner.members) or not are_arrays(x):
+            return self.members_model(combiner).predict(x, **run)
+        self._forget()
         with self.model.distribute_strategy.scope():
             member = blank_member(self.model)
-        for i in chosen:
-            self._store.put(member, self.model, i)
+        outputs = []
+        for index in combiner.members:
+            self.store.put(member, self.model, index)
             outputs.append(member.predict(x, **run))
-        found = put_together(outputs)
-        return keras.tree.map_structure(ops.convert_to_numpy, found)
+        combined = combiner.combine(outputs)
+        return keras.tree.map_structure(ops.convert_to_numpy, combined)
 
-    def _is_too_large(self, chosen: list[int]) -> bool:
-        """Whether these members' weights take more memory than they may; shared ones count once."""
+    def is_too_large(self, indices: Sequence[int]) -> bool:
+        """Whether these members' weights exceed the memory limit; shared ones count once."""
         trained, frozen = bytes_of(self.model)
-        return len(chosen) * trained + frozen > self.memory_limit
+        return len(indices) * trained + frozen > self.memory_limit
 
-    def _model_of(
-        self,
-        chosen: list[int],
-        how: Any,
-        put_together: Callable[[list[Any]], Any],
-        kind: type[MembersModel] = MembersModel,
-    ) -> Any:
-        """A model that runs members; built once for each choice of them and name of a way."""
+    def members_model(self, combiner: Combiner, kind: type[MembersModel] = MembersModel) -> Any:
+        """A model that runs members; built once for equal members and names."""
         # A new `compile` brings other metrics, and maybe another loss.
-        state = (*self._members_now(), self.model._compile_config)
-        if self._built_of != state:
-            self._tensors, self._models, self._first, self._built_of = {}, {}, {}, state
-        key = (how, tuple(chosen))
+        state = (self.store.version, compilation(self.model))
+        if self._built_for != state:
+            self._forget(state)
+        key = (tuple(combiner.members), combiner.name)
         if key not in self._models:
-            for i in sorted(set(chosen) - set(self._tensors)):
-                self._tensors[i] = self._as_tensors(self._store.weights(self.model, i))
+            for index in sorted(set(combiner.members) - set(self._tensors)):
+                self._tensors[index] = self._as_tensors(self.store.weights(self.model, index))
             with self.model.distribute_strategy.scope():
-                model = kind(self.model, [self._tensors[i] for i in chosen], put_together)
+                weights = [self._tensors[index] for index in combiner.members]
+                model = kind(self.model, weights, combiner.combine)
                 compile_like(model, self.model)
-            # A model for another temperature or other weights has had its day.
-            for old in [k for k in self._models if k[1] == key[1] and k[0][0] == key[0][0]]:
-                del self._models[old]
+            # Evict graphs built for older weights or another temperature.
+            for other in list(self._models):
+                if (other[0], other[1][0]) == (key[0], key[1][0]):
+                    del self._models[other]
             self._models[key] = model
         return self._models[key]
 
@@ -224,60 +230,6 @@ class Runner:
                     self._first.setdefault(place, (weakref.ref(array), tensor))
             tensors.append(tensor)
         return tensors
-
-    def _parts(
-        self, combine: str, members: Any
-    ) -> tuple[list[Weights], Callable[[list[Any]], Any]]:
-        """What one model is made of: the members' weights, and what combines their outputs."""
-        chosen, weights = self._choice(combine, members)
-        arrays = [self._store.weights(self.model, i) for i in chosen]
-        return arrays, self._put_together(combine, weights)
-
-    def _choice(self, combine: str | None, members: Any) -> tuple[list[int], np.ndarray | None]:
-        """The members to run and, for a weighted combination, their weights; all checked."""
-        if combine is not None:
-            check_combine(combine)
-        if combine not in (None, "weighted"):  # Which has a weight for each.
-            members = self._or_default(members)
-        chosen, weights = self._chosen(members), None
-        graph = graph_of(self.model)
-        if combine is not None and graph is not None:
-            # Of a subclass, the outputs are known only when it runs.
-            check_meanings(combine, self._read(graph._outputs_struct))
-        if combine == "weighted":
-            weights = weights_of(self.weights, chosen)
-            # Who has no say need not be run.
-            chosen = [member for member, weight in zip(chosen, weights, strict=True) if weight]
-            weights = weights[weights > 0]
-        return chosen, weights
-
-    def _put_together(
-        self, combine: str | None, weights: np.ndarray | None
-    ) -> Callable[[list[Any]], Any]:
-        """What makes one output of the members' outputs; of arrays, tensors or symbols."""
-        temperature = self.temperature
-
-        def put_together(outputs: list[Any]) -> Any:
-            if combine is None:
-                return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
-            meanings = self._read(outputs[0])
-            return combine_outputs(outputs, combine, meanings, weights, temperature)
-
-        return put_together
-
-    def _or_default(self, members: Any) -> Any:
-        return self.members if members is None else members
-
-    def _chosen(self, members: Any) -> list[int]:
-        if not len(self):
-            raise ValueError(
-                "The ensemble has no members yet. Call `fit`, or make it with `load` or "
-                "`from_weights`."
-            )
-        return check_members(members, len(self))
-
-    def _read(self, outputs: Any) -> list[Output]:
-        return read_outputs(self.model, self.task, outputs)
 
 
 def check_model(model: Any) -> None:

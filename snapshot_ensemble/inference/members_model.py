@@ -7,14 +7,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-
-def graph_of(model: Any) -> Any:
-    """The graph of layers that a model runs; None for what is no model, or runs code of its own."""
-    if isinstance(model, keras.Sequential):
-        return model._functional
-    # A subclass that overrides `call` does something else than its graph says.
-    is_graph = getattr(type(model).call, "__qualname__", "") == "Functional.call"
-    return model if is_graph else None
+from snapshot_ensemble.keras_compat.layer_graph import (
+    all_layers,
+    graph_of,
+    operations_replaced,
+)
+from snapshot_ensemble.keras_compat.stateless_call import with_weights
+from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step
 
 
 def identity(structure: Any) -> Any:
@@ -25,11 +24,11 @@ def identity(structure: Any) -> Any:
     )
 
 
-class Common:
-    """What members have in common, so that it runs once for all of them.
+class SharedCalls:
+    """The calls that members have in common, so that each is made once for all of them.
 
-    That is every layer of a graph whose weights are the very same objects in all members, and
-    whose inputs are what such layers gave: a frozen backbone, preprocessing.
+    These are the calls of layers whose weights are the very same objects in all members, on inputs
+    that such layers gave: a frozen backbone, preprocessing.
 
     Args:
         model: A model of any kind; in one that is no graph there is nothing to find.
@@ -40,98 +39,44 @@ class Common:
         first, *rest = members
         equal = [all(m[i] is first[i] for m in rest) for i in range(len(first))]
         self._differs = {id(v) for v, e in zip(model.weights, equal, strict=True) if not e}
-        # A prediction step of one's own may do anything with what it is given.
-        own_step = type(model).predict_step is not keras.Model.predict_step
-        is_found = rest and any(equal) and graph_of(model) is not None and not own_step
-        inside = model._flatten_layers() if is_found else ()
-        graphs = [graph_of(layer) for layer in inside if isinstance(layer, keras.Model)]
-        self._graphs = {id(graph): graph for graph in graphs if graph is not None}
         self._top = graph_of(model)
+        # A prediction step of the user's own may do anything with its inputs.
+        is_plain_graph = self._top is not None and not has_own_predict_step(model)
+        can_share = rest and any(equal) and is_plain_graph
+        inside = all_layers(model) if can_share else ()
+        graphs = [graph_of(layer) for layer in inside if isinstance(layer, keras.Model)]
+        self._graphs = [graph for graph in graphs if graph is not None]
 
     @contextlib.contextmanager
-    def once(self) -> Iterator[None]:
-        """Lets the layers of the graphs remember meanwhile what they gave for which tensors."""
-        given: dict[Any, Any] = {}
-        try:
-            for graph in self._graphs.values():
-                object.__setattr__(graph, "_run_through_graph", self._remembering(graph, given))
+    def made_once(self) -> Iterator[None]:
+        """Lets the layers of the graphs remember meanwhile what they returned for which tensors."""
+        results: dict[Any, Any] = {}
+
+        def remembering(graph: Any, inputs: Any, call_of: Callable[[Any], Any]) -> tuple[Any, Any]:
+            if not any(graph is known for known in self._graphs):
+                return inputs, call_of
+            if graph is self._top:  # What each member receives are casts of the same inputs.
+                inputs = results.setdefault("inputs", inputs)
+            return inputs, lambda operation: self._once(operation, call_of(operation), results)
+
+        with operations_replaced(remembering) if self._graphs else contextlib.nullcontext():
             yield
-        finally:
-            for graph in self._graphs.values():
-                vars(graph).pop("_run_through_graph", None)
 
-    def _remembering(self, graph: Any, given: dict[Any, Any]) -> Callable[..., Any]:
-        run = type(graph)._run_through_graph
+    def _once(
+        self, operation: Any, call: Callable[..., Any], results: dict[Any, Any]
+    ) -> Callable[..., Any]:
+        weights = getattr(operation, "weights", ())
+        if any(id(variable) in self._differs for variable in weights):
+            return call
 
-        def run_through_graph(inputs: Any, operation_fn: Callable[[Any], Any]) -> Any:
-            def remember(operation: Any) -> Callable[..., Any]:
-                call = operation_fn(operation)
-                weights = getattr(operation, "weights", ())
-                if any(id(variable) in self._differs for variable in weights):
-                    return call
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            key = (id(operation), identity((args, kwargs)))
+            if key not in results:
+                # With its arguments, so that no other object takes their identity.
+                results[key] = (call(*args, **kwargs), args, kwargs)
+            return results[key][0]
 
-                def called(*args: Any, **kwargs: Any) -> Any:
-                    key = (id(operation), identity((args, kwargs)))
-                    if key not in given:
-                        # With its arguments, so that no other object takes their identity.
-                        given[key] = (call(*args, **kwargs), args, kwargs)
-                    return given[key][0]
-
-                return called
-
-            if graph is self._top:  # What each member is given are casts of the same.
-                inputs = given.setdefault("inputs", inputs)
-            return run(graph, inputs, remember)
-
-        return run_through_graph
-
-
-@contextlib.contextmanager
-def _traced_afresh() -> Iterator[None]:
-    """Traces every `tf.function` anew that is called meanwhile.
-
-    Left alone, one on a method of a user's layer would keep the weights of the first member that
-    it was traced with, for all the others.
-    """
-    function = type(tf.function(lambda: None))
-    call = function.__call__
-
-    def call_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return call(self._clone(None), *args, **kwargs)
-
-    function.__call__ = call_afresh
-    try:
-        yield
-    finally:
-        function.__call__ = call
-
-
-@contextlib.contextmanager
-def _normalizing(model: keras.Model) -> Iterator[None]:
-    """Lets `Normalization` layers work with the weights of the scope, which they hold twice."""
-    found = [x for x in model._flatten_layers() if isinstance(x, keras.layers.Normalization)]
-    own = [(layer.mean, layer.variance) for layer in found]
-    try:
-        for layer in found:
-            layer.finalize_state()
-        yield
-    finally:
-        for layer, (mean, variance) in zip(found, own, strict=True):
-            layer.mean, layer.variance = mean, variance
-
-
-@contextlib.contextmanager
-def with_weights(model: keras.Model, weights: Sequence[Any]) -> Iterator[keras.StatelessScope]:
-    """Lets the model run with these weights; its own are not touched.
-
-    Args:
-        model: A built model of any kind.
-        weights: Arrays, tensors or variables, in the order of `model.weights`.
-    """
-    mapping = list(zip(model.weights, weights, strict=True))
-    with keras.StatelessScope(state_mapping=mapping) as scope:
-        with _traced_afresh(), _normalizing(model):
-            yield scope
+        return remembered
 
 
 def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
@@ -170,11 +115,11 @@ class MembersModel(keras.Model):
         # Inputs reach the members as they are: each casts them by its own policy.
         super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
 
-        common = Common(model, weights)
+        shared = SharedCalls(model, weights)
 
         # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
         def run(inputs: Any) -> Any:
-            with common.once():
+            with shared.made_once():
                 outputs = [member_outputs(model, member, inputs) for member in weights]
             return combine(outputs)
 

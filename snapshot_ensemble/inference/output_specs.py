@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from snapshot_ensemble.keras_compat.layer_graph import graph_of, inputs_of_call, source_of
+
 TASKS = ("multiclass", "binary", "multilabel", "regression")
 
 _LOSSES = {
@@ -81,12 +83,12 @@ def _loss_family(loss: Any) -> tuple[str | None, bool | None]:
 
 def _activation(tensor: Any) -> str | None:
     """The name of the activation that a Functional model's output tensor went through last."""
-    operation, node, index = tensor._keras_history
+    operation, node, index = source_of(tensor)
     if isinstance(operation, keras.Model):
         outputs = getattr(operation, "outputs", None)
         return _activation(outputs[index]) if outputs else None
     if isinstance(operation, _PASS_ON):
-        return _activation(operation._inbound_nodes[node].input_tensors[0])
+        return _activation(inputs_of_call(operation, node)[0])
     return _own_activation(operation)
 
 
@@ -148,7 +150,8 @@ def check_task(model: keras.Model, task: Any) -> None:
             raise ValueError(f"`task` must be one of {TASKS}. Received: task={task!r}")
     symbolic = getattr(model, "outputs", None)
     if symbolic:
-        read_outputs(model, task, getattr(model, "_outputs_struct", symbolic))
+        graph = graph_of(model)
+        read_outputs(model, task, model.output if graph is None else graph.output)
     elif len(losses := keras.tree.flatten(model.loss)) == 1:
         # A model that is not built shows no outputs, and a subclassed one no activations.
         layers = model.layers if isinstance(model, keras.Sequential) else ()

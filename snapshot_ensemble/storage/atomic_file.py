@@ -4,19 +4,27 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from snapshot_ensemble.storage.snapshot import SnapshotError
+from snapshot_ensemble.storage.typed_json import Count
+
+
+def _plain_name(name: str, field: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise ValueError(f"`{field}` must be a file of this directory. Received: {field}={name!r}")
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
     """A file of a directory, as it was written."""
 
-    name: str
-    size: int
+    name: Annotated[str, _plain_name]
+    size: Count
     sha256: str
 
     def checked(self, directory: pathlib.Path) -> pathlib.Path:

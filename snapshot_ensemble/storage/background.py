@@ -22,9 +22,18 @@ class Background:
         return self._last is not None and self._last.done() and bool(self._last.exception())
 
     def wait(self) -> None:
-        """Waits until all tasks have ended, whatever came of them."""
-        if self._last is not None:
-            wait([self._last])
+        """Waits until all tasks have ended, whether they failed or not.
+
+        An interrupt (Ctrl-C) meanwhile is raised when they have: what they write is whole then.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        while self._last is not None and not self._last.done():
+            try:
+                wait([self._last])
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs a task when those before it have ended."""
@@ -39,12 +48,10 @@ class Background:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot-ensemble")
         self._last = self._thread.submit(run)
 
-    def join(self) -> None:
-        """Waits until all tasks have ended; raises what the first that failed has raised."""
+    def finish(self) -> None:
+        """Ends the thread when `wait` has ended; raises what the first task that failed raised."""
         thread, last = self._thread, self._last
-        if thread is None or last is None:
-            return
-        self.wait()  # If that is interrupted, it can be done again.
-        thread.shutdown()
         self._thread = self._last = None
-        last.result()
+        if thread is not None and last is not None:
+            thread.shutdown()
+            last.result()

@@ -1,26 +1,21 @@
 """Snapshots in a directory: their weight files, the model, and the state of training."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
+from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.manifest import NAME, Manifest
-from snapshot_ensemble.storage.snapshot import (
-    Snapshot,
-    SnapshotError,
-    Weights,
-    load_into,
-    load_weights,
-    renumbered,
-    set_weights,
-    weights_only,
-)
+from snapshot_ensemble.storage.record import Record
+from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, Weights, renumbered
+from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.transaction import ManifestDirectory
 from snapshot_ensemble.storage.weight_delta import (
     is_worth_it,
@@ -28,10 +23,16 @@ from snapshot_ensemble.storage.weight_delta import (
     read_difference,
     write_difference,
 )
+from snapshot_ensemble.storage.weight_files import (
+    load_into,
+    load_weights,
+    save_weights,
+    set_weights,
+)
 
 
 class DirectoryStore(ManifestDirectory):
-    """Snapshots as `.weights.h5` files.
+    """Snapshots as files in a directory: a `SnapshotStore`.
 
     Args:
         directory: Path of the directory. It is made when something is written.
@@ -39,13 +40,14 @@ class DirectoryStore(ManifestDirectory):
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__(directory)
-        self._base: tuple[str, Weights] = ("", [])  # A base that was read or written: its name.
+        # The last base that was read or written, by its file's name.
+        self._base: tuple[str, Weights] = ("", [])
         self._savable = True  # Until it shows that the model is not.
 
     @property
     def snapshots(self) -> list[Snapshot]:
         """The snapshots that there are, oldest first."""
-        return list(self._kept.snapshots)
+        return list(self._now.kept.snapshots)
 
     def add(self, model: keras.Model, snapshot: Snapshot, *, commit: bool = True) -> None:
         with self._explained(), self.writing():
@@ -60,15 +62,13 @@ class DirectoryStore(ManifestDirectory):
                 if isinstance(model_file, Draft) and model_file is not begun.model:
                     model_file.discard()
                 raise
-            self._pending = dataclasses.replace(
-                begun,
+            self._add(
+                begun=begun,
                 snapshots=tuple(renumbered([*begun.snapshots, snapshot])),
                 files=(*begun.files, file),
                 model=model_file,
                 base=base,
-                replacing=False,
             )
-            self._restarting = False
             if commit:
                 self.commit()
 
@@ -77,13 +77,10 @@ class DirectoryStore(ManifestDirectory):
     ) -> tuple[Draft, Any]:
         """A file with the model's weights, and the base of those that are differences."""
         if not is_worth_it(model):
-            with weights_only(model):
-                whole = self._draft(f"snapshot-{number:04}.weights.h5", model.save_weights)
-                return whole.write(), begun.base
+            return self._whole(model, number), begun.base
         weights, base = model.get_weights(), begun.base or model_file
         if base is None:
-            with weights_only(model):
-                base = self._draft(f"snapshot-{number:04}.weights.h5", model.save_weights).write()
+            base = self._whole(model, number)
             self._base = (base.name, weights)
             return base, base
         if isinstance(base, Draft) and base is not begun.model and base is not begun.base:
@@ -92,6 +89,10 @@ class DirectoryStore(ManifestDirectory):
         name = f"snapshot-{number:04}.npz"
         return self._draft(name, lambda path: write_difference(path, weights, old)), base
 
+    def _whole(self, model: keras.Model, number: int) -> Draft:
+        name = f"snapshot-{number:04}.weights.h5"
+        return self._draft(name, lambda path: save_weights(model, path)).write()
+
     def _weights_of(self, model: keras.Model, base: Any) -> Weights:
         if self._base[0] != base.name:
             self.settle()
@@ -99,9 +100,9 @@ class DirectoryStore(ManifestDirectory):
         return self._base[1]
 
     def base(self, model: keras.Model) -> Weights:
-        if self._kept.base is None:
+        if self._now.kept.base is None:
             raise SnapshotError(f"'{self.directory / NAME}' names no file that others are part of.")
-        return self._weights_of(model, self._kept.base)
+        return self._weights_of(model, self._now.kept.base)
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         """Keeps a file with the state of training in the place of the one before.
@@ -112,115 +113,142 @@ class DirectoryStore(ManifestDirectory):
             begun, number = self._begun()
             shared = self._base[1] if begun.base and begun.base.name == self._base[0] else None
             file = self._draft(f"state-{number:04}.npz", lambda path: write(path, shared))
-            self._pending = dataclasses.replace(begun, state=file, replacing=False)
-            self._restarting = False
+            self._add(begun=begun, state=file)
             self.commit()
 
     @property
     def state(self) -> pathlib.Path | None:
         """The file with the state of the run that was last; None if none was kept."""
         self.settle()
-        return self._path(self._kept.state)
+        return self._path(self._now.kept.state)
 
     def take_back(self, cycles: int) -> None:
-        """Forgets the snapshots of this cycle and later ones, which a run will make again."""
-        kept = [s for s in self._kept.snapshots if s.cycle is None or s.cycle < cycles]
-        if len(kept) < len(self._kept.snapshots):
-            self._pending = dataclasses.replace(
-                self._kept, snapshots=tuple(kept), files=self._kept.files[: len(kept)]
-            )
-            self.commit()
+        # The directory keeps them until something newer is safe.
+        kept = [s for s in self._now.kept.snapshots if s.cycle is None or s.cycle < cycles]
+        if len(kept) < len(self._now.kept.snapshots):
+            files = self._now.kept.files[: len(kept)]
+            self._now.kept = dataclasses.replace(self._now.kept, snapshots=tuple(kept), files=files)
+            self._members_changed()
 
     def keep_newest(self, count: int) -> None:
-        if len(self._kept.snapshots) > count:
-            self._pending = dataclasses.replace(
-                self._kept,
-                snapshots=tuple(renumbered(self._kept.snapshots[-count:])),
-                files=self._kept.files[-count:],
+        if len(self._now.kept.snapshots) > count:
+            self._add(
+                snapshots=tuple(renumbered(self._now.kept.snapshots[-count:])),
+                files=self._now.kept.files[-count:],
             )
             self.commit()
 
     def inspect(self) -> dict[str, Any]:
         """What the manifest says, and of each file whether it is as it was saved."""
         self.settle()
-        kept, entries = self._kept, []
-        places: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
-        places += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
-        if kept.base is not None and kept.base not in {file for file, _ in places}:
-            places.append((kept.base, None))
-        for file, snapshot in places:
-            if file is None:
-                continue
-            try:
-                self._path(file)
-                intact = True
-            except SnapshotError:
-                intact = False
-            names = ("index", "cycle", "epoch", "step", "learning_rate", "metrics")
-            facts = {name: getattr(snapshot, name, None) for name in names}
-            entries.append({"name": file.name, "bytes": file.size, "intact": intact, **facts})
-        ensemble = {
-            name: kept.ensemble.get(name)
-            for name in ("weights", "temperature", "members", "settings")
-        }
-        return {"files": entries, **ensemble}
+        kept = self._now.kept
+        files: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
+        files += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
+        if kept.base is not None and kept.base not in {file for file, _ in files}:
+            files.append((kept.base, None))
+        entries = [self._entry(file, snapshot) for file, snapshot in files if file is not None]
+        learned = dataclasses.asdict(self.record.learned)
+        return {"files": entries, **learned, "settings": self.record.settings}
 
-    def damaged(self, model: keras.Model | None = None) -> dict[int, SnapshotError]:
+    def _entry(self, file: Any, snapshot: Snapshot | None) -> dict[str, Any]:
+        try:
+            self._path(file)
+            intact = True
+        except SnapshotError:
+            intact = False
+        names = ("index", "cycle", "epoch", "step", "learning_rate", "metrics")
+        values = {name: getattr(snapshot, name, None) for name in names}
+        return {"name": file.name, "bytes": file.size, "intact": intact, **values}
+
+    @contextlib.contextmanager
+    def settings_checked(self) -> Iterator[dict[str, Any]]:
+        """Gives the settings; an error of whoever uses them becomes a `SnapshotError`."""
+        try:
+            yield dict(self.record.settings)
+        except (KeyError, TypeError, ValueError) as error:
+            manifest = self.directory / NAME
+            raise SnapshotError(f"The settings in '{manifest}' are not valid: {error}") from error
+
+    def leave_out_damaged(self, model: keras.Model, skip_damaged: bool) -> None:
+        """Checks all snapshots, and goes on without damaged ones, here and not in the directory.
+
+        Args:
+            model: The model that they belong to.
+            skip_damaged: Whether damaged ones may be left out, with a warning.
+
+        Raises:
+            SnapshotError: If one is damaged and may not be left out, or all are.
+        """
+        damaged, count = self._damaged(model if skip_damaged else None), len(self.snapshots)
+        if damaged and (not skip_damaged or len(damaged) == count):
+            message = str(next(iter(damaged.values())))
+            if len(damaged) < count:
+                message += (
+                    f" The other {count - len(damaged)} of {count} snapshots can be loaded with "
+                    "`skip_damaged=True`."
+                )
+            raise SnapshotError(message)
+        if damaged:
+            listed = "; ".join(f"snapshot {i}: {error}" for i, error in damaged.items())
+            warnings.warn(f"Loaded without damaged snapshots: {listed}", stacklevel=4)
+            self._leave_out(set(damaged))
+
+    def _damaged(self, model: keras.Model | None) -> dict[int, SnapshotError]:
         """What is wrong with snapshots, by index; with a model also whether they are its own."""
         self.settle()
-        found = {}
-        for index, file in enumerate(self._kept.files):
+        errors = {}
+        for index, file in enumerate(self._now.kept.files):
             try:
                 self._path(file)
                 if _is_difference(file):
-                    self._path(self._kept.base)
+                    self._path(self._now.kept.base)
                 if model is not None:
                     self.weights(model, index)
             except SnapshotError as error:
-                found[index] = error
-        return found
+                errors[index] = error
+        return errors
 
-    def leave_out(self, indices: set[int]) -> None:
-        """Goes on without these snapshots, here and not in the directory."""
-        kept = [i for i in range(len(self._kept.files)) if i not in indices]
-        self._kept = self._saved = dataclasses.replace(
-            self._kept,
-            snapshots=tuple(renumbered([self._kept.snapshots[i] for i in kept])),
-            files=tuple(self._kept.files[i] for i in kept),
+    def _leave_out(self, indices: set[int]) -> None:
+        kept = [i for i in range(len(self._now.kept.files)) if i not in indices]
+        self._now.kept = self._now.saved = dataclasses.replace(
+            self._now.kept,
+            snapshots=tuple(renumbered([self._now.kept.snapshots[i] for i in kept])),
+            files=tuple(self._now.kept.files[i] for i in kept),
             state=None,
         )
+        self._members_changed()
 
     def weights(self, model: keras.Model, index: int) -> Weights:
         self.settle()
-        file = self._kept.files[index]
+        file = self._now.kept.files[index]
         path = self._path(file)
         if _is_difference(file):
             return read_difference(path, self.base(model))
         return load_weights(model, path, foreign=False)
 
     def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
-        file = self._kept.files[index]
+        file = self._now.kept.files[index]
         if _is_difference(file) or type(member) is not type(model):
             set_weights(member, self.weights(model, index))
             return
         # Right into it: nothing else of its size is in memory.
         self.settle()
-        load_into(member, self._path(self._kept.files[index]))
+        load_into(member, self._path(self._now.kept.files[index]))
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""
         self.settle()
-        if not self._kept.files:
+        if not self._now.kept.files:
             raise SnapshotError(
                 f"'{self.directory / NAME}' names no snapshot yet: its run has not come to the "
                 "end of a cycle. Go on with it by `fit(..., resume=True)`."
             )
-        if self._kept.model is None:
+        if self._now.kept.model is None:
             raise SnapshotError(
                 f"'{self.directory / NAME}' names no model, since it could not be saved. "
                 "Build and compile the same model, and pass it as `model=`."
             )
-        path = self._path(self._kept.model)
+        path = self._path(self._now.kept.model)
         try:
             with warnings.catch_warnings():
                 # Snapshots hold no optimizer slots: a loaded model begins with new ones.
@@ -234,7 +262,7 @@ class DirectoryStore(ManifestDirectory):
 
     def _write_model(self, model: keras.Model, number: int) -> Draft | None:
         try:
-            with weights_only(model):
+            with optimizers_hidden(model):
                 return self._draft(f"model-{number:04}.keras", model.save).write()
         except (NotImplementedError, TypeError, ValueError) as error:
             warnings.warn(
@@ -243,6 +271,38 @@ class DirectoryStore(ManifestDirectory):
                 stacklevel=2,
             )
             return None
+
+
+def copy_snapshots(
+    model: keras.Model,
+    source: SnapshotStore,
+    directory: str | os.PathLike[str],
+    settings: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Writes all that a store holds into another directory; nothing or all of it.
+
+    Args:
+        model: The model that the snapshots belong to. Its weights are restored.
+        source: The store.
+        directory: Path of the other directory.
+        settings: Arguments of the ensemble's constructor.
+        overwrite: Whether what is in the directory may be replaced.
+    """
+    target = DirectoryStore(directory)
+    progress = source.record.progress.copy()
+    progress.saves_state = False  # No run can be resumed there.
+    target.record = Record(settings=settings, progress=progress)
+    own = model.get_weights()
+    try:
+        with target.transaction(overwrite=overwrite):
+            target.restart()
+            for snapshot in source.snapshots:
+                set_weights(model, source.weights(model, snapshot.index))
+                target.add(model, snapshot, commit=False)
+            target.commit(source.record.learned)
+    finally:
+        set_weights(model, own)
 
 
 def _is_difference(file: Any) -> bool:

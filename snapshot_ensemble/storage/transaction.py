@@ -15,23 +15,58 @@ from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.background import Background
 from snapshot_ensemble.storage.lock import NAME as LOCK
 from snapshot_ensemble.storage.lock import DirectoryLock
-from snapshot_ensemble.storage.manifest import NAME, Manifest, plain, read_manifest
+from snapshot_ensemble.storage.manifest import NAME, Manifest, describe, read_manifest, read_record
+from snapshot_ensemble.storage.record import Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 
 # Those of this process that have something under way, by their directories' real paths.
 _writers: weakref.WeakValueDictionary[str, "ManifestDirectory"] = weakref.WeakValueDictionary()
 
 
+@dataclasses.dataclass
+class Contents:
+    """What a directory holds, as far as this process knows: all that a transaction rolls back.
+
+    Attributes:
+        record: What is kept beside the snapshots; grows as training goes.
+        kept: The manifest that will be in the directory when all is written.
+        saved: The manifest that is in the directory.
+        version: Another number whenever the snapshots change.
+        saved_version: The one that belongs to `saved`.
+        pending: Written or to be written, and not yet committed.
+        known: The manifest's text when it was last read or written; None if there was none.
+        claimed: Whether what lies in the directory is ours.
+        restarting: Whether the next file that is added replaces all that there is.
+        trusted: Whether the manifest, if there is one, could be read: what it does not name is
+            then left over from a writer that was killed.
+    """
+
+    record: Record = dataclasses.field(default_factory=Record)
+    kept: Manifest = dataclasses.field(default_factory=Manifest)
+    saved: Manifest = dataclasses.field(default_factory=Manifest)
+    version: int = 0
+    saved_version: int = 0
+    pending: Manifest | None = None
+    known: bytes | None = None
+    claimed: bool = False
+    restarting: bool = False
+    trusted: bool = True
+
+    def copy(self) -> "Contents":
+        """One to go back to."""
+        return dataclasses.replace(self, record=dataclasses.replace(self.record))
+
+
 class ManifestDirectory:
     """Files, beside a manifest that alone says what they are.
 
     Files are written first and never changed; then the manifest is replaced in one step; then
-    files that it no longer names are removed. A reader, or a run that broke off, finds the state
+    files that it no longer names are removed. A reader, or a run that is resumed, finds the state
     before a change or the state after it.
 
-    Inside `writing()` that happens behind the caller's back, in the same order: what is kept is
-    seen at once, and an error comes with a later call, at the latest with the end of `writing()`,
-    and then nothing is kept that is not in the directory.
+    Inside `transaction()` that happens in a thread of its own, in the same order: what is kept is
+    seen at once, and an error comes with a later call, at the latest with the end of the
+    transaction, and then nothing is kept that is not in the directory.
 
     Args:
         directory: Path of the directory. It is made when something is written.
@@ -39,89 +74,149 @@ class ManifestDirectory:
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = pathlib.Path(directory).absolute()  # Whoever changes folder later.
-        self.describe: Callable[[], dict[str, Any]] = dict  # What the manifest says beside.
-        self.version = 0
+        self._now = Contents()
         self._lock = DirectoryLock(self.directory)
-        self._known = self._manifest_now()
-        self._kept = Manifest()
-        self._saved = self._kept  # What the manifest says, as far as it is known.
-        self._saved_version = 0
-        self._pending: Manifest | None = None  # Written, and not yet in the manifest.
         self._background = Background()
-        self._restarting = False
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
         """The store that a manifest describes; raises `SnapshotError` if there is none."""
         writer = _writers.get(os.path.realpath(directory))
         if writer is not None:
-            writer._background.wait()  # What this process has kept is there for it at once.
+            writer.wait_for_writes()  # What this process has kept is there for it at once.
         store = cls(directory)
-        store._kept = store._saved = read_manifest(store.directory / NAME, store._known)
+        store.read()
         return store
-
-    @classmethod
-    def create(cls, directory: str | os.PathLike[str], overwrite: bool) -> Self:
-        """A store where nothing lies, or where what lies there may be replaced.
-
-        With `overwrite` the snapshots of an ensemble that lies there go when the first new one
-        is added; other files stay.
-        """
-        path = pathlib.Path(directory)
-        if cls.is_free(directory):
-            return cls(directory)
-        if not overwrite:
-            raise ValueError(
-                f"The directory holds something already. Received: directory='{directory}'. "
-                "Choose another one, load what is there with `SnapshotEnsemble.load`, or pass "
-                "`overwrite=True` to replace it."
-            )
-        if not path.is_dir():
-            raise ValueError(f"`directory` is a file. Received: directory='{directory}'")
-        try:
-            store = cls.open(directory)
-        except SnapshotError:
-            return cls(directory)
-        store.restart()
-        return store
-
-    @classmethod
-    def is_free(cls, directory: str | os.PathLike[str]) -> bool:
-        """Whether nothing lies there but what a writer leaves that was killed at once."""
-        path = pathlib.Path(directory)
-        if not path.exists():
-            return True
-        found = [file.name for file in path.iterdir()] if path.is_dir() else [NAME]
-        try:
-            kept = cls.open(directory)._kept if NAME in found else None
-        except SnapshotError:
-            return False
-        if kept is not None and (kept.names() or kept.replacing):
-            return False
-        # Without a manifest, a numbered file may be a member of an ensemble that lost it.
-        return all(
-            name in (LOCK, NAME) or _is_left(name, math.inf if kept is None else kept.written)
-            for name in found
-        )
 
     @property
-    def described(self) -> dict[str, Any]:
-        """What the manifest said beside the snapshots when it was opened."""
-        return self._kept.ensemble
+    def record(self) -> Record:
+        return self._now.record
+
+    @record.setter
+    def record(self, record: Record) -> None:
+        self._now.record = record
+
+    @property
+    def version(self) -> int:
+        return self._now.version
+
+    @property
+    def claimed(self) -> bool:
+        return self._now.claimed
 
     @property
     def replacing(self) -> bool:
-        """Whether a run has begun that will take the place of what there is."""
-        return self._kept.replacing
+        """Whether a run has begun that will replace what there is."""
+        return self._now.kept.replacing
 
-    def restart(self, restarting: bool = True) -> None:
-        if self._kept.replacing != restarting and self._known is not None:
-            # So that, if the run breaks off before it has replaced anything, it is not taken for
-            # the one that is still here.
+    def read(self) -> None:
+        """Takes over what the directory holds.
+
+        Raises:
+            SnapshotError: If there is no manifest, or it is not as it was written.
+        """
+        known = self._manifest_now()
+        manifest = read_manifest(self.directory / NAME, known)
+        record = read_record(manifest.ensemble)
+        self._now = Contents(record, manifest, manifest, known=known, claimed=True)
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes what lies in the directory this store's own, as far as it may.
+
+        Raises:
+            ValueError: If something lies there that may be neither resumed nor overwritten.
+            SnapshotError: If there is a manifest to resume from that cannot be trusted.
+        """
+        if self.claimed:
+            return
+        free, known = self._is_free(), self._manifest_now()
+        if resume and known is not None and not free:
+            self.read()
+            return
+        if not free and not overwrite:
+            raise ValueError(
+                f"The directory holds something already. Received: directory='{self.directory}'. "
+                "Choose another one, load what is there with `SnapshotEnsemble.load`, or pass "
+                "`overwrite=True` to replace it."
+            )
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"`directory` is a file. Received: directory='{self.directory}'")
+        record = self.record
+        try:
+            if not free:
+                self.read()
+        except SnapshotError:
+            self._now.trusted = False
+        self._now.record, self._now.known, self._now.claimed = record, known, True
+
+    def _is_free(self) -> bool:
+        """Whether nothing lies there but what a writer leaves that was killed at once."""
+        if not self.directory.exists():
+            return True
+        if not self.directory.is_dir():
+            return False
+        names = [file.name for file in self.directory.iterdir()]
+        written = math.inf
+        if NAME in names:
+            try:
+                manifest = read_manifest(self.directory / NAME, self._manifest_now())
+            except SnapshotError:
+                return False
+            if manifest.names() or manifest.replacing:
+                return False
+            written = manifest.written
+        # Without a manifest, a numbered file may be a member of an ensemble that lost it.
+        return all(name in (LOCK, NAME) or _is_left_over(name, written) for name in names)
+
+    @contextlib.contextmanager
+    def transaction(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+        """Claims the directory and keeps other writers out; see `SnapshotStore.transaction`."""
+        before, is_new, is_safe = self._now.copy(), not self.directory.exists(), False
+        try:
+            self.claim(resume=resume, overwrite=overwrite)
+            claimed = self._now.copy()
             with self.writing():
-                self._kept = dataclasses.replace(self._kept, replacing=restarting)
-                self._submit()
-        self._restarting = restarting
+                try:
+                    yield
+                    self.settle()
+                except BaseException:
+                    # What is raised already matters more than what this meets.
+                    with contextlib.suppress(OSError):
+                        self.settle()
+                    is_safe = self._now.saved.names() != claimed.saved.names()
+                    with contextlib.suppress(OSError):
+                        if is_safe:
+                            self.commit()
+                            self.settle()
+                        else:
+                            self._undo(claimed, is_new)
+                    raise
+        except BaseException:
+            if not is_safe:
+                self._now = before
+            raise
+
+    def _undo(self, claimed: Contents, is_new: bool) -> None:
+        """Makes the directory what it was when it was claimed; nothing new is named in it."""
+        self._now.kept = claimed.kept
+        self._clean()
+        if claimed.known is None:
+            (self.directory / NAME).unlink(missing_ok=True)
+        elif self._now.known != claimed.known:
+            self._publish(claimed.known)
+        if is_new:
+            self._lock.remove()
+            self.directory.rmdir()
+
+    def restart(self) -> None:
+        """Lets the next file that is added replace all that there is by then."""
+        now = self._now
+        if not now.kept.replacing and now.saved.names():
+            # So that, if the run is killed before it has replaced anything, it is not taken for
+            # the one that is still here.
+            now.kept = dataclasses.replace(now.kept, replacing=True)
+            self._submit()
+        now.restarting = True
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -147,24 +242,41 @@ class ManifestDirectory:
                 if not entered:
                     self.settle()
 
+    def wait_for_writes(self) -> None:
+        """Waits until what is kept so far is in the directory, or has failed to get there."""
+        self._background.wait()
+
     def settle(self) -> None:
-        """Waits until all that is kept is in the directory; if it cannot be, it is not kept."""
+        """Waits until all that is kept is in the directory; if it cannot be, it is not kept.
+
+        An interrupt (Ctrl-C) meanwhile is raised when that is so.
+        """
         if not self._background.busy:
             return
+        interrupt: KeyboardInterrupt | None = None
         try:
-            self._background.join()
+            self._background.wait()
+        except KeyboardInterrupt as error:
+            interrupt = error
+        now = self._now
+        try:
+            self._background.finish()
         except BaseException:
-            self.version = self._saved_version
-            raise
+            now.version = now.saved_version
+            now.record.learned = read_record(now.saved.ensemble).learned
+            if interrupt is None:
+                raise
         finally:
-            self._kept = dataclasses.replace(self._saved, written=self._kept.written)
+            now.kept = dataclasses.replace(now.saved, written=now.kept.written)
             with contextlib.suppress(OSError):  # The directory may be gone.
                 self._clean()
+        if interrupt is not None:
+            raise interrupt
 
     def is_current(self) -> bool:
         """Whether nobody else has written since it was read."""
         self.settle()
-        return self._manifest_now() == self._known
+        return self._manifest_now() == self._now.known
 
     def _manifest_now(self) -> bytes | None:
         try:
@@ -174,8 +286,10 @@ class ManifestDirectory:
 
     def _clean(self) -> None:
         """Removes what a writer that was killed has left: no manifest ever named it."""
+        if not self._now.trusted:
+            return
         for path in self.directory.iterdir():
-            if _is_left(path.name, self._kept.written):
+            if _is_left_over(path.name, self._now.kept.written):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -183,49 +297,69 @@ class ManifestDirectory:
         """What the next file is added to, and the number of that file."""
         if self._background.failed:
             self.settle()
+        now = self._now
         # Names are used once, also those of a write that failed.
-        number = (self._pending or self._kept).written + 1
-        self._kept = dataclasses.replace(self._kept, written=number)
-        if self._pending is not None:
-            return dataclasses.replace(self._pending, written=number), number
-        return (Manifest(written=number) if self._restarting else self._kept), number
+        number = (now.pending or now.kept).written + 1
+        now.kept = dataclasses.replace(now.kept, written=number)
+        if now.pending is not None:
+            return dataclasses.replace(now.pending, written=number), number
+        return (Manifest(written=number) if now.restarting else now.kept), number
 
-    def commit(self) -> None:
+    def _add(self, **changes: Any) -> None:
+        """Changes what the next commit puts into the manifest."""
+        now = self._now
+        begun = changes.pop("begun", now.kept)
+        now.pending = dataclasses.replace(begun, replacing=False, **changes)
+        now.restarting = False
+
+    def commit(self, learned: Learned | None = None) -> None:
+        """Lets the manifest say what is kept.
+
+        Args:
+            learned: What is known about the members, if they have changed.
+        """
+        if not self.claimed:
+            return
         with self._explained(), self.writing():
-            if self._pending is not None:
-                self.version += self._pending.files != self._kept.files
-                self._kept, self._pending = self._pending, None
-            # Not before now: what is said may depend on which members there are.
-            self._kept = dataclasses.replace(self._kept, ensemble=plain(self.describe()))
+            now = self._now
+            if now.pending is not None:
+                if now.pending.files != now.kept.files:
+                    self._members_changed(learned)
+                now.kept, now.pending = now.pending, None
+            now.kept = dataclasses.replace(now.kept, ensemble=describe(now.record))
             self._submit()
+
+    def _members_changed(self, learned: Learned | None = None) -> None:
+        self._now.version += 1
+        self._now.record.learned = learned or Learned()
 
     def _submit(self) -> None:
         """Lets the manifest say what is kept."""
-        now, version = self._kept, self.version
+        kept, version = self._now.kept, self._now.version
 
-        def settle() -> None:
+        def write() -> None:
             with self._explained():
-                self._settle(now, version)
+                self._write(kept, version)
 
-        self._background.submit(settle)
+        self._background.submit(write)
 
-    def _settle(self, manifest: Manifest, version: int) -> None:
-        if self._known is None:
+    def _write(self, manifest: Manifest, version: int) -> None:
+        now = self._now
+        if now.known is None:
             # Numbered files that a manifest never knew could be anyone's, and would stop a run
-            # that was killed here from going on.
+            # that was killed here from being resumed.
             nothing = {**manifest.ensemble, "weights": None, "members": None}
-            self._publish(Manifest(ensemble=nothing))
-        manifest, before = manifest.finished(), self._saved
-        self._publish(manifest)
-        self._saved, self._saved_version = manifest, version
+            self._publish(Manifest(ensemble=nothing).to_json().encode())
+        manifest, before = manifest.finished(), now.saved
+        self._publish(manifest.to_json().encode())
+        now.saved, now.saved_version, now.trusted = manifest, version, True
         for name in before.names() - manifest.names():
             with contextlib.suppress(OSError):  # No longer named, it does no harm.
                 (self.directory / name).unlink()
 
-    def _publish(self, manifest: Manifest) -> None:
-        text = manifest.to_json()
-        self._draft(NAME, lambda path: pathlib.Path(path).write_text(text, "utf-8")).finish()
-        self._known = text.encode()
+    def _publish(self, text: bytes) -> None:
+        self._draft(NAME, lambda path: pathlib.Path(path).write_bytes(text)).finish()
+        self._now.known = text
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -236,12 +370,13 @@ class ManifestDirectory:
             if getattr(error, "explained", False) or isinstance(error, BlockingIOError):
                 raise
             if self.directory.exists():
-                kept = counted(len(self._saved.snapshots), "snapshot")
-                told = f"What was written before is as it was, {kept} with it."
+                kept = counted(len(self._now.saved.snapshots), "snapshot")
+                consequence = f"What was written before is as it was, {kept} with it."
             else:
-                told = "The directory is gone."
-            told = f"'{self.directory}' cannot be written to: {error}. {told}"
-            explained = OSError(error.errno, told)
+                consequence = "The directory is gone."
+            explained = OSError(
+                error.errno, f"'{self.directory}' cannot be written to: {error}. {consequence}"
+            )
             explained.explained = True  # type: ignore[attr-defined]
             raise explained from error
 
@@ -253,7 +388,7 @@ class ManifestDirectory:
         return None if file is None else file.checked(self.directory)
 
 
-def _is_left(name: str, written: float) -> bool:
+def _is_left_over(name: str, written: float) -> bool:
     """Whether a file of this name is not whole, or later than a manifest that says `written`."""
     number = re.fullmatch(r"(?:snapshot|model|state)-(\d{4,})\.(?:weights\.h5|keras|npz)", name)
     return name.startswith("writing-") or (number is not None and int(number[1]) > written)

@@ -12,7 +12,8 @@ import zipfile
 import keras
 import numpy as np
 
-from snapshot_ensemble.storage.snapshot import SnapshotError, Weights, load_weights
+from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
+from snapshot_ensemble.storage.weight_files import load_weights
 
 # Below this share of the bytes, each snapshot is a file of Keras's with all weights.
 WORTH = 0.1

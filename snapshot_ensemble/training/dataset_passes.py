@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
-from keras.src.backend.tensorflow.trainer import TFEpochIterator
+
+from snapshot_ensemble.keras_compat.epoch_iterator import training_passes_noticed
 
 
 class Passes:
@@ -44,18 +45,10 @@ class Passes:
         if self._data is None:
             yield
             return
-        get_iterator, trained = TFEpochIterator._get_iterator, []
 
-        def counting(iterator: TFEpochIterator) -> Any:
-            # The first to be asked is that of training, others are of validation.
-            trained.append(iterator)
-            if iterator is trained[0]:
-                self._catch_up()
-                self._begun += 1
-            return get_iterator(iterator)
+        def begin_pass() -> None:
+            self._catch_up()
+            self._begun += 1
 
-        TFEpochIterator._get_iterator = counting
-        try:
+        with training_passes_noticed(begin_pass):
             yield
-        finally:
-            TFEpochIterator._get_iterator = get_iterator

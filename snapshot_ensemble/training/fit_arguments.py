@@ -1,10 +1,13 @@
 """The arguments of `model.fit`: what is refused, and what they say of the number of steps."""
 
 import inspect
+import math
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from snapshot_ensemble.checks import whole_number
 
 RATE_SETTERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
@@ -28,7 +31,7 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
-    """Raises `TypeError` for an argument that the model's `fit` does not have."""
+    """Raises `TypeError` for an argument that `model.fit` does not have; checks the callbacks."""
     parameters = inspect.signature(model.fit).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
@@ -38,6 +41,7 @@ def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
                 f"`fit` has no argument `{name}`. Received: {name}={value!r}. "
                 f"Beside x, y and epochs it takes: {known}"
             )
+    check_callbacks(arguments.get("callbacks"))
 
 
 def steps_in_epoch(model: keras.Model, x: Any, arguments: dict[str, Any], steps: int) -> int:
@@ -85,14 +89,11 @@ def is_validated(arguments: dict[str, Any]) -> bool:
 def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The validation data of `fit` as arguments of `choose_members`.
 
-    None where there are none, or they can be gone through only once.
+    None where there are none, or they can be read only once.
     """
     given, split = arguments.get("validation_data"), arguments.get("validation_split") or 0
     if given is None and split:
-        from keras.src.trainers.data_adapters import array_slicing  # noqa: PLC0415
-
-        parts = (x, y, arguments.get("sample_weight"))
-        given = array_slicing.train_validation_split(parts, validation_split=split)[1]
+        given = _last_rows((x, y, arguments.get("sample_weight")), split)
     size = arguments.get("validation_batch_size") or arguments.get("batch_size")
     if isinstance(given, (tuple, list)):
         names = ("x", "y", "sample_weight")
@@ -100,3 +101,23 @@ def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] |
     if isinstance(given, (tf.data.Dataset, keras.utils.PyDataset)):
         return {"x": given, "steps": arguments.get("validation_steps")}
     return None
+
+
+def _last_rows(arrays: Any, share: float) -> Any:
+    """The last rows of each array, those that Keras takes for `validation_split`."""
+    rows = next(len(array) for array in keras.tree.flatten(arrays) if array is not None)
+    first = math.floor(rows * (1.0 - share))
+    return keras.tree.map_structure(lambda a: None if a is None else a[first:], arrays)
+
+
+def epochs_to_run(epochs: int | None, default: int, initial_epoch: int | None) -> int:
+    """How many epochs `fit` runs: those from `initial_epoch` to `epochs`, or by default so many."""
+    first = whole_number("initial_epoch", initial_epoch or 0, 0)
+    if epochs is None:
+        return default
+    if first and whole_number("epochs", epochs, 1) <= first:
+        raise ValueError(
+            "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
+            f"Received: epochs={epochs}, initial_epoch={first}"
+        )
+    return epochs - first if first else epochs

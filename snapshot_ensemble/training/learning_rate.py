@@ -6,22 +6,21 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
+from snapshot_ensemble.keras_compat.optimizer_rate import (
+    held_rate,
+    rate_holder,
+    rate_replaced,
+    rate_shown,
+)
+from snapshot_ensemble.keras_compat.train_step import before_each_step
 from snapshot_ensemble.schedules import Cycle, anneal
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer that has the learning rate: a `LossScaleOptimizer` only wraps it."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def compiled_rate(model: keras.Model) -> float:
     """The learning rate that the model was compiled with; of a schedule, that of step 0."""
-    rate = innermost(model.optimizer)._learning_rate
+    rate = held_rate(model.optimizer)
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = rate(0)
     elif callable(rate):
@@ -69,7 +68,7 @@ class AnnealedRate:
 
     @property
     def _optimizer(self) -> Any:
-        return innermost(self.model.optimizer)  # Another one after a new `compile`.
+        return rate_holder(self.model.optimizer)  # Another one after a new `compile`.
 
     @property
     def steps_taken(self) -> int:
@@ -93,80 +92,51 @@ class AnnealedRate:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Puts the rate into the model, and takes it out again whatever happens."""
-        model, step = self.model, self.model.train_step
-        overridden = "train_step" in vars(model)
-
-        def train_step(data: Any) -> Any:
-            # Not before there is a batch: the last call on data of unknown length finds none.
-            with tf.control_dependencies(_tensors(data)):
-                self._assign()
-            return step(data)
-
-        with self._plain_variable():
-            model.train_step = train_step
-            model.train_function = None  # It was traced with the other step.
-            try:
-                yield
-            finally:
-                if overridden:
-                    model.train_step = step
-                else:
-                    del model.train_step
-                model.train_function = None
+        with self._in_a_variable(), before_each_step(self.model, self._assign):
+            yield
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[float], None]]:
         """Lets the caller set the rate from step to step, instead of the graph."""
-        with self._plain_variable():
+        with self._in_a_variable():
             yield self._optimizer.learning_rate.assign
 
     @contextlib.contextmanager
-    def _plain_variable(self) -> Iterator[None]:
+    def _in_a_variable(self) -> Iterator[None]:
         """Lets the optimizer hold its rate in a variable, and afterwards what it held before."""
         optimizer = self._optimizer
-        own = optimizer._learning_rate
-        if isinstance(own, keras.Variable):
-            self._own = float(own.numpy())
-            try:
-                yield
-            finally:
-                own.assign(self._own)
-                self._own = None
-            return
-        self._own = own
-        # The setter refuses a number once there was a schedule. The new variable has the place
-        # that it has in an optimizer made with a number, which the order in files depends on.
-        with self.model.distribute_strategy.scope():
-            optimizer._learning_rate = variable = _variable(0.0, keras.config.floatx())
-        variables = optimizer._variables
-        variables.insert(1, variables.pop())
+        own = held_rate(optimizer)
+        is_number = isinstance(own, keras.Variable)
+        self._own = float(own.numpy()) if is_number else own
         try:
-            yield
+            if is_number:
+                yield
+            else:
+                with self.model.distribute_strategy.scope():
+                    variable = _variable(0.0, keras.config.floatx())
+                with rate_replaced(optimizer, variable):
+                    yield
         finally:
-            optimizer._learning_rate = own
-            optimizer._untrack_variable(variable)
+            if is_number:
+                own.assign(self._own)
             self._own = None
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Shows the optimizer's own rate for a moment, for saving the model as it was compiled."""
+        """Shows the optimizer's own rate for a moment, to save the model as it was compiled."""
         if self._own is None:  # Not installed.
             yield
             return
-        optimizer, variable, rate = self._optimizer, self._optimizer._learning_rate, self.last
-        if isinstance(self._own, float):
-            variable.assign(self._own)
-        else:
-            optimizer._learning_rate = self._own
+        variable, rate = held_rate(self._optimizer), self.last
         try:
-            yield
+            if isinstance(self._own, float):
+                variable.assign(self._own)
+                yield
+            else:
+                with rate_shown(self._optimizer, self._own):
+                    yield
         finally:
-            optimizer._learning_rate = variable
             variable.assign(rate)
-
-
-def _tensors(data: Any) -> list[Any]:
-    return [part for part in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(part)]
 
 
 def _variable(value: Any, dtype: str) -> keras.Variable:

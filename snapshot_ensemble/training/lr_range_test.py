@@ -9,8 +9,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from snapshot_ensemble.checks import real_number, whole_number
+from snapshot_ensemble.training.fit_arguments import check_fit_arguments
 from snapshot_ensemble.training.learning_rate import AnnealedRate
-from snapshot_ensemble.training.state import TrainingState, build
+from snapshot_ensemble.training.state import RunPosition, TrainingState, build
 
 # The loss is averaged over rates that are a factor of about this apart, and a test ends where it is
 # so many times the least.
@@ -109,13 +111,16 @@ def range_test(
         **fit_arguments: As for `model.fit`.
 
     Raises:
-        ValueError: If the loss never falls, so that there is nothing to choose by.
+        ValueError: If a rate or the number of steps is impossible, or the loss never falls, so that
+            there is nothing to choose by.
+        TypeError: If `model.fit` has no such argument.
     """
-    rates = np.geomspace(lr_min, lr_max, steps)
+    rates = _rates(lr_min, lr_max, steps, fit_arguments)
+    check_fit_arguments(model, fit_arguments)
     with _put_back(model, x), rate.held() as set_rate:
         sweep = _Sweep(rates, set_rate)
         given = {"verbose": 0, **fit_arguments, "callbacks": [sweep]}
-        model.fit(x, y, epochs=steps, **given)
+        model.fit(x, y, epochs=len(rates), **given)
     losses = np.asarray(sweep.losses)
     known = np.isfinite(losses)
     rates, losses = rates[: len(losses)][known], losses[known]
@@ -128,6 +133,24 @@ def range_test(
     return RangeTest(rates, losses, smoothed, suggest(rates, smoothed))
 
 
+def _rates(lr_min: Any, lr_max: Any, steps: Any, fit_arguments: dict[str, Any]) -> np.ndarray:
+    """The rate of each step, or an error if there can be no such test."""
+    not_taken = {"epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"}
+    if given := sorted(not_taken & set(fit_arguments)):
+        raise ValueError(
+            "A range test counts in steps, and does nothing but train. Received: "
+            f"{', '.join(given)}. Leave it out."
+        )
+    steps = whole_number("steps", steps, 10)
+    lr_min = real_number("lr_min", lr_min, positive=True)
+    lr_max = real_number("lr_max", lr_max, positive=True)
+    if lr_min >= lr_max:
+        raise ValueError(
+            f"`lr_min` must be below `lr_max`. Received: lr_min={lr_min}, lr_max={lr_max}"
+        )
+    return np.geomspace(lr_min, lr_max, steps)
+
+
 @contextlib.contextmanager
 def _put_back(model: keras.Model, x: Any) -> Iterator[None]:
     """Gives the model, its optimizer and the random generators back the state that they had."""
@@ -135,7 +158,7 @@ def _put_back(model: keras.Model, x: Any) -> Iterator[None]:
     if not model.optimizer.built:
         with model.distribute_strategy.scope():
             model.optimizer.build(model.trainable_variables)
-    state, history = TrainingState.of(model, [], {}), vars(model).get("history")
+    state, history = TrainingState.of(model, [], RunPosition()), vars(model).get("history")
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """What a restart leaves of the weights: shrink and perturb."""
 
-import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -9,16 +8,15 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import real_number
-from snapshot_ensemble.inference.cloning import initialized_by
+from snapshot_ensemble.keras_compat.initializers import random_initializers_replaced
+from snapshot_ensemble.keras_compat.layer_graph import direct_layers, own_trainable_variables
+from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.training.overfitting import has_overfitted
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
 
-# What `"auto"` carries over once the run has overfitted; by which part the training loss is below
-# the validation loss then; by which that has risen (by less it does where a net still learns), or
-# by how little fallen since the cycles before (where restarts still teach, it falls by more); and
-# by how much more than the least the first cycle may have had, from nothing: what a restart takes
-# away, one cycle must be able to learn again.
-AUTO, APART, RISEN, FALLEN, MISSED = 0.5, 0.5, 0.05, 0.1, 0.3
+# What `"auto"` carries over once the run has overfitted.
+AUTO_SHARE = 0.5
 
 
 def check_shrink(shrink: Any) -> Any:
@@ -63,7 +61,7 @@ class Part:
     def draw(self) -> list[np.ndarray]:
         """What its weights would be if it were made now, from Python's random numbers."""
         layer = self.layer
-        with initialized_by(_drawn_anew):
+        with random_initializers_replaced(_drawn_anew):
             fresh = type(layer).from_config(layer.get_config())
             if not fresh.built:
                 fresh.build_from_config(layer.get_build_config())
@@ -107,13 +105,13 @@ def _parts(layer: Any, around: tuple[str, ...]) -> Iterator[Part]:
             return
         except Exception:  # Of one that cannot be made, the layers inside may be.
             pass
-    if own := [v for v in layer._trainable_variables if v.trainable]:
+    if own := own_trainable_variables(layer):
         raise ValueError(
             "`shrink` below 1 draws weights anew, and nothing is known of how these began: "
             f"{', '.join(v.path for v in own)}. Give the layer that makes them a `get_config` "
             "from which it can be made, or use `shrink=1`."
         )
-    for inner in layer._flatten_layers(include_self=False, recursive=False):
+    for inner in direct_layers(layer):
         yield from _parts(inner, path)
 
 
@@ -136,15 +134,13 @@ class Restarter:
 
     Args:
         shrink: A value that `check_shrink` has passed.
-        spared: Places of parts that were trained before the first run; None until it is known.
 
     Attributes:
         share: What the last restart carried over.
     """
 
-    def __init__(self, shrink: Shrink = 1.0, spared: Sequence[int] | None = None) -> None:
+    def __init__(self, shrink: Shrink = 1.0) -> None:
         self.shrink = shrink
-        self.spared: list[int] | None = None if spared is None else list(spared)
         self.share = 1.0
 
     @property
@@ -152,27 +148,37 @@ class Restarter:
         """Whether every restart is the paper's, which carries all weights over."""
         return self.shrink == 1
 
-    def begin(self, model: keras.Model, validated: bool = True) -> None:
-        """Looks, before the first run, what was trained before.
+    def prepare(
+        self, model: keras.Model, pretrained: list[int] | None, *, is_validated: bool = True
+    ) -> list[int] | None:
+        """Checks before a run that the weights can shrink, and looks what was trained before.
 
         Args:
             model: What will be trained.
-            validated: Whether there are validation data, without which `"auto"` has nothing to do.
+            pretrained: The places of parts that were trained before the first run, if known.
+            is_validated: Whether there are validation data, which `"auto"` needs to do anything.
+
+        Returns:
+            `pretrained`, found out if it can be.
 
         Raises:
             ValueError: If the model is not one whose weights can shrink as they are to.
         """
-        if not model.built:  # Nothing in it can have been trained.
-            self.spared = [] if self.spared is None else self.spared
-        if self.is_warm or not model.built or (self.shrink == "auto" and not validated):
-            return
+        if not model.built:
+            return [] if pretrained is None else pretrained  # Nothing in it is trained.
+        if self.is_warm or (self.shrink == "auto" and not is_validated):
+            return pretrained
         generator = random.getstate()
         try:
             parts = self._parts(model)
         finally:
             random.setstate(generator)  # To have looked changes nothing.
-        if self.spared is None:
-            self.spared = trained_before(parts)
+        if pretrained is None:
+            pretrained = trained_before(parts)
+        self._check_for(parts, pretrained)
+        return pretrained
+
+    def _check_for(self, parts: Sequence[Part], pretrained: Sequence[int]) -> None:
         if isinstance(self.shrink, Mapping):
             names = {name for part in parts for name in part.path}
             if unknown := sorted(set(self.shrink) - names):
@@ -180,21 +186,21 @@ class Restarter:
                     f"`shrink` must name layers with weights. Received: {', '.join(unknown)}. "
                     f"There are: {', '.join(sorted(names))}"
                 )
-        elif self.shrink != "auto" and len(self.spared) == len(parts):
+        elif self.shrink != "auto" and len(pretrained) == len(parts):
             raise ValueError(
                 "`shrink` leaves layers alone that were trained before, and these are all that "
                 f"there are. Received: shrink={self.shrink}. Name those that it is meant for: "
                 f"shrink={{{parts[-1].path[-1]!r}: {self.shrink}}}"
             )
 
-    def restart(self, model: keras.Model, history: Mapping[str, list[Any]]) -> float:
+    def restart(self, model: keras.Model, progress: Progress) -> float:
         """Changes the weights; returns the share carried over, the least if there are several."""
         self.share = 1.0
-        if self.is_warm or (self.shrink == "auto" and not has_overfitted(history)):
+        if self.is_warm or (self.shrink == "auto" and not has_overfitted(progress.history)):
             return self.share
         trained = {id(variable) for variable in model.trainable_variables}
         for place, part in enumerate(self._parts(model)):
-            share = self._share_of(place, part)
+            share = self._share_of(part, place in (progress.pretrained or ()))
             if share == 1 or not trained & {id(variable) for variable in part.weights}:
                 continue
             self.share = min(self.share, share)
@@ -212,31 +218,10 @@ class Restarter:
                 raise
             return []  # Then all restarts are warm.
 
-    def _share_of(self, place: int, part: Part) -> float:
+    def _share_of(self, part: Part, is_pretrained: bool) -> float:
         if isinstance(self.shrink, Mapping):
             named = [self.shrink[name] for name in part.path if name in self.shrink]
             return named[-1] if named else 1.0  # The innermost name counts.
-        if place in (self.spared or ()):
+        if is_pretrained:
             return 1.0
-        return AUTO if isinstance(self.shrink, str) else self.shrink
-
-
-def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
-    """Whether a cycle has ended with a validation loss that learning no longer makes less.
-
-    And well above the training loss: else it is so by chance, or by restarts themselves.
-    """
-    columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
-    known = [row for row in zip(*columns, strict=False) if row[-1] is not None]
-    ends = list({cycle: place for place, (cycle, *_) in enumerate(known)}.values())
-    least = list(itertools.accumulate((row[-1] for row in known), min))
-    for before, end in zip([None, *ends], ends, strict=False):
-        _, loss, val_loss = known[end]
-        has_stopped = val_loss - least[end] > RISEN * abs(least[end]) or (
-            before is not None and least[before] - val_loss < FALLEN * abs(least[before])
-        )
-        by_heart = val_loss - loss > APART * abs(val_loss)
-        can_again = least[ends[0]] - least[end] <= MISSED * abs(least[end])
-        if has_stopped and by_heart and can_again:
-            return True
-    return False
+        return AUTO_SHARE if isinstance(self.shrink, str) else self.shrink

@@ -1,125 +1,159 @@
-"""The state of training at the end of an epoch, with which a broken run goes on to the bit."""
+"""The state of training at the end of an epoch, from which an interrupted run is resumed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.backend.common import global_state
-from keras.src.random.seed_generator import global_seed_generator
 
+from snapshot_ensemble.keras_compat.optimizers import built_for, optimizers_of
+from snapshot_ensemble.keras_compat.random_seed import global_seed, set_global_seed
+from snapshot_ensemble.keras_compat.stock_layers import is_stock_callback
+from snapshot_ensemble.storage.record import Counts
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
+from snapshot_ensemble.storage.typed_json import Count, decode, encode
 from snapshot_ensemble.storage.weight_delta import as_bits, from_bits, same
 
-Facts = dict[str, Any]
-_FACTS = {
-    "run": int,
-    "fingerprint": dict,
-    "next_epoch": int,
-    "finished": bool,
-    "steps": int | None,
-    "cycles_before": int,
-    "epochs": int,
-    "earlier": list,
-    "done": dict,
-    "callbacks": list,
-    "optimizers": list,
-    "random": dict,
-}
+
+@dataclasses.dataclass
+class RunPosition:
+    """How far a run has come.
+
+    Attributes:
+        run: Its number, from 0, of the runs in its directory.
+        fingerprint: What must be the same for it to be resumed.
+        next_epoch: Keras's number of the epoch to resume with.
+        finished: Whether it has ended.
+        steps: Steps in an epoch; None until that is known.
+        cycles_before: Number of cycles before the run.
+        epochs: Number of its epochs that are done.
+        run_epochs: Number of epochs of each run before.
+        done: What is done over all runs.
+    """
+
+    run: Count = 0
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+    next_epoch: Count = 0
+    finished: bool = False
+    steps: Count | None = None
+    cycles_before: Count = 0
+    epochs: Count = 0
+    run_epochs: list[Count] = dataclasses.field(default_factory=list, metadata={"json": "earlier"})
+    done: Counts = dataclasses.field(default_factory=Counts)
+
+    def epochs_of_runs(self) -> list[int]:
+        """The number of epochs of each run that has ended."""
+        return self.run_epochs + [self.epochs] * self.finished
+
+
+@dataclasses.dataclass
+class _Facts:
+    """What a state file says beside its arrays and the position of the run.
+
+    Attributes:
+        callbacks: Class name and state of each callback.
+        optimizers: For each optimizer the numbers of the variables that it was built for.
+        random: The states of Python's and NumPy's generators.
+        weights: For each of the model's weights its number among the variables.
+        shared: Numbers of variables that the file leaves out, with their places in the base.
+    """
+
+    callbacks: list[Any]
+    optimizers: list[list[Count] | None]
+    random: dict[str, Any]
+    weights: list[Count]
+    shared: dict[str, Count] = dataclasses.field(default_factory=dict)
 
 
 class TrainingState:
-    """What a run needs to go on: plain arrays, and facts that JSON can say.
+    """What resuming a run needs: plain arrays, and facts that JSON can represent.
 
     Args:
         arrays: By name.
-        facts: Numbers, strings, and lists and dicts of them.
+        position: How far the run has come.
+        facts: The other facts.
         base: Gives the weights of a model that are kept elsewhere.
     """
 
     def __init__(
         self,
         arrays: dict[str, np.ndarray],
-        facts: Facts,
+        position: RunPosition,
+        facts: _Facts,
         base: Callable[[keras.Model], Weights] | None = None,
     ) -> None:
-        self.arrays, self.facts, self._base = arrays, facts, base
-
-    @property
-    def run(self) -> int:
-        """The number of the run, from 0."""
-        return self.facts["run"]
-
-    @property
-    def done(self) -> dict[str, int]:
-        """Numbers of cycles, epochs, steps and runs that were done."""
-        return self.facts["done"]
-
-    def epochs_of_runs(self) -> list[int]:
-        """The number of epochs of each run that has ended."""
-        return self.facts["earlier"] + [self.facts["epochs"]] * self.facts["finished"]
+        self.arrays, self.position = arrays, position
+        self._facts, self._base = facts, base
 
     @classmethod
-    def of(cls, model: keras.Model, callbacks: Sequence[Any], facts: Facts) -> "TrainingState":
+    def of(cls, model: keras.Model, callbacks: Sequence[Any], position: RunPosition) -> Self:
         """The state of this moment."""
         arrays, variables = {}, variables_of(model)
         for number, variable in enumerate(variables):
             arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
-        if global_state.get_global_attribute("global_seed_generator") is not None:
-            # The one that Keras draws from where nobody gave a seed.
-            arrays["keras_seed"] = global_seed_generator().state.numpy()
-        found = []
+        if (seed := global_seed()) is not None:
+            arrays["keras_seed"] = seed
+        states = []
         for number, callback in enumerate(callbacks):
             state = _pack(_state_of(callback), f"callback_{number}", arrays)
-            found.append([type(callback).__name__, state])
-        places = {id(variable): number for number, variable in enumerate(variables)}
-        more = {"callbacks": found, "optimizers": _built_for(model), "random": _random_state()}
-        more["weights"] = [places[id(variable)] for variable in model.weights]
-        return cls(arrays, {**facts, **more})
+            states.append([type(callback).__name__, state])
+        numbers = {id(variable): number for number, variable in enumerate(variables)}
+        weights = [numbers[id(variable)] for variable in model.weights]
+        return cls(arrays, position, _Facts(states, _built_for(model), _random_state(), weights))
 
     def write(self, path: str | os.PathLike[str], base: Weights | None = None) -> None:
         """Writes it as `.npz`, in which nothing is pickled; without what a base has."""
         plain = {name: as_bits(array) for name, array in self.arrays.items()}
         shared = {}
-        for place, number in enumerate(self.facts["weights"] if base is not None else ()):
+        for place, number in enumerate(self._facts.weights if base is not None else ()):
             if base is not None and same(self.arrays[f"variable_{number}"], base[place]):
-                shared[number] = place
+                shared[str(number)] = place
                 del plain[f"variable_{number}"]
-        text = np.frombuffer(json.dumps({**self.facts, "shared": shared}).encode(), "uint8")
+        facts = dataclasses.replace(self._facts, shared=shared)
+        text = json.dumps({**encode(self.position), **encode(facts)}).encode()
         with open(path, "wb") as file:  # noqa: PTH123  A file, so that NumPy adds no ending.
-            np.savez(file, **plain, facts=text)  # type: ignore[arg-type]  # Names of arrays.
+            np.savez(file, **plain, facts=np.frombuffer(text, "uint8"))  # type: ignore[arg-type]
 
     @classmethod
     def read(
         cls, path: str | os.PathLike[str], base: Callable[[keras.Model], Weights] | None = None
-    ) -> "TrainingState":
+    ) -> Self:
         """Reads what `write` wrote; raises `SnapshotError` if it is something else."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            facts = json.loads(arrays.pop("facts").tobytes())
-            for name, kind in _FACTS.items():
-                if not isinstance(facts[name], kind):
-                    raise TypeError(f"{name}={facts[name]!r}")
-            facts["shared"] = {int(n): int(p) for n, p in facts.get("shared", {}).items()}
+            content = json.loads(arrays.pop("facts").tobytes())
+            position, facts = (decode(kind, content, "facts") for kind in (RunPosition, _Facts))
         except Exception as error:  # NumPy raises errors of many classes for a broken file.
             raise SnapshotError(f"'{path}' is no state of training: {error}") from error
-        return cls(arrays, facts, base)
+        return cls(arrays, position, facts, base)
 
     def restore_model(self, model: keras.Model) -> None:
         """Gives the model, its optimizers and the random generators this state."""
-        _build_optimizers(model, self.facts["optimizers"])
+        _build_optimizers(model, self._facts.optimizers)
         variables = variables_of(model)
-        if self.facts.get("shared") and self._base is not None:
+        if self._facts.shared and self._base is not None:
             base = self._base(model)
-            for number, place in self.facts["shared"].items():
-                self.arrays[f"variable_{number}"] = base[place]
-        kept = [array for name, array in self.arrays.items() if name.startswith("variable_")]
+            for shared, place in self._facts.shared.items():
+                self.arrays[f"variable_{shared}"] = base[place]
+        self._check_for(variables)
+        for number, variable in enumerate(variables):
+            array = self.arrays[f"variable_{number}"]
+            own = keras.ops.convert_to_numpy(variable.value).dtype
+            variable.assign(from_bits(array, own))
+        if "keras_seed" in self.arrays:
+            set_global_seed(self.arrays["keras_seed"])
+        _set_random_state(self._facts.random)
+
+    def _check_for(self, variables: Sequence[Any]) -> None:
+        """Raises `SnapshotError` unless it has an array for each of the variables, and no other."""
+        kept = [name for name in self.arrays if name.startswith("variable_")]
         for number, variable in enumerate(variables):
             array = self.arrays.get(f"variable_{number}")
             if array is None or array.shape != tuple(variable.shape) or len(kept) > len(variables):
@@ -129,52 +163,34 @@ class TrainingState:
                     f"{variable.path} of shape {tuple(variable.shape)}, in the state {shape}; "
                     f"{len(variables)} variables, in the state {len(kept)}"
                 )
-        for number, variable in enumerate(variables):
-            array = self.arrays[f"variable_{number}"]
-            own = keras.ops.convert_to_numpy(variable.value).dtype
-            variable.assign(from_bits(array, own))
-        if "keras_seed" in self.arrays:
-            global_seed_generator().state.assign(self.arrays["keras_seed"])
-        _set_random_state(self.facts["random"])
 
     def restore_callbacks(self, callbacks: Sequence[Any]) -> None:
         """Gives the callbacks, those that are of the same class as then, their state."""
-        for callback, (kind, state) in zip(callbacks, self.facts["callbacks"], strict=False):
+        for callback, (kind, state) in zip(callbacks, self._facts.callbacks, strict=False):
             if type(callback).__name__ == kind and state is not None:
                 _give_back(callback, _unpack(state, self.arrays))
 
 
 def variables_of(model: keras.Model) -> list[Any]:
     """All that training changes: weights, seeds of dropout, the slots of optimizers."""
-    found = list(model.variables)
-    for optimizer in _optimizers(model):
-        found += optimizer.variables
-    return list({id(variable): variable for variable in found}.values())
-
-
-def _optimizers(model: keras.Model) -> list[Any]:
-    """The model's optimizers, of which one with a training step of its own may have several."""
-    own = [v for v in vars(model).values() if isinstance(v, keras.Optimizer)]
-    found = [model.optimizer, *(optimizer for optimizer in own if optimizer is not model.optimizer)]
-    # A `LossScaleOptimizer` has one inside, which goes before it: it may ask for its variables.
-    inner = [o.inner_optimizer for o in found if hasattr(o, "inner_optimizer")]
-    return [*inner, *found]
+    variables = list(model.variables)
+    for optimizer in optimizers_of(model):
+        variables += optimizer.variables
+    return list({id(variable): variable for variable in variables}.values())
 
 
 def _built_for(model: keras.Model) -> list[list[int] | None]:
     """The model's variables that each optimizer was built for, by their numbers."""
-    place = {id(variable): number for number, variable in enumerate(model.variables)}
+    numbers = {id(variable): number for number, variable in enumerate(model.variables)}
     return [
-        [place[id(v)] for v in getattr(optimizer, "_trainable_variables", [])]
-        if optimizer.built
-        else None
-        for optimizer in _optimizers(model)
+        [numbers[id(v)] for v in built_for(optimizer)] if optimizer.built else None
+        for optimizer in optimizers_of(model)
     ]
 
 
-def _build_optimizers(model: keras.Model, built_for: list[list[int] | None]) -> None:
+def _build_optimizers(model: keras.Model, variables: list[list[int] | None]) -> None:
     """Builds those that had been, which Keras does at their first step."""
-    for optimizer, numbers in zip(_optimizers(model), built_for, strict=True):
+    for optimizer, numbers in zip(optimizers_of(model), variables, strict=True):
         if numbers and not optimizer.built:
             with model.distribute_strategy.scope():
                 optimizer.build([model.variables[number] for number in numbers])
@@ -213,11 +229,14 @@ def _state_of(callback: Any) -> Any:
     """What a callback says of itself, and what a callback of Keras holds in plain attributes."""
     if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
         return callback.get_state()
-    if not type(callback).__module__.startswith("keras."):
+    if not is_stock_callback(callback):
         return None
     plain = (bool, int, float, str, np.generic, np.ndarray, list, type(None))
-    found = vars(callback).items()
-    return {name: v for name, v in found if isinstance(v, plain) or _is_operation(v)}
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if isinstance(value, plain) or _is_operation(value)
+    }
 
 
 def _is_operation(value: Any) -> bool:
@@ -260,42 +279,15 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     return value
 
 
-def _random_state() -> Facts:
+def _random_state() -> dict[str, Any]:
     """Python's and NumPy's generators, by which generators and callbacks may shuffle."""
-    found: Any = np.random.get_state()  # noqa: NPY002  It is that one's state.
-    kind, keys, *rest = found
+    state: Any = np.random.get_state()  # noqa: NPY002  It is that one's state.
+    kind, keys, *rest = state
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 
 
-def _set_random_state(state: Facts) -> None:
+def _set_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.asarray(keys, "uint32"), *rest))  # noqa: NPY002
-
-
-class StateKeeper(keras.callbacks.Callback):
-    """Goes last among the callbacks: keeps the state when all others have seen an epoch's end.
-
-    Args:
-        callbacks: The user's callbacks.
-        keep: Takes the number of the epoch that ended.
-        state: The state to go on from, if any.
-    """
-
-    def __init__(
-        self,
-        callbacks: Sequence[Any],
-        keep: Callable[[int], None],
-        state: TrainingState | None,
-    ) -> None:
-        super().__init__()
-        self._callbacks, self._keep, self._state = callbacks, keep, state
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if self._state is not None:
-            self._state.restore_callbacks(self._callbacks)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if not self.model.stop_training:
-            self._keep(epoch)

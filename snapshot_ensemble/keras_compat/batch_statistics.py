@@ -1,0 +1,57 @@
+"""Batch normalisation: the layers, and the statistics of each batch that they take."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from snapshot_ensemble.keras_compat.layer_graph import all_layers
+
+STATISTICS = ("count", "mean", "variance")
+
+
+def normalizing_layers(model: keras.Model) -> list[Any]:
+    """The layers that keep the statistics of batches, unless they are frozen."""
+    needed = ("moving_mean", "moving_variance", "momentum")
+    layers = [layer for layer in all_layers(model) if layer.trainable]
+    return [layer for layer in layers if all(hasattr(layer, name) for name in needed)]
+
+
+@contextlib.contextmanager
+def recorded_by_batch(layers: Sequence[Any]) -> Iterator[list[list[dict[str, Any]]]]:
+    """Lets these layers, and no others, work as in training, and forget all earlier batches.
+
+    Yields a list for each layer, to which each of its calls adds the statistics that it took, and
+    of how many items.
+    """
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer, seen in zip(layers, calls, strict=True):
+            layer.momentum = 0.0
+            # Past Keras's own tracking of attributes, which would note the change.
+            object.__setattr__(layer, "call", _in_training(layer, seen))
+        yield calls
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            vars(layer).pop("call", None)
+
+
+def _in_training(layer: Any, seen: list[dict[str, Any]]) -> Callable[..., Any]:
+    call = layer.call
+
+    def call_in_training(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(inputs, *args, **{**kwargs, "training": True})
+        kept = layer.moving_mean.value, layer.moving_variance.value
+        mask = kwargs.get("mask")
+        if mask is None:
+            count = ops.cast(ops.size(inputs), "float64") / kept[0].shape[0]
+        else:
+            count = ops.sum(ops.cast(mask, "float64"))
+        seen.append(dict(zip(STATISTICS, (count, *kept), strict=True)))
+        return outputs
+
+    return call_in_training

@@ -1,0 +1,92 @@
+"""A patch of a class that acts only for the code that asked for it."""
+
+import contextlib
+import contextvars
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class ContextPatch:
+    """Replaces a method of a class in the caller's own context and nowhere else.
+
+    The class is patched while at least one caller needs it, and is as before afterwards. Other
+    threads, and other code in the same thread after `active()` has ended, get the original method
+    all the while: the replacement asks a `ContextVar`, which starts empty in each thread.
+
+    Example:
+
+    >>> class Greeter:
+    ...     def greet(self):
+    ...         return "hello"
+    >>> def greet_by_name(name, original, self):
+    ...     return f"{original(self)} {name}"
+    >>> patch = ContextPatch(Greeter, "greet", greet_by_name)
+    >>> with patch.active("you"):
+    ...     Greeter().greet()
+    'hello you'
+    >>> Greeter().greet()
+    'hello'
+
+    Args:
+        owner: The class.
+        name: The method's name.
+        replacement: Called as `replacement(value, original, self, *args, **kwargs)`, where `value`
+            is what was given to `active`.
+    """
+
+    def __init__(self, owner: type, name: str, replacement: Callable[..., Any]) -> None:
+        self._owner, self._name, self._replacement = owner, name, replacement
+        self._value: contextvars.ContextVar[Any] = contextvars.ContextVar(name, default=None)
+        self._lock = threading.Lock()
+        self._users = 0
+        self._inherited = False
+        self._original: Any = None
+        self._patched: Any = None
+
+    @contextlib.contextmanager
+    def active(self, value: Any) -> Iterator[None]:
+        """Lets the replacement act, in this context; `value` is anything but `None`."""
+        self._install()
+        try:
+            token = self._value.set(value)
+            try:
+                yield
+            finally:
+                self._value.reset(token)
+        finally:
+            self._remove()
+
+    def _install(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            self._inherited = self._name not in vars(self._owner)
+            self._original = getattr(self._owner, self._name)
+            self._patched = self._wrapper(self._original)
+            setattr(self._owner, self._name, self._patched)
+
+    def _remove(self) -> None:
+        with self._lock:
+            self._users -= 1
+            # If somebody else has patched the method since, theirs calls ours: both stay.
+            if self._users or vars(self._owner).get(self._name) is not self._patched:
+                return
+            if self._inherited:
+                delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, self._original)
+
+    def _wrapper(self, original: Any) -> Any:
+        value, replacement = self._value, self._replacement
+
+        @functools.wraps(original)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = value.get()
+            if given is None:
+                return original(self, *args, **kwargs)
+            return replacement(given, original, self, *args, **kwargs)
+
+        return wrapper

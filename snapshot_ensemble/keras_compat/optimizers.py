@@ -1,0 +1,42 @@
+"""The optimizers of a model, and the variables that they were built for."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from snapshot_ensemble.keras_compat.layer_graph import all_layers
+
+
+def optimizers_of(model: keras.Model) -> list[Any]:
+    """The model's optimizers, of which one with a training step of its own may have several."""
+    own = [v for v in vars(model).values() if isinstance(v, keras.Optimizer)]
+    every = [model.optimizer, *(optimizer for optimizer in own if optimizer is not model.optimizer)]
+    # A `LossScaleOptimizer` has one inside, which goes before it: it may ask for its variables.
+    inner = [o.inner_optimizer for o in every if hasattr(o, "inner_optimizer")]
+    return [*inner, *every]
+
+
+def built_for(optimizer: Any) -> list[Any]:
+    """The variables that an optimizer was built for."""
+    return list(getattr(optimizer, "_trainable_variables", []))
+
+
+@contextlib.contextmanager
+def optimizers_hidden(model: keras.Model) -> Iterator[None]:
+    """Hides the optimizers, whose slots Keras would write beside the weights, or ask for.
+
+    Those of models inside too, such as a backbone that was compiled to be trained before.
+    """
+    inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
+    models = [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
+    optimizers = [inner.optimizer for inner in models]
+    try:
+        for inner in models:
+            # Past Keras's own tracking of attributes, which would note the change.
+            object.__setattr__(inner, "optimizer", None)
+        yield
+    finally:
+        for inner, optimizer in zip(models, optimizers, strict=True):
+            object.__setattr__(inner, "optimizer", optimizer)

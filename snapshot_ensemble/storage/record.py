@@ -1,0 +1,120 @@
+"""What an ensemble keeps beside its snapshots, in memory and in the manifest of a directory.
+
+A field that lasts is added here and nowhere else.
+"""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from snapshot_ensemble.storage.typed_json import Count, Number
+
+History = dict[str, list[Number]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What was learned on held-out data about the members; forgotten when the members change.
+
+    Attributes:
+        weights: The member weights of `combine="weighted"`, one a member, summing to 1.
+        temperature: What the logarithms of combined probabilities are divided by.
+        members: The members that predict by default: None for all, an int for the last that many,
+            or a list of indices.
+    """
+
+    weights: list[float] | None = None
+    temperature: float = 1.0
+    members: Count | list[Count] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"`temperature` must be above 0. Received: temperature={self.temperature!r}"
+            )
+
+    def check_for(self, count: int) -> None:
+        """Raises `ValueError` unless it is about so many members."""
+        weights = self.weights
+        if weights is not None and not (
+            len(weights) == count and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6
+        ):
+            raise ValueError(f"`weights` are not those of {count} members")
+        if isinstance(self.members, list):
+            are_some = all(index < count for index in self.members)
+        else:
+            are_some = self.members is None or 0 < self.members <= count
+        if not are_some:
+            raise ValueError(f"`members` are not some of {count}")
+
+
+@dataclasses.dataclass
+class Counts:
+    """How much training is done, over all runs."""
+
+    cycles: Count = 0
+    epochs: Count = 0
+    steps: Count = 0
+    runs: Count = 0
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far training has come.
+
+    Attributes:
+        history: A column for each metric, one value an epoch.
+        done: The numbers of cycles, epochs, steps and runs that are done.
+        run_epochs: The number of epochs of each run that has ended.
+        saves_state: Whether the last run saves states to resume from.
+        pretrained: The places of the parts of the model that were trained before the first run
+            (see `training.shrink_perturb`); None until that is known.
+    """
+
+    history: History = dataclasses.field(default_factory=dict)
+    done: Counts = dataclasses.field(default_factory=Counts)
+    run_epochs: list[Count] = dataclasses.field(default_factory=list)
+    saves_state: bool = dataclasses.field(default=False, metadata={"json": "saves"})
+    pretrained: list[Count] | None = dataclasses.field(default=None, metadata={"json": "spared"})
+
+    def copy(self) -> Self:
+        """One that can grow while this one stays as it is."""
+        return dataclasses.replace(
+            self,
+            history={name: list(column) for name, column in self.history.items()},
+            done=dataclasses.replace(self.done),
+            run_epochs=list(self.run_epochs),
+        )
+
+    def go_back_to(self, done: Counts) -> None:
+        """Forgets what came after so many epochs."""
+        self.done = dataclasses.replace(done)
+        self.history = {name: column[: done.epochs] for name, column in self.history.items()}
+
+    def record_epoch(self, values: dict[str, Any]) -> None:
+        """Adds an epoch; a metric that is not there every epoch leaves gaps."""
+        epochs = len(self.history.get("cycle", ()))
+        for name in {**self.history, **values}:
+            self.history.setdefault(name, [None] * epochs).append(values.get(name))
+
+    def columns(self, first: int, last: int) -> dict[str, list[Any]]:
+        """The history of some epochs as Keras has it, without gaps."""
+        return {
+            name: [value for value in column[first:last] if value is not None]
+            for name, column in self.history.items()
+        }
+
+
+@dataclasses.dataclass
+class Record:
+    """All of it.
+
+    Attributes:
+        settings: Arguments of the ensemble's constructor.
+        learned: What was learned about the members.
+        progress: How far training has come.
+    """
+
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    learned: Learned = dataclasses.field(default_factory=Learned)
+    progress: Progress = dataclasses.field(default_factory=Progress)

@@ -1,0 +1,101 @@
+"""Weight files of Keras: a model's weights without its optimizer's slots."""
+
+import ctypes
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import h5py
+import keras
+
+from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
+
+
+def save_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
+    """Writes a `.weights.h5` file of the model's weights alone."""
+    with optimizers_hidden(model):
+        model.save_weights(path)
+
+
+def load_weights(
+    model: keras.Model, path: str | os.PathLike[str], *, foreign: bool = True
+) -> Weights:
+    """Reads a weight file of Keras into arrays; the model is as it was afterwards.
+
+    Args:
+        model: A built model.
+        path: The file.
+        foreign: Whether the file may belong to another model. Keras itself accepts one that has
+            more layers than the model.
+
+    Raises:
+        SnapshotError: If the file does not hold the weights of this model.
+    """
+    own = model.get_weights()
+    try:
+        with optimizers_hidden(model):
+            if foreign and str(path).endswith(".weights.h5"):
+                _check_layout(model, path)
+            model.load_weights(path)
+        return model.get_weights()
+    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
+        raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
+    finally:
+        set_weights(model, own)
+
+
+def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
+    """Reads a weight file into the model, with hardly more memory than the model has.
+
+    Args:
+        model: A built model, whose weights are lost if there is an error.
+        path: A file of the model's own.
+
+    Raises:
+        SnapshotError: If the file does not hold the weights of this model.
+    """
+    try:
+        with optimizers_hidden(model):
+            model.load_weights(path)
+    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
+        raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
+    refresh_derived_state(model)
+    gc.collect()  # Reading leaves cycles of objects that hold its arrays.
+    if sys.platform == "linux":
+        # glibc keeps what is freed there in pieces into which the next arrays do not fit.
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
+def set_weights(model: Any, weights: Sequence[Any]) -> None:
+    """Sets the weights of a model or layer, and what its layers derive from them."""
+    model.set_weights(weights)
+    refresh_derived_state(model)
+
+
+def refresh_derived_state(model: Any) -> None:
+    """Lets layers derive anew what they hold beside their weights."""
+    for layer in all_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # It holds its mean and variance a second time.
+
+
+def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        reference = f"{folder}/reference.weights.h5"
+        model.save_weights(reference)
+        more = _layout(path) - _layout(reference)
+    if more:
+        raise ValueError(f"it also holds {', '.join(sorted(more))}")
+
+
+def _layout(path: str | os.PathLike[str]) -> set[str]:
+    """The names of the arrays in a file, without an optimizer's and those of random seeds."""
+    names: set[str] = set()
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: names.add(name) if hasattr(item, "shape") else None)
+    return {n for n in names if not n.startswith("optimizer/") and "seed_generator" not in n}

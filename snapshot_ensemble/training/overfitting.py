@@ -1,0 +1,44 @@
+"""Whether a run has overfitted, as the validation losses at the ends of its cycles show."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+# All are shares of the loss that they compare with.
+# The training loss is at least this far below the validation loss.
+MIN_GAP = 0.5
+# The validation loss has risen by more than this above its lowest value so far, ...
+MIN_RISE = 0.05
+# ... or it has fallen by less than this since the cycles before.
+MIN_FALL = 0.1
+# The first cycle came this close to the lowest validation loss so far: one cycle is long enough to
+# learn again what a restart takes away.
+MAX_FIRST_CYCLE_GAP = 0.3
+
+
+def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
+    """Whether a cycle has ended with a validation loss that training no longer lowers.
+
+    It must also be far above the training loss: otherwise noise or the restarts themselves may
+    have raised it.
+
+    Args:
+        history: Columns `cycle`, `loss` and `val_loss`, one value an epoch.
+    """
+    columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
+    epochs = [row for row in zip(*columns, strict=False) if row[-1] is not None]
+    ends = list({cycle: epoch for epoch, (cycle, *_) in enumerate(epochs)}.values())
+    lowest = list(itertools.accumulate((row[-1] for row in epochs), min))
+    for before, end in zip([None, *ends], ends, strict=False):
+        _, loss, val_loss = epochs[end]
+        has_risen = val_loss - lowest[end] > MIN_RISE * abs(lowest[end])
+        has_stalled = before is not None and (
+            lowest[before] - val_loss < MIN_FALL * abs(lowest[before])
+        )
+        has_gap = val_loss - loss > MIN_GAP * abs(val_loss)
+        one_cycle_is_enough = lowest[ends[0]] - lowest[end] <= MAX_FIRST_CYCLE_GAP * abs(
+            lowest[end]
+        )
+        if (has_risen or has_stalled) and has_gap and one_cycle_is_enough:
+            return True
+    return False

@@ -1,0 +1,102 @@
+"""One run of a plan: what is given, and how far it has come."""
+
+import dataclasses
+from typing import Any
+
+import keras
+
+from snapshot_ensemble.schedules import Cycle, Plan
+from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.storage.store import SnapshotSink
+from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.shrink_perturb import Restarter
+from snapshot_ensemble.training.state import RunPosition, TrainingState
+
+
+@dataclasses.dataclass
+class Run:
+    """One run of a plan.
+
+    Attributes:
+        plan: The cycles, their epochs counted from 0.
+        first_epoch: Keras's number of the plan's first epoch.
+        store: Takes the snapshots.
+        rate: The learning rate of the model's optimizer.
+        restarter: Changes the weights where a cycle begins.
+        progress: Grows by an epoch at a time, also if the run is interrupted.
+        number: Of the runs in this place, from 0.
+        max_snapshots: Keep the newest that many.
+        keep_going: Whether to go on after a cycle that ends in numbers that are not finite.
+        save_every: After how many epochs the state is saved; None: never.
+        fingerprint: What must be the same for the run to be resumed.
+        state: The state of an interrupted run to resume from, or None.
+    """
+
+    plan: Plan
+    first_epoch: int
+    store: SnapshotSink
+    rate: AnnealedRate
+    restarter: Restarter
+    progress: Progress
+    number: int = 0
+    max_snapshots: int | None = None
+    keep_going: bool = False
+    save_every: int | None = None
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
+    state: TrainingState | None = None
+
+    def __post_init__(self) -> None:
+        self.steps: int | None = None  # In an epoch, once it is known.
+        self.cycles_before = self.progress.done.cycles
+        self.epochs_before = self.progress.done.epochs
+        if self.state is not None:
+            self.steps = self.state.position.steps
+            self.cycles_before = self.state.position.cycles_before
+            self.epochs_before -= self.state.position.epochs
+
+    def cycle_of(self, epoch: int) -> Cycle:
+        """The cycle that Keras's epoch belongs to."""
+        in_plan = epoch - self.first_epoch
+        return next(cycle for cycle in self.plan if in_plan <= cycle.last_epoch)
+
+    @property
+    def epochs(self) -> int:
+        """What `model.fit` is given as `epochs`."""
+        return self.first_epoch + self.plan[-1].last_epoch + 1
+
+    @property
+    def epochs_done(self) -> int:
+        """How many epochs of this run are done."""
+        return self.progress.done.epochs - self.epochs_before
+
+    @property
+    def next_epoch(self) -> int:
+        """Keras's number of the epoch to begin with."""
+        if self.state is None:
+            return self.first_epoch
+        position = self.state.position
+        return self.epochs if position.finished else position.next_epoch
+
+    def is_state_due(self, epoch: int) -> bool:
+        """Whether the state is saved after an epoch; that after the last belongs to the end."""
+        if self.save_every is None or epoch == self.epochs - 1:
+            return False
+        in_plan = epoch - self.first_epoch
+        return (in_plan + 1) % self.save_every == 0 or in_plan == self.cycle_of(epoch).last_epoch
+
+    def save_state(
+        self, model: keras.Model, callbacks: list[Any], next_epoch: int, finished: bool = False
+    ) -> None:
+        """Saves the state of this moment."""
+        position = RunPosition(
+            run=self.number,
+            fingerprint=self.fingerprint,
+            next_epoch=next_epoch,
+            finished=finished,
+            steps=self.steps,
+            cycles_before=self.cycles_before,
+            epochs=self.epochs_done,
+            run_epochs=self.progress.run_epochs[: self.number],
+            done=dataclasses.replace(self.progress.done),
+        )
+        self.store.keep_state(TrainingState.of(model, callbacks, position).write)
