@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,66 @@ def demo(arguments: argparse.Namespace) -> None:
         ) from None
 
 
+def _demo_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--epochs", type=int, default=50, help="the budget (default: 50)")
+    add("--cycles", type=int, default=5, help="number of cycles (default: 5)")
+    add("--seed", type=int, default=0, help="seed of both runs (default: 0)")
+    add("--directory", help="where to write the results (default: a new folder)")
+    add("--overwrite", action="store_true", help="replace what is there")
+
+
+def _plan_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--epochs", type=int, required=True, help="the budget")
+    add("--cycles", type=int, default=5, help="number of equal cycles (default: 5)")
+    add("--lr-init", type=float, default=0.1, help="the peak (default: 0.1)")
+    add("--lr-min", type=float, default=0.0, help="the floor (default: 0)")
+    add("--cycle-length", type=int, help="epochs of the first cycle, instead of --cycles")
+    add("--cycle-length-multiplier", type=float, default=1.0, help="(default: 1)")
+    add("--lr-multiplier", type=float, default=1.0, help="(default: 1)")
+    add("--warmup", type=int, default=0, help="epochs of linear rise (default: 0)")
+    add("--plot", metavar="FILE", help="draw the rates, too")
+    add("--json", action="store_true", help="print JSON")
+
+
+def _inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    add, formats = command.add_argument, ("tf_saved_model", "onnx", "litert", "openvino")
+    add("directory")
+    add("out")
+    add("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
+    add("--combine", default="mean", help="how to combine (default: mean)")
+    add("--members", type=int, help="the last that many (default: all)")
+    add("--overwrite", action="store_true", help="replace what is there")
+
+
+def _report_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory")
+    add("--data", metavar="FILE", required=True, help="an .npz file")
+    add("--x", default="x", help="name of the inputs in it (default: x)")
+    add("--y", default="y", help="name of the targets in it (default: y)")
+    add("--json", action="store_true", help="print JSON")
+
+
+COMMANDS = (
+    (demo, "train on handwritten digits and show what is gained", _demo_arguments),
+    (plan, "print the cycles of a budget", _plan_arguments),
+    (
+        inspect,
+        "show what a directory holds, and whether it is as it was written",
+        _inspect_arguments,
+    ),
+    (export, "export the combination as one model to serve", _export_arguments),
+    (report, "score members and combinations on held-out data", _report_arguments),
+)
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments that the command line takes."""
     main = argparse.ArgumentParser(
@@ -128,52 +188,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__, help=about, description=f"{about}.")
-        added.set_defaults(run=run)
-        return added
-
-    added = command(demo, "train on handwritten digits and show what is gained")
-    added.add_argument("--epochs", type=int, default=50, help="the budget (default: 50)")
-    added.add_argument("--cycles", type=int, default=5, help="number of cycles (default: 5)")
-    added.add_argument("--seed", type=int, default=0, help="seed of both runs (default: 0)")
-    added.add_argument("--directory", help="where to leave what it makes (default: a new folder)")
-    added.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-    added = command(plan, "print the cycles of a budget")
-    added.add_argument("--epochs", type=int, required=True, help="the budget")
-    added.add_argument("--cycles", type=int, default=5, help="number of equal cycles (default: 5)")
-    added.add_argument("--lr-init", type=float, default=0.1, help="the peak (default: 0.1)")
-    added.add_argument("--lr-min", type=float, default=0.0, help="the floor (default: 0)")
-    added.add_argument("--cycle-length", type=int, help="epochs of the first cycle, not --cycles")
-    added.add_argument("--cycle-length-multiplier", type=float, default=1.0, help="(default: 1)")
-    added.add_argument("--lr-multiplier", type=float, default=1.0, help="(default: 1)")
-    added.add_argument("--warmup", type=int, default=0, help="epochs of linear rise (default: 0)")
-    added.add_argument("--plot", metavar="FILE", help="draw the rates, too")
-    added.add_argument("--json", action="store_true", help="print JSON")
-
-    added = command(inspect, "show what a directory holds, and whether it is as it was written")
-    added.add_argument("directory")
-    added.add_argument("--json", action="store_true", help="print JSON")
-
-    added = command(export, "export the combination as one model to serve")
-    added.add_argument("directory")
-    added.add_argument("out")
-    formats = ("tf_saved_model", "onnx", "litert", "openvino")
-    added.add_argument(
-        "--format", choices=formats, default=formats[0], help="(default: %(default)s)"
-    )
-    added.add_argument("--combine", default="mean", help="how to combine (default: mean)")
-    added.add_argument("--members", type=int, help="the last that many (default: all)")
-    added.add_argument("--overwrite", action="store_true", help="replace what is there")
-
-    added = command(report, "score members and combinations on held-out data")
-    added.add_argument("directory")
-    added.add_argument("--data", metavar="FILE", required=True, help="an .npz file")
-    added.add_argument("--x", default="x", help="name of the inputs in it (default: x)")
-    added.add_argument("--y", default="y", help="name of the targets in it (default: y)")
-    added.add_argument("--json", action="store_true", help="print JSON")
+    for run, about, add_arguments in COMMANDS:
+        command = commands.add_parser(run.__name__, help=about, description=f"{about}.")
+        command.set_defaults(run=run)
+        add_arguments(command)
     return main
 
 

@@ -11,6 +11,9 @@ from math import inf, nan
 import keras
 import numpy as np
 import pytest
+from snapshot_ensemble.keeping import Keeper
+from snapshot_ensemble.learning import Learner
+from snapshot_ensemble.prediction import Predictor
 
 import snapshot_ensemble
 from snapshot_ensemble import (
@@ -24,9 +27,6 @@ from snapshot_ensemble import (
     VisualizeLR,
     plots,
 )
-from snapshot_ensemble.keeping import Keeper
-from snapshot_ensemble.learning import Learner
-from snapshot_ensemble.prediction import Predictor
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = np.argmax(X[:, :3], axis=1)

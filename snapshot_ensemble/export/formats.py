@@ -7,7 +7,6 @@ import logging
 import pathlib
 import shutil
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from snapshot_ensemble.export.merged_model import merge
 from snapshot_ensemble.inference.cloning import Member
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
+from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 from snapshot_ensemble.keras_compat.serving_signature import input_signature
 from snapshot_ensemble.storage.snapshot import Weights
 
@@ -217,9 +217,9 @@ def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
 def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:
     arguments = {"verbose": False, "input_signature": [served.signature], **arguments}
     try:
-        with warnings.catch_warnings(), _quiet(not arguments["verbose"]):
-            # Keras probes NumPy for a name that it would mend for tf2onnx.
-            warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
+        # Keras probes NumPy for a name that it would mend for tf2onnx.
+        probe = warnings_ignored("In the future `np.object`", FutureWarning)
+        with probe, _quiet(not arguments["verbose"]):
             served.model.export(str(path), format=format, **arguments)
     except Exception as error:
         raise ValueError(

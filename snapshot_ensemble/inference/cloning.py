@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from snapshot_ensemble.inference.members_model import member_outputs
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
 from snapshot_ensemble.keras_compat.initializers import random_initializers_replaced
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.weight_files import set_weights
 
@@ -83,9 +83,8 @@ def _copy(thing: Any) -> Any:
     if not isinstance(thing, (keras.Optimizer, keras.Metric)):
         return thing
     try:
-        with warnings.catch_warnings():
-            # A lambda in it, such as a rate, is not read from a file but used as it is.
-            warnings.simplefilter("ignore")
+        # A lambda in it, such as a rate, is not read from a file but used as it is.
+        with warnings_ignored():
             return type(thing).from_config(thing.get_config())
     except Exception:
         return thing

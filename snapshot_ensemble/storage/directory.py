@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.keras_compat.saved_model import load_without_slots
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.manifest import NAME, Manifest
 from snapshot_ensemble.storage.record import Record
@@ -250,10 +251,7 @@ class DirectoryStore(ManifestDirectory):
             )
         path = self._path(self._now.kept.model)
         try:
-            with warnings.catch_warnings():
-                # Snapshots hold no optimizer slots: a loaded model begins with new ones.
-                warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
-                return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)
+            return load_without_slots(path, custom_objects)
         except Exception as error:
             raise SnapshotError(
                 f"'{path}' cannot be loaded: {error}\nIf it uses classes or functions of your "

@@ -1,0 +1,77 @@
+"""A patch acts for the code that asked for it alone, in any number of threads, and leaves nothing."""
+
+import threading
+
+import pytest
+
+from snapshot_ensemble.keras_compat.context_patch import ContextPatch
+
+
+class Greeter:
+    def greet(self, mark=""):
+        return f"hello{mark}"
+
+
+class Inheriting(Greeter):
+    pass
+
+
+def by_name(name, original, self, mark=""):
+    return f"{original(self, mark)} {name}"
+
+
+@pytest.mark.parametrize("owner", [Greeter, Inheriting])
+def test_it_acts_inside_and_leaves_the_class_as_it_was(owner):
+    before = dict(vars(owner))
+    patch = ContextPatch(owner, "greet", by_name)
+    with patch.active("Ada"):
+        assert owner().greet("!") == "hello! Ada"
+        with patch.active("Bob"):
+            assert owner().greet() == "hello Bob"
+        assert owner().greet(mark="?") == "hello? Ada"
+    assert owner().greet() == "hello"
+    assert dict(vars(owner)) == before
+
+
+def test_an_exception_leaves_the_class_as_it_was():
+    before = vars(Greeter)["greet"]
+    patch = ContextPatch(Greeter, "greet", by_name)
+    with pytest.raises(KeyError), patch.active("Ada"):
+        raise KeyError
+    assert vars(Greeter)["greet"] is before
+
+
+def test_a_patch_that_somebody_else_put_on_top_stays():
+    before = vars(Greeter)["greet"]
+    patch = ContextPatch(Greeter, "greet", by_name)
+    with patch.active("Ada"):
+        ours = Greeter.greet
+        Greeter.greet = lambda self: ours(self) + ", indeed"
+    try:
+        assert Greeter().greet() == "hello, indeed"
+    finally:
+        Greeter.greet = before
+
+
+def test_each_thread_has_its_own():
+    """Twenty threads, in and out 200 times each: every one sees its own name or none."""
+    before = vars(Greeter)["greet"]
+    patch, wrong = ContextPatch(Greeter, "greet", by_name), []
+    begin = threading.Barrier(20)
+
+    def greet(number):
+        begin.wait()
+        for _ in range(200):
+            if number % 4 == 0:  # Code that is not ours, in the middle of it.
+                wrong.extend(g for g in [Greeter().greet()] if g != "hello")
+                continue
+            with patch.active(f"number {number}"):
+                wrong.extend(g for g in [Greeter().greet()] if g != f"hello number {number}")
+
+    threads = [threading.Thread(target=greet, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert vars(Greeter)["greet"] is before

@@ -1,0 +1,210 @@
+"""What Keras knows of a model and its layers, and how it saves and loads them."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from snapshot_ensemble.keras_compat import (
+    batch_statistics,
+    compile_arguments,
+    initializers,
+    masks,
+    optimizers,
+    quiet,
+    saved_model,
+    serving_signature,
+    stateless_call,
+    stock_layers,
+)
+
+layers = keras.layers
+
+
+def test_compile_arguments():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    metric = keras.metrics.MeanSquaredError()
+    model.compile("sgd", "mse", metrics=[metric], loss_weights=[0.5])
+    arguments = compile_arguments.compile_arguments(model)
+    assert arguments["loss"] == "mse"
+    assert arguments["loss_weights"] == [0.5]
+    assert arguments["metrics"][0] is metric
+    before = compile_arguments.compilation(model)
+    assert compile_arguments.compilation(model) is before
+    model.compile("sgd", "mae")
+    assert compile_arguments.compilation(model) is not before
+
+
+def test_what_is_stock_and_what_is_not():
+    class Own(layers.Dense):
+        pass
+
+    class OwnStep(keras.Model):
+        def predict_step(self, data):
+            return data
+
+    class OwnCallback(keras.callbacks.EarlyStopping):
+        pass
+
+    assert stock_layers.is_stock_layer(layers.Dense(1))
+    assert not stock_layers.is_stock_layer(Own(1))
+    assert not stock_layers.is_stock_layer(keras.Sequential())
+    assert stock_layers.is_stock_callback(keras.callbacks.EarlyStopping())
+    assert not stock_layers.is_stock_callback(OwnCallback())
+    assert stock_layers.has_own_predict_step(OwnStep())
+    assert not stock_layers.has_own_predict_step(keras.Sequential())
+
+
+def test_random_initializers_are_replaced_and_others_are_not():
+    given = layers.Dense(2, bias_initializer="random_normal")
+    ones = layers.Dense(2, kernel_initializer="ones")
+    with initializers.random_initializers_replaced(lambda _: keras.initializers.Zeros()):
+        given.build((None, 3))
+        ones.build((None, 3))
+    assert not np.any(given.kernel)
+    assert not np.any(given.bias)
+    assert np.all(ones.kernel)
+    after = layers.Dense(2)
+    after.build((None, 3))
+    assert np.any(after.kernel)
+
+
+def test_masks():
+    embedded = layers.Embedding(5, 2, mask_zero=True)(np.array([[1, 0]]))
+    np.testing.assert_array_equal(masks.mask_of(embedded), [[True, False]])
+    tensor = keras.ops.ones((1, 2))
+    assert masks.mask_of(tensor) is None
+    masks.set_mask(tensor, keras.ops.convert_to_tensor([[True, False]]))
+
+    class Sees(layers.Layer):
+        supports_masking = True
+
+        def call(self, x, mask=None):
+            self.seen = mask
+            return x
+
+    layer = Sees()
+    layer(tensor)
+    np.testing.assert_array_equal(layer.seen, [[True, False]])
+
+
+def test_input_signature_of_a_subclass():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1)
+
+        def call(self, inputs):
+            return self.dense(inputs["a"]) + inputs["b"]
+
+    model = Own()
+    model({"a": np.ones((2, 3), "float32"), "b": np.ones((2, 1), "float32")})
+    signature = serving_signature.input_signature(model)
+    assert {name: spec.shape for name, spec in signature.items()} == {
+        "a": (None, 3),
+        "b": (None, 1),
+    }
+
+
+def test_statistics_of_each_batch():
+    norm = layers.BatchNormalization(momentum=0.9)
+    model = keras.Sequential([keras.Input((2,)), norm, layers.Dropout(0.9)])
+    frozen = layers.BatchNormalization(trainable=False)
+    assert batch_statistics.normalizing_layers(model) == [norm]
+    assert batch_statistics.normalizing_layers(keras.Sequential([keras.Input((2,)), frozen])) == []
+    x = np.random.default_rng(0).normal(size=(6, 2)).astype("float32")
+    with batch_statistics.recorded_by_batch([norm]) as calls:
+        outputs = model(x, training=False)
+    ((recorded,),) = calls
+    assert float(recorded["count"]) == 6
+    np.testing.assert_allclose(recorded["mean"], x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(recorded["variance"], x.var(0), atol=1e-6)
+    # The layer normalised by them, and the dropout behind it dropped nothing.
+    expected = (x - x.mean(0)) / np.sqrt(x.var(0) + norm.epsilon)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert norm.momentum == 0.9
+    assert "call" not in vars(norm)
+
+
+class WithFunction(keras.Model):
+    """Its `call` is a `tf.function`, which keeps the variables that it was traced with."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(1)
+        self.dense.build((None, 3))
+        self.built = True
+
+    @tf.function
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("kind", ["plain", "a tf.function", "normalization"])
+def test_a_model_runs_with_other_weights(kind):
+    x = np.arange(6, dtype="float32").reshape(2, 3)
+    if kind == "a tf.function":
+        model = WithFunction()
+        model(x)
+    else:
+        first = [layers.Normalization()] if kind == "normalization" else []
+        for layer in first:
+            layer.adapt(x)
+        model = keras.Sequential([keras.Input((3,)), *first, layers.Dense(1)])
+    own, before = model.get_weights(), np.asarray(model(x))
+    weights = [weight + 1 if weight.dtype.kind == "f" else weight for weight in own]
+    with stateless_call.with_weights(model, weights):
+        other = np.asarray(model(x))
+    np.testing.assert_array_equal(model(x), before)
+    model.set_weights(weights)
+    for layer in model.layers:
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
+    np.testing.assert_allclose(other, model(x), rtol=1e-5)
+
+
+def test_functions_of_others_are_as_they_were():
+    kind = type(tf.function(lambda: None))
+    call = kind.__call__
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    with stateless_call.with_weights(model, model.get_weights()):
+        pass
+    assert kind.__call__ is call
+
+
+@keras.saving.register_keras_serializable("contract")
+class Registered(layers.Dense):
+    pass
+
+
+def unregistered(y, y_pred):
+    return keras.ops.mean(keras.ops.abs(y - y_pred), axis=-1)
+
+
+def test_a_model_is_loaded_without_the_slots_of_its_optimizer(tmp_path):
+    """Warnings are errors here: Keras itself would warn of the optimizer's missing variables."""
+    model = keras.Sequential([keras.Input((3,)), Registered(2)])
+    model.compile(keras.optimizers.Adam(0.25), unregistered, metrics=["mse"])
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    path = tmp_path / "model.keras"
+    with optimizers.optimizers_hidden(model):
+        model.save(path)
+    loaded = saved_model.load_without_slots(path, {"unregistered": unregistered})
+    assert isinstance(loaded.layers[0], Registered)
+    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
+    assert float(loaded.optimizer.learning_rate) == 0.25
+    x, y = np.ones((2, 3), "float32"), np.zeros((2, 2), "float32")
+    expected = model.evaluate(x, y, verbose=0)
+    np.testing.assert_allclose(loaded.evaluate(x, y, verbose=0), expected, rtol=1e-6)
+    loaded.fit(x, y, verbose=0)
+
+
+def test_warnings_are_ignored_meanwhile():
+    with quiet.warnings_ignored("in passing", UserWarning):
+        warnings.warn("in passing, by the way", UserWarning, stacklevel=1)
+        with pytest.raises(UserWarning):
+            warnings.warn("for good", UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning):
+        warnings.warn("in passing, by the way", UserWarning, stacklevel=1)

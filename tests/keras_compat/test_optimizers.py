@@ -1,0 +1,88 @@
+"""What Keras keeps in an optimizer under private names."""
+
+import keras
+import numpy as np
+import pytest
+
+from snapshot_ensemble.keras_compat import optimizer_rate, optimizers
+
+schedules = keras.optimizers.schedules
+
+
+def compiled(optimizer):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(optimizer, "mse")
+    return model
+
+
+def test_rate_holder_is_the_innermost_optimizer():
+    inner = keras.optimizers.Adam(0.5)
+    outer = keras.optimizers.LossScaleOptimizer(inner)
+    assert optimizer_rate.rate_holder(outer) is inner
+    assert optimizer_rate.rate_holder(inner) is inner
+
+
+def test_held_rate():
+    schedule = schedules.ExponentialDecay(0.5, 10, 0.5)
+    assert optimizer_rate.held_rate(keras.optimizers.SGD(schedule)) is schedule
+    assert isinstance(optimizer_rate.held_rate(keras.optimizers.SGD(0.25)), keras.Variable)
+    assert float(optimizer_rate.held_rate(keras.optimizers.SGD(0.25))) == 0.25
+
+
+@pytest.mark.parametrize("rate", [schedules.ExponentialDecay(0.5, 10, 0.5), lambda: 0.5])
+def test_rate_replaced(rate):
+    weights = [keras.Variable(np.zeros(2))]
+    optimizer = keras.optimizers.Adam(rate)
+    optimizer.build(weights)
+    before = [id(variable) for variable in optimizer.variables]
+    variable = keras.Variable(0.0, trainable=False, name="learning_rate")
+    # The setter would not take it.
+    with optimizer_rate.rate_replaced(optimizer, variable):
+        variable.assign(0.125)
+        assert float(optimizer.learning_rate) == 0.125
+        ordinary = keras.optimizers.Adam(0.1)
+        ordinary.build(weights)
+        assert [v.name for v in optimizer.variables] == [v.name for v in ordinary.variables]
+    assert optimizer_rate.held_rate(optimizer) is rate
+    assert [id(variable) for variable in optimizer.variables] == before
+
+
+def test_rate_shown():
+    optimizer, schedule = keras.optimizers.SGD(0.5), schedules.ExponentialDecay(0.25, 10, 0.5)
+    with optimizer_rate.rate_shown(optimizer, schedule):
+        assert optimizer.get_config()["learning_rate"]["class_name"] == "ExponentialDecay"
+    assert float(optimizer.learning_rate) == 0.5
+
+
+def test_optimizers_of_a_model():
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+    model = compiled(scaled)
+    assert optimizers.optimizers_of(model) == [scaled.inner_optimizer, scaled]
+    model = compiled("sgd")
+    model.second = keras.optimizers.Adam()
+    assert optimizers.optimizers_of(model) == [model.optimizer, model.second]
+
+
+def test_what_an_optimizer_was_built_for():
+    model = compiled("adam")
+    assert optimizers.built_for(model.optimizer) == []
+    model.optimizer.build(model.trainable_variables)
+    kernel, bias = optimizers.built_for(model.optimizer)
+    assert kernel is model.weights[0]
+    assert bias is model.weights[1]
+
+
+def test_optimizers_hidden(tmp_path):
+    inner = compiled("adam")
+    inner.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    model = keras.Sequential([keras.Input((3,)), inner, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 1)), verbose=0)
+    own = model.optimizer, inner.optimizer
+    with optimizers.optimizers_hidden(model):
+        assert model.optimizer is None
+        model.save_weights(tmp_path / "alone.weights.h5")
+    assert (model.optimizer, inner.optimizer) == own
+    model.save_weights(tmp_path / "with.weights.h5")
+    sizes = [(tmp_path / name).stat().st_size for name in ("alone.weights.h5", "with.weights.h5")]
+    assert sizes[0] < sizes[1]

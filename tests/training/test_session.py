@@ -1,0 +1,234 @@
+"""One `fit` is a transaction: what ends it before anything new is safe leaves all as it was."""
+
+import _thread
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+
+from snapshot_ensemble import SnapshotEnsemble
+from snapshot_ensemble.storage import background
+from snapshot_ensemble.storage.atomic_file import Draft
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = np.argmax(X[:, :3], axis=1)
+
+
+def compiled(units=5):
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(units, "relu"), keras.layers.Dense(3, "softmax")]
+    )
+    # Eager: a few steps of a small model are done before a graph would be traced.
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    return model
+
+
+def ensemble(directory=None, **arguments):
+    return SnapshotEnsemble(compiled(), cycles=2, lr_init=0.1, directory=directory, **arguments)
+
+
+def fit(ens, **arguments):
+    return ens.fit(**{"x": X, "y": Y, "epochs": 4, "batch_size": 16, "verbose": 0, **arguments})
+
+
+def state_of(ens):
+    """All that an ensemble shows of itself."""
+    weights = None if ens.weights is None else ens.weights.tolist()
+    return {
+        "history": {name: list(column) for name, column in ens.history.items()},
+        "snapshots": ens.snapshots,
+        "learned": (weights, ens.temperature, ens.members),
+        "weights": [[array.tolist() for array in member.get_weights()] for member in ens],
+        "plan": repr(ens.plan(4)),
+    }
+
+
+def files_of(directory):
+    """Every file's bytes; None of a directory that does not exist."""
+    if not directory.exists():
+        return None
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class Raises(keras.callbacks.Callback):
+    def __init__(self, error, method):
+        super().__init__()
+        setattr(self, method, self._raise)
+        self.error = error
+
+    def _raise(self, *_, **__):
+        raise self.error
+
+
+ENDINGS = {
+    "unknown argument": (TypeError, {"colour": 1}),
+    "callback that sets the rate": (
+        ValueError,
+        {"callbacks": [keras.callbacks.ReduceLROnPlateau()]},
+    ),
+    "impossible budget": (ValueError, {"epochs": 1}),
+    "impossible save_every": (ValueError, {"save_every": 0}),
+    "data of another shape": (ValueError, {"x": X[:, :2]}),
+    "targets of another length": (ValueError, {"y": Y[:5]}),
+    "exception at the start": (KeyError, {"callbacks": [Raises(KeyError(), "on_train_begin")]}),
+    "exception in a batch": (KeyError, {"callbacks": [Raises(KeyError(), "on_train_batch_end")]}),
+    "Ctrl-C in a batch": (
+        KeyboardInterrupt,
+        {"callbacks": [Raises(KeyboardInterrupt(), "on_train_batch_end")]},
+    ),
+    "Ctrl-C at the end of an epoch": (
+        KeyboardInterrupt,
+        {"callbacks": [Raises(KeyboardInterrupt(), "on_epoch_end")]},
+    ),
+}
+
+
+@pytest.fixture(params=["in memory", "a new directory", "its own directory", "an old directory"])
+def place(request, tmp_path):
+    """An ensemble, its directory, and the arguments with which it may train there."""
+    directory = tmp_path / "run"
+    if request.param == "in memory":
+        return ensemble(), None, {}
+    if request.param == "a new directory":
+        return ensemble(directory), directory, {}
+    earlier = ensemble(directory)
+    fit(earlier)
+    earlier.weights, earlier.temperature = [0.25, 0.75], 2.0
+    if request.param == "its own directory":
+        return earlier, directory, {}
+    return ensemble(directory), directory, {"overwrite": True}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_ends_it_early_leaves_all_as_it_was(ending, place):
+    ens, directory, how = place
+    error, arguments = ENDINGS[ending]
+    before = state_of(ens), directory and files_of(directory)
+    with pytest.raises(error):
+        fit(ens, **how, **arguments)
+    assert (state_of(ens), directory and files_of(directory)) == before
+    fit(ens, **how)
+    assert len(ens) == 2 + len(before[0]["snapshots"])
+
+
+@pytest.mark.parametrize("ending", ["exception in a batch", "Ctrl-C in a batch"])
+def test_overwriting_in_memory_is_undone_as_well(ending):
+    ens = ensemble()
+    fit(ens)
+    ens.weights = [0.25, 0.75]
+    before = state_of(ens)
+    error, arguments = ENDINGS[ending]
+    with pytest.raises(error):
+        fit(ens, overwrite=True, **arguments)
+    assert state_of(ens) == before
+    fit(ens)
+    assert len(ens) == 4  # The next run adds, as if nothing had been tried.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"epochs": 6}, "plan"), ({"x": X[:16], "y": Y[:16]}, "rows")],
+    ids=["another plan", "other data"],
+)
+def test_a_refused_resume_leaves_the_directory_to_its_owner(tmp_path, arguments, message):
+    directory = tmp_path / "run"
+    fit(ensemble(directory))
+    before = files_of(directory)
+    other = ensemble(directory)
+    with pytest.raises(ValueError, match=message):
+        fit(other, resume=True, **arguments)
+    assert files_of(directory) == before
+    assert (len(other), other.history) == (0, {})
+    with pytest.raises(ValueError, match="holds something"):
+        fit(other)
+    assert files_of(directory) == before
+
+
+def test_a_refused_resume_with_another_model(tmp_path):
+    directory = tmp_path / "run"
+    fit(ensemble(directory))
+    before = files_of(directory)
+    other = SnapshotEnsemble(compiled(7), cycles=2, lr_init=0.1, directory=directory)
+    with pytest.raises(ValueError, match="layers"):
+        fit(other, resume=True)
+    with pytest.raises(ValueError, match="holds something"):
+        fit(other)
+    assert files_of(directory) == before
+
+
+def test_an_interrupted_run_is_as_it_was_after_a_resume_that_fails_early(tmp_path):
+    """Snapshots later than the state, which would be made again, are given up when new ones are."""
+    directory = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fit(ensemble(directory), callbacks=[StopsAtEpoch(3)])
+    before = files_of(directory)
+    ens = ensemble(directory)
+    with pytest.raises(KeyError):
+        fit(ens, resume=True, callbacks=[Raises(KeyError(), "on_train_batch_begin")])
+    assert files_of(directory) == before
+    assert len(ens) == 0
+    fit(ens, resume=True)
+    assert len(ens) == 2
+
+
+class StopsAtEpoch(keras.callbacks.Callback):
+    def __init__(self, epoch, error=KeyboardInterrupt):
+        super().__init__()
+        self.epoch, self.error = epoch, error
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_finished_cycles_are_kept(tmp_path, error, in_memory):
+    ens = ensemble(None if in_memory else tmp_path / "run")
+    with pytest.raises(error):
+        fit(ens, callbacks=[StopsAtEpoch(2, error)])
+    assert [snapshot.cycle for snapshot in ens.snapshots] == [0]
+    if not in_memory:
+        again = SnapshotEnsemble.load(tmp_path / "run")
+        assert again.snapshots == ens.snapshots
+        assert again.history == ens.history
+
+
+def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
+    """Training is over, its last files are being written, and the user presses Ctrl-C."""
+    has_ended, is_waiting, interrupted = threading.Event(), threading.Event(), []
+    finish, wait = Draft.finish, background.wait
+
+    def finish_slowly(draft):
+        if has_ended.is_set() and not interrupted:
+            assert is_waiting.wait(10)
+            interrupted.append(draft.name)
+            time.sleep(0.2)  # Until the main thread has gone to sleep.
+            _thread.interrupt_main()
+            time.sleep(0.2)
+        return finish(draft)
+
+    def wait_seen(tasks):
+        if has_ended.is_set():
+            is_waiting.set()
+        return wait(tasks)
+
+    class Ends(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            has_ended.set()
+
+    monkeypatch.setattr(Draft, "finish", finish_slowly)
+    monkeypatch.setattr(background, "wait", wait_seen)
+    ens = ensemble(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        fit(ens, callbacks=[Ends()])
+    assert interrupted
+    assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
+    again = SnapshotEnsemble.load(tmp_path / "run")
+    assert again.snapshots == ens.snapshots
+    assert state_of(again) == state_of(ens)
+    assert not [path.name for path in (tmp_path / "run").iterdir() if "writing" in path.name]
+    fit(again)  # Nobody holds the lock.
+    assert len(again) == 4
