@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import dense
+from models import dense, ensemble_with
 
 from snapshot_ensemble import Snapshot, SnapshotEnsemble
 
@@ -15,9 +15,6 @@ Y = np.asarray([RNG.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in LOGI
 VALUES = (X[:, :1] * [1, -1]).astype("float32")
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    keras.utils.set_random_seed(0)
 
 
 def ensemble_of(noise, model=None):
@@ -25,11 +22,12 @@ def ensemble_of(noise, model=None):
     model = dense() if model is None else model
     target = VALUES if model.output_shape[-1] == 2 else Y
     model.fit(X, target, epochs=30, verbose=0)
-    ens, rng = SnapshotEnsemble(model), np.random.default_rng(1)
-    for index, size in enumerate(noise):
-        weights = [w + rng.normal(0, size, w.shape).astype(w.dtype) for w in model.get_weights()]
-        ens._store.add_weights(weights, Snapshot(index))
-    return ens
+    rng = np.random.default_rng(1)
+    members = [
+        [w + rng.normal(0, size, w.shape).astype(w.dtype) for w in model.get_weights()]
+        for size in noise
+    ]
+    return ensemble_with(model, *members)
 
 
 def by_hand(losses):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import TASKS, dense, ensemble_of
+from models import Batches, TASKS, dense, eager, ensemble_of, one_batch
 from scipy import special
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
@@ -22,37 +22,12 @@ MULTICLASS, BINARY = Output("multiclass"), Output("binary")
 MULTILABEL, REGRESSION = Output("multilabel"), Output("regression")
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests, and would break what they share.
-    keras.utils.set_random_seed(0)
 
 
-def calm(model, loss, **arguments):
-    """Run without tracing, which takes longer than small data do."""
-    model.compile("sgd", loss, run_eagerly=True, **arguments)
-    return model
 
 
-def one_batch(*columns):
-    """Data that Keras takes as they are, where it would trace a pipeline for arrays."""
-    return tf.data.Dataset.from_tensors(columns)
 
 
-class Batches(keras.utils.PyDataset):
-    """Counts how often each of its batches is asked for."""
-
-    def __init__(self, *columns, size=4):
-        super().__init__()
-        self.columns, self.size, self.asked = columns, size, collections.Counter()
-
-    def __len__(self):
-        return math.ceil(len(self.columns[0]) / self.size)
-
-    def __getitem__(self, index):
-        self.asked[index] += 1
-        rows = slice(index * self.size, (index + 1) * self.size)
-        return tuple(column[rows] for column in self.columns)
 
 
 # One pass
@@ -60,7 +35,7 @@ class Batches(keras.utils.PyDataset):
 
 @pytest.fixture(scope="module")
 def classifier():
-    return ensemble_of(calm(dense(), "sparse_categorical_crossentropy"), 3)
+    return ensemble_of(eager(dense(), "sparse_categorical_crossentropy"), 3)
 
 
 def gathered(ens, x, y=None, sample_weight=None, **how):
@@ -68,7 +43,7 @@ def gathered(ens, x, y=None, sample_weight=None, **how):
 
 
 def test_data_are_gone_through_as_often_as_for_one_model(classifier):
-    alone, together = Batches(ROWS, LABELS), Batches(ROWS, LABELS)
+    alone, together = Batches(ROWS, LABELS, size=4), Batches(ROWS, LABELS, size=4)
     classifier.model.predict(alone, verbose=0)
     held = gathered(classifier, together)
     assert together.asked == alone.asked
@@ -299,7 +274,7 @@ def two_headed(structure, **arguments):
     amount = layers.Dense(2, name="amount")(inputs)
     outputs = {"kind": kind, "amount": amount} if structure is dict else [kind, amount]
     loss = {"kind": "sparse_categorical_crossentropy", "amount": "mse"}
-    return calm(keras.Model(inputs, outputs), loss, **arguments)
+    return eager(keras.Model(inputs, outputs), loss, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +370,7 @@ TARGETS = {
 def test_loss_is_what_keras_gives(task):
     loss, units, activation = TASKS[task]
     metric = "accuracy" if TARGETS[task] is LABELS else "mae"
-    ens = ensemble_of(calm(dense(loss, units, activation), loss, metrics=[metric]), 3)
+    ens = ensemble_of(eager(dense(loss, units, activation), loss, metrics=[metric]), 3)
     data = one_batch(ROWS, TARGETS[task])
     held = gathered(ens, data)
     expected = ens.evaluate(data, verbose=0, return_dict=True)
@@ -426,7 +401,7 @@ def test_loss_of_several_outputs_by_their_weights(structure):
 def test_loss_without_what_is_to_be_ignored(ignored):
     model = keras.Sequential([keras.Input((4, 5, 2)), layers.Conv2D(3, 1)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored)
-    ens = ensemble_of(calm(model, loss), 2)
+    ens = ensemble_of(eager(model, loss), 2)
     labels = np.where(RNG.random(PIXELS.shape) < 0.4, ignored, PIXELS)
     x = RNG.normal(size=(2, 4, 5, 2)).astype("float32")
     held = gathered(ens, one_batch(x, labels))
@@ -444,7 +419,7 @@ def test_loss_without_what_is_masked():
     inputs = keras.Input((5,), dtype="int32")
     hidden = layers.Embedding(7, 4, mask_zero=True)(inputs)
     model = keras.Model(inputs, layers.Dense(2, "softmax")(hidden))
-    ens = ensemble_of(calm(model, "sparse_categorical_crossentropy", metrics=["accuracy"]), 2)
+    ens = ensemble_of(eager(model, "sparse_categorical_crossentropy", metrics=["accuracy"]), 2)
     # In batches of their own, as masks come.
     data = tf.data.Dataset.from_tensor_slices((tokens, tags)).batch(2)
     held = gathered(ens, data)
@@ -469,7 +444,7 @@ class Unnamed(keras.Model):
 
 
 def test_outputs_of_a_subclass_are_named_by_number():
-    model = calm(Unnamed(), ["binary_crossentropy", "mse"])
+    model = eager(Unnamed(), ["binary_crossentropy", "mse"])
     model(ROWS)
     ens = ensemble_of(model, 2)
     yes, values = YES[:, 0], AMOUNTS[:, 0]

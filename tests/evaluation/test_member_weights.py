@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from keras import layers
-from models import TASKS, dense, ensemble_of
+from models import Batches, TASKS, dense, eager, ensemble_of, ensemble_with, member_weights, one_batch
 from scipy import optimize, special
 from sklearn import datasets, metrics
 
@@ -33,10 +33,6 @@ from snapshot_ensemble.inference.output_specs import Output
 TINY = 1.2e-38  # What a float32 softmax shows for a class that it rules out.
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests, and would break what they share.
-    keras.utils.set_random_seed(0)
 
 
 # The problem: numbers alone
@@ -364,23 +360,10 @@ def test_the_mean_is_kept_where_more_members_help_than_there_are_rounds():
 # Real data: digits and diabetes, by members of different quality
 
 
-def one_batch(*columns):
-    """Data that Keras takes as they are, where it would trace a pipeline for arrays."""
-    return tf.data.Dataset.from_tensors(columns if len(columns) > 1 else columns[0])
 
 
-def calm(model):
-    """Run without tracing, which takes longer than small data do."""
-    model.compile("sgd", model.loss, run_eagerly=True)
-    return model
 
 
-def filled(model, members):
-    """An ensemble of members with these weights."""
-    ens = SnapshotEnsemble(model)
-    for index, weights in enumerate(members):
-        ens._store.add_weights([np.asarray(w, "float32") for w in weights], Snapshot(index))
-    return ens
 
 
 def by_least_squares(x, targets, rows, penalty, sharpness):
@@ -436,8 +419,7 @@ def picked(logs, labels):
 @pytest.fixture(scope="module")
 def digits():
     """For each kind and form an ensemble, rows it has not seen, and the members' logarithms."""
-    pixels, digit = datasets.load_digits(return_X_y=True)
-    pixels = (pixels / 16).astype("float32")
+    pixels, digit = models.digits()
     order = np.random.default_rng(7).permutation(len(pixels))
     train, held = order[:400], order[400:900]
     made = {}
@@ -450,7 +432,7 @@ def digits():
             model.compile("sgd", loss(from_logits=logits))
             y, aims = targets_of(kind, digit)
             members = members_by_least_squares(pixels[train], aims[train])
-            ens = filled(calm(model), members)
+            ens = ensemble_with(eager(model), *members)
             x = pixels[held]
             odds = np.stack([x.astype("float64") @ kernel + bias for kernel, bias in members])
             logs = log_probabilities(kind, odds, True)
@@ -477,7 +459,7 @@ def diabetes():
     model = keras.Sequential([keras.Input((10,)), layers.Dense(1)])
     model.compile("sgd", "mse", run_eagerly=True)
     members = members_by_least_squares(x[:200], y[:200, None], (1, 1.2, 0.8, 1))
-    ens = filled(model, members)
+    ens = ensemble_with(model, *members)
     outputs = np.stack([x[200:].astype("float64") @ kernel + bias for kernel, bias in members])
     residuals = outputs[..., 0] - y[200:]
     return types.SimpleNamespace(
@@ -554,26 +536,15 @@ def small():
         ]
         for size, noise in zip((1, 4, 9), rng.normal(size=(3, 6, 3)), strict=True)
     ]
-    return filled(dense(), members)
+    return ensemble_with(dense(), *members)
 
 
-class Batches(keras.utils.PyDataset):
-    def __init__(self, *columns, size=8):
-        super().__init__()
-        self.columns, self.size = columns, size
-
-    def __len__(self):
-        return math.ceil(len(self.columns[0]) / self.size)
-
-    def __getitem__(self, index):
-        rows = slice(index * self.size, (index + 1) * self.size)
-        return tuple(column[rows] for column in self.columns)
 
 
 def test_arrays_datasets_and_generators_teach_the_same(small):
     importance = np.random.default_rng(9).uniform(0, 2, len(SOME))
     columns = (SOME, LABELS, importance)
-    batches = Batches(*columns)
+    batches = Batches(*columns, size=8)
 
     def forever():
         while True:
@@ -675,12 +646,12 @@ def test_several_outputs_count_by_their_compiled_loss_weights():
 
 
 def test_who_has_no_weight_is_not_run_nor_part_of_the_model(tmp_path):
-    model = calm(dense())
+    model = eager(dense())
     ens = ensemble_of(model, 3)
     sound = ens.predict(FEATURES, members=[0, 2], verbose=0)
     broken = [np.full(array.shape, np.nan) for array in model.get_weights()]
-    own = [ens._store.weights(model, i) for i in range(3)]
-    ens = filled(model, [own[0], broken, own[2]])
+    own = member_weights(ens)
+    ens = ensemble_with(model, own[0], broken, own[2])
     assert np.isnan(ens.predict(FEATURES, verbose=0)).all()
     ens.weights = [0.5, 0, 0.5]
     np.testing.assert_allclose(
@@ -691,12 +662,11 @@ def test_who_has_no_weight_is_not_run_nor_part_of_the_model(tmp_path):
 
 
 def test_a_fit_leaves_out_who_does_not_help():
-    model = calm(dense())
-    own = ensemble_of(model, 2)
-    own = [own._store.weights(model, i) for i in range(2)]
+    model = eager(dense())
+    own = member_weights(ensemble_of(model, 2))
     # Gives each row the class that it has, with certainty.
     perfect = [0.1 * np.eye(6)[:4], np.zeros(6), 3000 * np.eye(6)[:, :3], np.zeros(3)]
-    ens = filled(model, [own[0], perfect, own[1]])
+    ens = ensemble_with(model, own[0], perfect, own[1])
     y = SOME[:, :3].argmax(axis=1)
     for method in ("likelihood", "greedy"):
         np.testing.assert_array_equal(
@@ -788,8 +758,8 @@ def test_probabilities_that_are_all_equal_need_no_temperature():
 
 
 def test_temperature_and_weights_are_in_models_exports_and_directories(tmp_path, small):
-    model = calm(dense())
-    ens = filled(model, [small._store.weights(small.model, i) for i in range(3)])
+    model = eager(dense())
+    ens = ensemble_with(model, *member_weights(small))
     ens.weights, ens.temperature = [0.25, 0, 0.75], 2.5
     probabilities = ens.predict_members(FEATURES, verbose=0)
     expected = cooled("multiclass", 0.25 * probabilities[0] + 0.75 * probabilities[2], 2.5)
@@ -812,7 +782,7 @@ def test_temperature_and_weights_are_in_models_exports_and_directories(tmp_path,
 
 
 def test_what_was_learned_goes_when_another_fit_adds_members(small):
-    model = calm(dense())
+    model = eager(dense())
     ens = ensemble_of(model, 2, cycles=1, lr_init=0.1)
     ens.weights, ens.temperature = [0.25, 0.75], 2.5
     ens.fit(SOME, LABELS, epochs=1, verbose=0)
@@ -934,14 +904,14 @@ def test_the_sign_of_log_odds_stays(sizes, negative, temperature):
 def refusing():
     """Ensembles by task, with weights and a temperature."""
     made = {
-        "multiclass": ensemble_of(calm(dense()), 3),
-        "binary": ensemble_of(calm(dense("binary_crossentropy", 1, "sigmoid")), 3),
-        "multilabel": ensemble_of(calm(dense("binary_crossentropy", 3, "sigmoid")), 3),
-        "regression": ensemble_of(calm(dense("mse", 2, None)), 3),
+        "multiclass": ensemble_of(eager(dense()), 3),
+        "binary": ensemble_of(eager(dense("binary_crossentropy", 1, "sigmoid")), 3),
+        "multilabel": ensemble_of(eager(dense("binary_crossentropy", 3, "sigmoid")), 3),
+        "regression": ensemble_of(eager(dense("mse", 2, None)), 3),
     }
-    own = [made["multiclass"]._store.weights(made["multiclass"].model, i) for i in range(3)]
+    own = member_weights(made["multiclass"])
     own[1] = [np.full(array.shape, np.nan) for array in own[1]]
-    made["one broken"] = filled(made["multiclass"].model, own)
+    made["one broken"] = ensemble_with(made["multiclass"].model, *own)
     for ens in made.values():
         ens.weights, ens.temperature = [0.2, 0.3, 0.5], 1.7
     return made
@@ -1084,14 +1054,13 @@ def test_a_member_that_gives_nan_is_named(refusing):
 @pytest.mark.parametrize("task", ["regression", "logits"])
 def test_a_member_that_gives_infinity_is_named(task):
     loss, units, activation = TASKS[task]
-    model = calm(dense(loss, units, activation))
-    own = ensemble_of(model, 3)
-    own = [own._store.weights(model, i) for i in range(3)]
+    model = eager(dense(loss, units, activation))
+    own = member_weights(ensemble_of(model, 3))
     own[1] = [
         *(np.zeros_like(array) for array in own[1][:-1]),
         np.array([np.inf] + [0] * (units - 1)),
     ]
-    ens = filled(model, own)
+    ens = ensemble_with(model, *own)
     ens.weights, ens.temperature = [0.2, 0.3, 0.5], 1.7
     data = one_batch(SOME, SOME[:, :2]) if task == "regression" else PAIRS
     for call in (ens.fit_weights, ens.calibrate)[: 1 if task == "regression" else 2]:

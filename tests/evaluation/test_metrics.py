@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
-from models import TASKS, dense, ensemble_of
+from models import TASKS, dense, eager, ensemble_of, ensemble_with, member_weights, one_batch
 from scipy import special, stats
 from sklearn import metrics
 
@@ -38,10 +38,6 @@ TWINS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests.
-    keras.utils.set_random_seed(0)
 
 
 def truth_of(targets, weights=None):
@@ -438,13 +434,9 @@ def test_spread_of_any_members(seed, size, members, count):
 # Uncertainty, of an ensemble
 
 ROWS = np.random.default_rng(1).normal(size=(11, 4)).astype("float32")
-DATA = tf.data.Dataset.from_tensors(ROWS)
+DATA = one_batch(ROWS)
 
 
-def calm(model, loss):
-    """Run without tracing, which takes longer than small data do."""
-    model.compile("sgd", loss, run_eagerly=True)
-    return model
 
 
 def check_uncertainty(found, mean, own, meaning):
@@ -476,7 +468,7 @@ MEANINGS = {
 @pytest.mark.parametrize("task", TASKS)
 def test_uncertainty_of_every_task(task):
     loss, units, activation = TASKS[task]
-    ens = ensemble_of(calm(dense(loss, units, activation), loss), 4)
+    ens = ensemble_of(eager(dense(loss, units, activation), loss), 4)
     ens.temperature = 3.0
     found = ens.predict_uncertainty(DATA, verbose=0)
     ens.temperature = 1.0  # It has no part in it.
@@ -498,7 +490,7 @@ def test_uncertainty_of_each_pixel():
     images = np.random.default_rng(2).normal(size=(3, 5, 4, 2)).astype("float32")
     model = keras.Sequential([keras.Input((5, 4, 2)), layers.Conv2D(3, 1)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    ens = ensemble_of(calm(model, loss), 3)
+    ens = ensemble_of(eager(model, loss), 3)
     data = tf.data.Dataset.from_tensors(images)
     found = ens.predict_uncertainty(data, verbose=0)
     assert found["mean"].shape == (3, 5, 4, 3)
@@ -516,7 +508,7 @@ def test_uncertainty_of_several_outputs_has_their_structure(structure):
     }
     model = keras.Model(inputs, outputs if structure is dict else list(outputs.values()))
     loss = {"kind": "sparse_categorical_crossentropy", "amount": "mse"}
-    ens = ensemble_of(calm(model, loss if structure is dict else list(loss.values())), 3)
+    ens = ensemble_of(eager(model, loss if structure is dict else list(loss.values())), 3)
     found = ens.predict_uncertainty(DATA, verbose=0)
     mean, own = ens.predict(DATA, verbose=0), ens.predict_members(DATA, verbose=0)
     assert type(found) is structure
@@ -526,10 +518,9 @@ def test_uncertainty_of_several_outputs_has_their_structure(structure):
 
 
 def test_members_that_are_alike_are_unsure_but_of_one_mind():
-    model = calm(dense(), "sparse_categorical_crossentropy")
-    ens, own = SnapshotEnsemble(model), ensemble_of(model, 1)._store.weights(model, 0)
-    for index in range(3):
-        ens._store.add_weights(own, Snapshot(index))
+    model = eager(dense(), "sparse_categorical_crossentropy")
+    (own,) = member_weights(ensemble_of(model, 1))
+    ens = ensemble_with(model, own, own, own)
     found = ens.predict_uncertainty(DATA, verbose=0)
     np.testing.assert_allclose(found["epistemic"], 0, atol=1e-12)
     assert (found["total"] > 0.1).all()

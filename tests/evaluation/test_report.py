@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from models import TASKS, dense, ensemble_of
+from models import Batches, TASKS, assert_close, dense, dense_outputs, ensemble_of, ensemble_with, member_weights
 from scipy import optimize, special
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.metrics import (
@@ -31,32 +31,14 @@ ROWS = RNG.normal(size=(30, 4)).astype("float32")
 LABELS = RNG.integers(0, 3, len(ROWS))
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests.
-    keras.utils.set_random_seed(0)
 
 
-def close(actual, expected, tolerance=1e-5):
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def ensemble(model, *members, **arguments):
-    """An ensemble of members with these weights."""
-    ens = SnapshotEnsemble(model, **arguments)
-    for index, weights in enumerate(members):
-        ens._store.add_weights([np.asarray(a, "float32") for a in weights], Snapshot(index))
-    return ens
 
 
-def weights_of(ens):
-    return [ens._store.weights(ens.model, i) for i in range(len(ens))]
 
 
-def forward(weights, x):
-    """What `dense` gives before its last activation."""
-    kernel, bias, head, shift = (np.asarray(array, "float64") for array in weights)
-    return np.tanh(x @ kernel + bias) @ head + shift
 
 
 def normalized(p):
@@ -146,8 +128,8 @@ def assert_curves(report, stack, error, losses):
         (report.added_from_first, stack),
     ):
         means = [ordered[:k].mean(axis=0) for k in range(1, len(stack) + 1)]
-        close(found["error"], [error(mean) for mean in means])
-        close(found["loss"], [losses(mean).mean() for mean in means])
+        assert_close(found["error"], [error(mean) for mean in means])
+        assert_close(found["loss"], [losses(mean).mean() for mean in means])
     means = [stack[-k:].mean(axis=0) for k in range(1, len(stack) + 1)]
     assert report.worth == worth(np.stack([losses(mean) for mean in means]))
 
@@ -163,8 +145,7 @@ Digits = collections.namedtuple("Digits", "ens y plain shown p evaluated")
 def digits():
     """Reports without and with weights and a temperature, and what they must agree with."""
     keras.utils.set_random_seed(0)
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype("float32")
+    x, y = models.digits(450)
     model = keras.Sequential(
         [keras.Input((64,)), layers.Dense(16, "relu"), layers.Dense(10, "softmax")]
     )
@@ -180,7 +161,7 @@ def digits():
         return model.evaluate(x, y, return_dict=True, verbose=0, **arguments)
 
     evaluated, one = {}, ens[0]
-    for i, weights in enumerate(weights_of(ens)):
+    for i, weights in enumerate(member_weights(ens)):
         one.set_weights(weights)
         evaluated[f"member {i}"] = evaluate(one)
     evaluated |= {name: evaluate(combine=name) for name in ("mean", "vote", "geometric")}
@@ -211,7 +192,7 @@ def test_names_of_rows_and_columns(digits):
 def test_loss_and_metrics_are_those_of_evaluate(name, digits):
     expected = digits.evaluated[name]
     assert expected.keys() == {"loss", "accuracy"}
-    close([digits.plain.rows[name][key] for key in expected], list(expected.values()), 1e-6)
+    assert_close([digits.plain.rows[name][key] for key in expected], list(expected.values()), 1e-6)
 
 
 @pytest.mark.parametrize("name", DIGITS_ROWS)
@@ -219,23 +200,23 @@ def test_negative_log_likelihood(name, digits):
     p = digits.p[name]
     # scikit-learn has another floor, which the shares of votes come to.
     expected = nll(p, digits.y) if name == "vote" else log_loss(digits.y, p, labels=range(10))
-    close(digits.plain.rows[name]["nll"], expected)
+    assert_close(digits.plain.rows[name]["nll"], expected)
 
 
 @pytest.mark.parametrize("name", DIGITS_ROWS)
 def test_brier_score(name, digits):
-    close(digits.plain.rows[name]["brier"], multiclass_brier(digits.p[name], digits.y))
+    assert_close(digits.plain.rows[name]["brier"], multiclass_brier(digits.p[name], digits.y))
 
 
 @pytest.mark.parametrize("name", DIGITS_ROWS)
 def test_expected_calibration_error(name, digits):
-    close(digits.plain.rows[name]["ece"], calibration_error(digits.p[name], digits.y))
+    assert_close(digits.plain.rows[name]["ece"], calibration_error(digits.p[name], digits.y))
 
 
 @pytest.mark.parametrize("name", [name for name in DIGITS_ROWS if name != "vote"])
 def test_calibrated_on_the_other_half(name, digits):
     expected = calibrated_nll((digits.p[name], digits.y, 1))
-    close(digits.plain.rows[name]["nll_calibrated"], expected)
+    assert_close(digits.plain.rows[name]["nll_calibrated"], expected)
 
 
 def test_disagreement_of_pairs_of_members(digits):
@@ -243,11 +224,11 @@ def test_disagreement_of_pairs_of_members(digits):
     expected = np.array([[np.mean(a != b) for b in labels] for a in labels])
     report = digits.plain
     (matrix,) = report.disagreement.values()
-    close(matrix, expected)
+    assert_close(matrix, expected)
     for i in range(3):
-        close(report.rows[f"member {i}"]["disagreement"], expected[i].sum() / 2)
+        assert_close(report.rows[f"member {i}"]["disagreement"], expected[i].sum() / 2)
     pairs = [expected[0, 1], expected[0, 2], expected[1, 2]]
-    close(list(report.to_dict()["mean_disagreement"].values()), [np.mean(pairs)])
+    assert_close(list(report.to_dict()["mean_disagreement"].values()), [np.mean(pairs)])
     assert f"Mean pairwise disagreement: {np.mean(pairs):.4f}." in str(report)
 
 
@@ -272,18 +253,18 @@ def test_a_temperature_is_for_combinations(digits):
     rows, before = digits.shown.rows, digits.plain.rows
     for name in DIGITS_ROWS:
         for score in ("nll", "nll_calibrated"):
-            close(rows[name][score], before[name][score], 1e-9)
+            assert_close(rows[name][score], before[name][score], 1e-9)
     for i in range(3):
         assert rows[f"member {i}"] == before[f"member {i}"]
     for name in ("mean", "weighted"):
         p = tempered(digits.p[name], TEMPERATURE)
-        close(rows[name]["loss"], log_loss(digits.y, p, labels=range(10)))
-        close(rows[name]["nll"], log_loss(digits.y, digits.p[name], labels=range(10)))
-        close(rows[name]["nll_calibrated"], calibrated_nll((digits.p[name], digits.y, 1)))
-        close(rows[name]["brier"], multiclass_brier(p, digits.y))
-        close(rows[name]["ece"], calibration_error(p, digits.y))
+        assert_close(rows[name]["loss"], log_loss(digits.y, p, labels=range(10)))
+        assert_close(rows[name]["nll"], log_loss(digits.y, digits.p[name], labels=range(10)))
+        assert_close(rows[name]["nll_calibrated"], calibrated_nll((digits.p[name], digits.y, 1)))
+        assert_close(rows[name]["brier"], multiclass_brier(p, digits.y))
+        assert_close(rows[name]["ece"], calibration_error(p, digits.y))
     expected = digits.evaluated["tempered weighted"]
-    close([rows["weighted"][key] for key in expected], list(expected.values()), 1e-6)
+    assert_close([rows["weighted"][key] for key in expected], list(expected.values()), 1e-6)
     assert "The combinations have the temperature 1.7, the members none." in str(digits.shown)
     assert "The combinations have" not in str(digits.plain)
 
@@ -445,7 +426,7 @@ def diabetes():
     rng = np.random.default_rng(0)
     members = [(fitted + 0.5 * rng.normal(size=(10, 1)), [0.1 * i]) for i in range(4)]
     metrics = ["mae", keras.metrics.MeanMetricWrapper(exotic, name=NAME)]
-    ens = ensemble(linear(10, metrics=metrics), *members)
+    ens = ensemble_with(linear(10, metrics=metrics), *members)
     stack = np.stack([x @ kernel + bias for kernel, bias in members])
     return Values(x, y, stack, ens.report(x, y, batch_size=7, verbose=0))
 
@@ -458,10 +439,10 @@ def test_rows_of_a_regression(diabetes):
     for name, found in predictions.items():
         row = report.rows[name]
         squared = mean_squared_error(y, found)
-        close(row["loss"], squared)
-        close(row["squared_error"], squared)
-        close(row["mae"], mean_absolute_error(y, found))
-        close(row[NAME], np.mean(np.abs(y - found) ** 3))
+        assert_close(row["loss"], squared)
+        assert_close(row["squared_error"], squared)
+        assert_close(row["mae"], mean_absolute_error(y, found))
+        assert_close(row[NAME], np.mean(np.abs(y - found) ** 3))
         own = {"disagreement"} if "member" in name else set()
         assert row.keys() == {"loss", "squared_error", "mae", NAME} | own
     assert "calibration" not in str(report)
@@ -471,9 +452,9 @@ def test_disagreement_and_curves_of_a_regression(diabetes):
     y, stack, report = diabetes.y, diabetes.stack, diabetes.report
     expected = [[math.sqrt(np.square(a - b).mean()) for b in stack] for a in stack]
     (matrix,) = report.disagreement.values()
-    close(matrix, expected)
+    assert_close(matrix, expected)
     for i in range(4):
-        close(report.rows[f"member {i}"]["disagreement"], np.sum(expected[i]) / 3)
+        assert_close(report.rows[f"member {i}"]["disagreement"], np.sum(expected[i]) / 3)
     assert_curves(
         report,
         stack,
@@ -492,7 +473,7 @@ def test_a_metric_of_any_name_is_shown_as_it_is(diabetes):
 @pytest.mark.parametrize("task", ["log-odds", "multilabel", "logits"])
 def test_rows_of_classes_of_other_kinds(task):
     ens = ensemble_of(dense(*TASKS[task]), 2)
-    outputs = np.stack([forward(weights, ROWS) for weights in weights_of(ens)])
+    outputs = np.stack([dense_outputs(weights, ROWS) for weights in member_weights(ens)])
     if task == "logits":
         y, p = LABELS, special.softmax(outputs, axis=-1)
         both, truth = p, y
@@ -514,16 +495,16 @@ def test_rows_of_classes_of_other_kinds(task):
     for name, probabilities in found.items():
         row = report.rows[name]
         expected = log_loss(truth, probabilities)
-        close([row["nll"], row["loss"]], expected)
-        close(row["brier"], brier(probabilities, truth))
-        close(row["ece"], calibration_error(probabilities, truth))
+        assert_close([row["nll"], row["loss"]], expected)
+        assert_close(row["brier"], brier(probabilities, truth))
+        assert_close(row["ece"], calibration_error(probabilities, truth))
     shares = (both == both.max(axis=-1, keepdims=True)).mean(axis=0)
-    close(report.rows["vote"]["brier"], brier(shares, truth))
+    assert_close(report.rows["vote"]["brier"], brier(shares, truth))
     differ = np.mean(both[0].argmax(axis=-1) != both[1].argmax(axis=-1))
     (matrix,) = report.disagreement.values()
-    close(matrix, [[0, differ], [differ, 0]])
+    assert_close(matrix, [[0, differ], [differ, 0]])
     if task == "log-odds":
-        close(report.rows["mean"]["nll_calibrated"], calibrated_nll((found["mean"], truth, 1)))
+        assert_close(report.rows["mean"]["nll_calibrated"], calibrated_nll((found["mean"], truth, 1)))
 
 
 OUTPUTS = {"kind": LABELS, "flag": (ROWS[:, 3:] > 0).astype("int64"), "amount": ROWS[:, :2] ** 2}
@@ -550,7 +531,7 @@ def several():
     ens = ensemble_of(model, 3)
     ens.weights = [0.2, 0.3, 0.5]
     found = []
-    for weights in weights_of(ens):
+    for weights in member_weights(ens):
         # The kernels differ in their number of units.
         pairs = zip(weights[::2], weights[1::2], strict=True)
         by_units = {len(bias): ROWS @ kernel + bias for kernel, bias in pairs}
@@ -588,28 +569,28 @@ def test_scores_of_several_outputs(several):
     for name, outputs in combined.items():
         row, losses = report.rows[name], losses_by_hand(outputs)
         kind, flag, amount = outputs.values()
-        close(row["loss"], sum(SHARES[output] * losses[output] for output in OUTPUTS))
+        assert_close(row["loss"], sum(SHARES[output] * losses[output] for output in OUTPUTS))
         for output in OUTPUTS:
-            close(row[f"{output}_loss"], losses[output])
-        close(row["kind_accuracy"], np.mean(kind.argmax(axis=1) == LABELS))
-        close(row["amount_mae"], mean_absolute_error(OUTPUTS["amount"], amount))
-        close(of(row, "amount", "squared_error"), losses["amount"])
-        close(of(row, "kind", "brier"), multiclass_brier(kind, LABELS))
-        close(of(row, "flag", "brier"), brier_score_loss(flags, flag[:, 1]))
+            assert_close(row[f"{output}_loss"], losses[output])
+        assert_close(row["kind_accuracy"], np.mean(kind.argmax(axis=1) == LABELS))
+        assert_close(row["amount_mae"], mean_absolute_error(OUTPUTS["amount"], amount))
+        assert_close(of(row, "amount", "squared_error"), losses["amount"])
+        assert_close(of(row, "kind", "brier"), multiclass_brier(kind, LABELS))
+        assert_close(of(row, "flag", "brier"), brier_score_loss(flags, flag[:, 1]))
         calibrated = calibrated_nll((kind, LABELS, 2), (flag, flags, 0.75))
         for output, p, y, expected in (
             ("kind", kind, LABELS, calibrated[0]),
             ("flag", flag, flags, calibrated[1]),
         ):
-            close(of(row, output, "nll"), losses[output])
-            close(of(row, output, "ece"), calibration_error(p, y))
-            close(of(row, output, "nll_calibrated"), expected)
+            assert_close(of(row, output, "nll"), losses[output])
+            assert_close(of(row, output, "ece"), calibration_error(p, y))
+            assert_close(of(row, output, "nll_calibrated"), expected)
     labels = stacks["kind"].argmax(axis=-1)
     differ = np.mean(labels[0] != labels[1]), np.mean(labels[0] != labels[2])
-    close(of(report.rows["member 0"], "kind", "disagreement"), np.mean(differ))
+    assert_close(of(report.rows["member 0"], "kind", "disagreement"), np.mean(differ))
     amounts = stacks["amount"]
     apart = [math.sqrt(mean_squared_error(amounts[2], amounts[i])) for i in (0, 1)]
-    close(of(report.rows["member 2"], "amount", "disagreement"), np.mean(apart))
+    assert_close(of(report.rows["member 2"], "amount", "disagreement"), np.mean(apart))
 
 
 def test_curves_of_several_outputs(several):
@@ -618,11 +599,11 @@ def test_curves_of_several_outputs(several):
         mean = {name: stack[-k:].mean(axis=0) for name, stack in stacks.items()}
         found = {name: errors[k - 1] for name, errors in report.added_from_last.items()}
         losses = losses_by_hand(mean)
-        close(of(found, "amount", "error"), losses["amount"])
+        assert_close(of(found, "amount", "error"), losses["amount"])
         for output in ("kind", "flag"):
             wrong = zero_one_loss(OUTPUTS[output].ravel(), mean[output].argmax(axis=1))
-            close(of(found, output, "error"), wrong)
-        close(found["loss"], sum(SHARES[output] * losses[output] for output in OUTPUTS))
+            assert_close(of(found, output, "error"), wrong)
+        assert_close(found["loss"], sum(SHARES[output] * losses[output] for output in OUTPUTS))
 
 
 def test_columns_of_several_outputs_are_called_as_evaluate_calls_them(several):
@@ -646,40 +627,27 @@ def test_padding_is_not_scored():
     model = keras.Model(inputs, layers.Dense(2, "softmax")(hidden))
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     ens = ensemble_of(model, 2)
-    p = np.stack([special.softmax(e[tokens] @ w + b, axis=-1) for e, w, b in weights_of(ens)])
+    p = np.stack([special.softmax(e[tokens] @ w + b, axis=-1) for e, w, b in member_weights(ens)])
     p, y = p[:, tokens != 0], tags[tokens != 0]
     report = ens.report(tokens, tags, verbose=0)
     for name, found in {"member 1": p[1], "mean": p.mean(axis=0)}.items():
         row = report.rows[name]
-        close([row["loss"], row["nll"]], log_loss(y, normalized(found)))
-        close(row["accuracy"], np.mean(found.argmax(axis=1) == y))
-        close(row["brier"], multiclass_brier(found, y))
-    close(report.rows["member 0"]["disagreement"], np.mean(p[0].argmax(1) != p[1].argmax(1)))
+        assert_close([row["loss"], row["nll"]], log_loss(y, normalized(found)))
+        assert_close(row["accuracy"], np.mean(found.argmax(axis=1) == y))
+        assert_close(row["brier"], multiclass_brier(found, y))
+    assert_close(report.rows["member 0"]["disagreement"], np.mean(p[0].argmax(1) != p[1].argmax(1)))
 
 
 # Data
 
 
-class Batches(keras.utils.PyDataset):
-    """Batches of five, counted."""
-
-    def __init__(self, *arrays):
-        super().__init__()
-        self.arrays, self.asked = arrays, collections.Counter()
-
-    def __len__(self):
-        return math.ceil(len(self.arrays[0]) / 5)
-
-    def __getitem__(self, index):
-        self.asked[index] += 1
-        return tuple(array[5 * index : 5 * index + 5] for array in self.arrays)
 
 
 @pytest.fixture(scope="module")
 def weighted_rows():
     """An ensemble of two, data with sample weights, and the report of them as arrays."""
     members = [(np.arange(4)[:, None] / 4, [0.5]), (np.ones((4, 1)), [-0.5])]
-    ens = ensemble(linear(4, weighted_metrics=["mae"]), *members)
+    ens = ensemble_with(linear(4, weighted_metrics=["mae"]), *members)
     y = ROWS.sum(axis=1, keepdims=True) + 0.3
     counts = np.random.default_rng(5).random(len(ROWS)) * 3
     return ens, (ROWS, y, counts), ens.report(ROWS, y, sample_weight=counts, verbose=0)
@@ -687,26 +655,26 @@ def weighted_rows():
 
 def test_sample_weights(weighted_rows):
     ens, (x, y, counts), report = weighted_rows
-    stack = np.stack([x @ kernel + bias for kernel, bias in weights_of(ens)])
+    stack = np.stack([x @ kernel + bias for kernel, bias in member_weights(ens)])
     expected = {"member 0": stack[0], "member 1": stack[1], "mean": stack.mean(axis=0)}
     for name, found in expected.items():
         row = report.rows[name]
         squared = mean_squared_error(y, found, sample_weight=counts)
-        close(row["squared_error"], squared)
-        close(row["mae"], mean_absolute_error(y, found, sample_weight=counts))
-        close(row["loss"], np.mean(counts * np.square(found - y)[:, 0]))
+        assert_close(row["squared_error"], squared)
+        assert_close(row["mae"], mean_absolute_error(y, found, sample_weight=counts))
+        assert_close(row["loss"], np.mean(counts * np.square(found - y)[:, 0]))
     apart = math.sqrt(mean_squared_error(*stack, sample_weight=counts))
-    close(report.rows["member 0"]["disagreement"], apart)
+    assert_close(report.rows["member 0"]["disagreement"], apart)
     evaluated = ens.evaluate(x, y, sample_weight=counts, return_dict=True, verbose=0)
-    close([report.rows["mean"][name] for name in evaluated], list(evaluated.values()), 1e-6)
+    assert_close([report.rows["mean"][name] for name in evaluated], list(evaluated.values()), 1e-6)
 
 
 def assert_alike(report, other):
     assert report.rows.keys() == other.rows.keys()
     for name, row in report.rows.items():
         assert row.keys() == other.rows[name].keys()
-        close(list(row.values()), list(other.rows[name].values()), 1e-6)
-    close(report.added_from_last["loss"], other.added_from_last["loss"], 1e-6)
+        assert_close(list(row.values()), list(other.rows[name].values()), 1e-6)
+    assert_close(report.added_from_last["loss"], other.added_from_last["loss"], 1e-6)
     assert (report.worth, report.examples) == (other.worth, other.examples)
 
 
@@ -728,12 +696,12 @@ def test_the_data_is_gone_through_once(weighted_rows):
 def test_one_row_of_data():
     ens = ensemble_of(dense(), 2)
     report = ens.report(ROWS[:1], LABELS[:1], verbose=0)
-    p = [special.softmax(forward(weights, ROWS[:1]), axis=-1) for weights in weights_of(ens)]
+    p = [special.softmax(dense_outputs(weights, ROWS[:1]), axis=-1) for weights in member_weights(ens)]
     assert (report.examples, report.bins) == (1, 1)
     for name, found in {"member 0": p[0], "member 1": p[1], "mean": np.mean(p, axis=0)}.items():
         row = report.rows[name]
-        close([row["loss"], row["nll"]], nll(found, LABELS[:1]))
-        close(row["ece"], calibration_error(found, LABELS[:1], bins=1))
+        assert_close([row["loss"], row["nll"]], nll(found, LABELS[:1]))
+        assert_close(row["ece"], calibration_error(found, LABELS[:1], bins=1))
         # There is no other half.
         assert math.isnan(row["nll_calibrated"])
     assert_aligned(report)
@@ -759,7 +727,7 @@ def test_a_report_without_targets(weighted_rows):
 
 def about(errors):
     """Linear members that are off by so much everywhere, and the targets."""
-    ens = ensemble(linear(4), *((np.ones((4, 1)), [error]) for error in errors))
+    ens = ensemble_with(linear(4), *((np.ones((4, 1)), [error]) for error in errors))
     return ens, ROWS.sum(axis=1)
 
 
@@ -772,7 +740,7 @@ def test_a_mean_that_is_worse_than_the_best_member_is_told():
     # Of the means from the last, that of two is best: (0.5 + -0.3) / 2 is 0.1.
     ens, y = about([9.0, 0.2, -0.3, 0.5])
     report = ens.report(ROWS, y, verbose=0)
-    close(report.added_from_last["loss"], [0.25, 0.01, (0.4 / 3) ** 2, 2.35**2])
+    assert_close(report.added_from_last["loss"], [0.25, 0.01, (0.4 / 3) ** 2, 2.35**2])
     assert worse_than(report) == (
         "The mean of all members (loss 5.5225) is worse than member 1 alone (0.0400). Try "
         "members=2 (the last 2: 0.0100) or fit_weights on held-out data."
@@ -790,7 +758,7 @@ def test_fewer_members_are_not_proposed_where_all_are_best():
         "The mean of all members (loss 16.0000) is worse than member 0 alone (0.0000). Try "
         "combine='weighted'."
     )
-    close(report.rows["weighted"]["loss"], 1)
+    assert_close(report.rows["weighted"]["loss"], 1)
 
 
 def test_a_mean_that_is_better_than_each_member_has_no_more_to_say(diabetes):
@@ -805,10 +773,10 @@ def test_a_mean_that_is_better_than_each_member_has_no_more_to_say(diabetes):
 
 def alike(count):
     """An ensemble of equal members, and data with which the sums compared round differently."""
-    (weights,) = weights_of(ensemble_of(dense(), 1))
+    (weights,) = member_weights(ensemble_of(dense(), 1))
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(30, 4)).astype("float32"), rng.integers(0, 3, 30)
-    return ensemble(dense(), *[weights] * count), x, y
+    return ensemble_with(dense(), *[weights] * count), x, y
 
 
 def test_members_that_are_alike_are_not_worse_than_themselves():
@@ -827,7 +795,7 @@ def test_one_member_is_its_own_mean():
     assert scores.pop("disagreement") == 0
     for name in ("mean", "geometric"):
         assert report.rows[name].keys() == scores.keys()
-        close(list(report.rows[name].values()), list(scores.values()))
+        assert_close(list(report.rows[name].values()), list(scores.values()))
     (matrix,) = report.disagreement.values()
     np.testing.assert_array_equal(matrix, [[0]])
     assert report.worth == 1
@@ -861,13 +829,13 @@ def test_a_loss_and_metrics_of_ones_own():
     state, own = total.sum.numpy(), model.get_weights()
     assert state != 0
     members = [(np.ones((4, 1)), [0.5]), (np.ones((4, 1)), [1.5])]
-    ens = ensemble(model, *members, task="regression")
+    ens = ensemble_with(model, *members, task="regression")
     report = ens.report(ROWS, y, verbose=0)
     for name, error in {"member 0": 0.5, "member 1": 1.5, "mean": 1.0}.items():
         row = report.rows[name]
-        close(row["loss"], error**3)
-        close(row["squared_error"], error**2)
-        close(row["total"], 2 * np.sum(y + error), 1e-4)
+        assert_close(row["loss"], error**3)
+        assert_close(row["squared_error"], error**2)
+        assert_close(row["total"], 2 * np.sum(y + error), 1e-4)
     # The user's model is as before.
     assert total.sum.numpy() == state
     for array, before in zip(model.get_weights(), own, strict=True):

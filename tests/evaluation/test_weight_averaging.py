@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
-from models import dense, ensemble_of
+from models import Batches, assert_all_close, assert_close, assert_same, dense, dense_outputs, ensemble_of, ensemble_with, member_weights, sliced
 from scipy import special
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.linear_model import LogisticRegression
@@ -23,10 +23,6 @@ IMAGES = RNG.normal(1, 2, size=(10, 6, 6, 2)).astype("float32")
 TOKENS = np.array([[1, 2, 3, 4, 5], [6, 5, 4, 3, 2], [1, 0, 0, 0, 0], [6, 2, 0, 0, 0]])
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests.
-    keras.utils.set_random_seed(0)
 
 
 def compiled(model, loss="sparse_categorical_crossentropy", **arguments):
@@ -34,34 +30,18 @@ def compiled(model, loss="sparse_categorical_crossentropy", **arguments):
     return model
 
 
-def ensemble(model, *members):
-    """An ensemble of members with these weights."""
-    ens = SnapshotEnsemble(model)
-    for index, weights in enumerate(members):
-        ens._store.add_weights(list(weights), Snapshot(index))
-    return ens
 
 
-def weights_of(ens):
-    return [ens._store.weights(ens.model, i) for i in range(len(ens))]
 
 
 def mean_by_hand(members):
     return [np.mean(arrays, axis=0, dtype="float64") for arrays in zip(*members, strict=True)]
 
 
-def close(actual, expected, tolerance=1e-5):
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def all_close(actual, expected, tolerance=1e-5):
-    for one, other in zip(actual, expected, strict=True):
-        close(np.asarray(one, "float64"), other, tolerance)
 
 
-def all_equal(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def normalization(model):
@@ -90,7 +70,7 @@ def test_the_mean_is_taken_in_float64(dtype, values):
     model = keras.Sequential([keras.Input((2,)), layers.Dense(3, dtype=dtype)])
     compiled(model, "mse")
     own = model.get_weights()
-    ens = ensemble(model, *([np.full_like(array, value) for array in own] for value in values))
+    ens = ensemble_with(model, *([np.full_like(array, value) for array in own] for value in values))
     found = ens.average_weights().get_weights()
     expected = np.float64(np.mean(values))
     for array, before in zip(found, own, strict=True):
@@ -118,9 +98,9 @@ def test_whole_numbers_are_those_of_the_last_member(members, last):
     rows = [[[i, 2 * i], [7 * i + 1, 5], [i == 1, i == 2]] for i in range(3)]
     dtypes = ("float32", "int32", "bool")
     given = [[np.array(a, d) for a, d in zip(row, dtypes, strict=True)] for row in rows]
-    averaged = ensemble(model, *given).average_weights(members)
+    averaged = ensemble_with(model, *given).average_weights(members)
     assert [array.dtype for array in averaged.get_weights()] == ["float32", "int32", "bool"]
-    all_equal(averaged.get_weights()[1:], given[last][1:])
+    assert_same(averaged.get_weights()[1:], given[last][1:])
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +113,13 @@ def random():
 )
 def test_the_mean_of_chosen_members(members, chosen, random):
     averaged = random.average_weights(members)
-    expected = mean_by_hand([weights_of(random)[i] for i in chosen])
-    all_equal(averaged.get_weights(), [array.astype("float32") for array in expected])
+    expected = mean_by_hand([member_weights(random)[i] for i in chosen])
+    assert_same(averaged.get_weights(), [array.astype("float32") for array in expected])
 
 
 @pytest.mark.parametrize("members", [1, [2]])
 def test_one_member_gives_itself(members, random):
-    all_equal(random.average_weights(members).get_weights(), weights_of(random)[2])
+    assert_same(random.average_weights(members).get_weights(), member_weights(random)[2])
 
 
 # Statistics of batch normalisation
@@ -162,31 +142,17 @@ def test_statistics_are_those_of_all_rows(batch_size, momentum):
     ens = ensemble_of(normalized_input(momentum=momentum))
     averaged = ens.average_weights(x=ROWS, batch_size=batch_size)
     mean, variance = statistics(averaged)
-    close(mean, ROWS.mean(axis=0, dtype="float64"))
-    close(variance, ROWS.var(axis=0, dtype="float64"))
+    assert_close(mean, ROWS.mean(axis=0, dtype="float64"))
+    assert_close(variance, ROWS.var(axis=0, dtype="float64"))
     assert normalization(averaged).momentum == momentum
     # All else is the mean of the members.
     others = [0, 1, 4, 5]
-    expected = mean_by_hand(weights_of(ens))
-    all_close([averaged.get_weights()[i] for i in others], [expected[i] for i in others], 1e-7)
+    expected = mean_by_hand(member_weights(ens))
+    assert_all_close([averaged.get_weights()[i] for i in others], [expected[i] for i in others], 1e-7)
 
 
-class Batches(keras.utils.PyDataset):
-    def __init__(self, *arrays, size=5):
-        super().__init__()
-        self.arrays, self.size = arrays, size
-
-    def __len__(self):
-        return math.ceil(len(self.arrays[0]) / self.size)
-
-    def __getitem__(self, index):
-        rows = slice(self.size * index, self.size * (index + 1))
-        return tuple(array[rows] for array in self.arrays)
 
 
-def sliced(*arrays):
-    arrays = arrays if len(arrays) > 1 else arrays[0]
-    return tf.data.Dataset.from_tensor_slices(arrays).batch(5)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +169,8 @@ def sliced(*arrays):
 def test_statistics_from_all_kinds_of_data(x, on_input):
     # Of one member too, though there is no mean to take.
     mean, variance = statistics(on_input.average_weights([0], x=x))
-    close(mean, ROWS.mean(axis=0))
-    close(variance, ROWS.var(axis=0))
+    assert_close(mean, ROWS.mean(axis=0))
+    assert_close(variance, ROWS.var(axis=0))
 
 
 def test_statistics_from_a_dict_of_inputs():
@@ -213,8 +179,8 @@ def test_statistics_from_a_dict_of_inputs():
     model = compiled(keras.Model(inputs, layers.Dense(3, "softmax")(hidden)))
     averaged = ensemble_of(model).average_weights(x={"b": ROWS[:, :2], "a": ROWS}, batch_size=5)
     mean, variance = statistics(averaged)
-    close(mean, ROWS.mean(axis=0))
-    close(variance, ROWS.var(axis=0))
+    assert_close(mean, ROWS.mean(axis=0))
+    assert_close(variance, ROWS.var(axis=0))
 
 
 @pytest.fixture(scope="module")
@@ -252,12 +218,12 @@ def reaching(weights, x, batch_size):
 def test_later_layers_see_what_earlier_ones_normalise_by_the_batch(batch_size, convolutional):
     # Written out without dropout, which must not be at work.
     averaged = convolutional.average_weights(x=IMAGES, batch_size=batch_size)
-    weights = mean_by_hand(weights_of(convolutional))
+    weights = mean_by_hand(member_weights(convolutional))
     for layer, values in zip(
         (averaged.layers[1], averaged.layers[4]), reaching(weights, IMAGES, batch_size), strict=True
     ):
-        close(layer.moving_mean.numpy(), values.mean(axis=(0, 1, 2)))
-        close(layer.moving_variance.numpy(), values.var(axis=(0, 1, 2)))
+        assert_close(layer.moving_mean.numpy(), values.mean(axis=(0, 1, 2)))
+        assert_close(layer.moving_variance.numpy(), values.var(axis=(0, 1, 2)))
 
 
 def test_nested_layers_are_found_and_frozen_ones_left_alone():
@@ -270,13 +236,13 @@ def test_nested_layers_are_found_and_frozen_ones_left_alone():
     ens = ensemble_of(compiled(keras.Model(inputs, outputs)))
     averaged = ens.average_weights(x=ROWS)
     found = {layer.name: layer for layer in averaged._flatten_layers()}
-    close(found["nested"].moving_mean.numpy(), ROWS.mean(axis=0))
-    close(found["nested"].moving_variance.numpy(), ROWS.var(axis=0))
-    means = mean_by_hand(weights_of(ens))
+    assert_close(found["nested"].moving_mean.numpy(), ROWS.mean(axis=0))
+    assert_close(found["nested"].moving_variance.numpy(), ROWS.var(axis=0))
+    means = mean_by_hand(member_weights(ens))
     place = [variable.path for variable in ens.model.weights].index
     for name in ("moving_mean", "moving_variance"):
         expected = means[place(f"frozen/{name}")]
-        close(getattr(found["frozen"], name).numpy(), expected, 1e-7)
+        assert_close(getattr(found["frozen"], name).numpy(), expected, 1e-7)
     assert not found["frozen"].trainable
 
 
@@ -312,8 +278,8 @@ def test_a_subclass_that_cannot_be_made_anew(subclassed):
     assert averaged.count_params() == ens.model.count_params()
     place = [id(variable) for variable in ens.model.weights].index
     found = averaged.get_weights()
-    close(found[place(id(ens.model.norm.moving_mean))], ROWS.mean(axis=0))
-    close(found[place(id(ens.model.norm.moving_variance))], ROWS.var(axis=0))
+    assert_close(found[place(id(ens.model.norm.moving_mean))], ROWS.mean(axis=0))
+    assert_close(found[place(id(ens.model.norm.moving_variance))], ROWS.var(axis=0))
 
 
 def test_layers_that_always_work_in_inference_keep_their_statistics(subclassed):
@@ -332,8 +298,8 @@ def test_a_layer_that_is_called_twice_sees_both_its_inputs():
     averaged = ensemble_of(model).average_weights(x=[ROWS, 3 * ROWS + 1], batch_size=5)
     both = np.concatenate([ROWS, 3 * ROWS + 1])
     mean, variance = statistics(averaged)
-    close(mean, both.mean(axis=0))
-    close(variance, both.var(axis=0))
+    assert_close(mean, both.mean(axis=0))
+    assert_close(variance, both.var(axis=0))
 
 
 def test_padding_does_not_count():
@@ -345,8 +311,8 @@ def test_padding_does_not_count():
     averaged = ensemble_of(model).average_weights(x=TOKENS, batch_size=2)
     real = averaged.get_layer("embed").embeddings.numpy()[TOKENS[TOKENS != 0]]
     mean, variance = statistics(averaged)
-    close(mean, real.mean(axis=0))
-    close(variance, real.var(axis=0))
+    assert_close(mean, real.mean(axis=0))
+    assert_close(variance, real.var(axis=0))
 
 
 # What is left as it was
@@ -367,7 +333,7 @@ def assert_unchanged(model, before):
     own, arrays = before
     now, arrays_now = state(model)
     assert now == own
-    all_equal(arrays_now, arrays)
+    assert_same(arrays_now, arrays)
 
 
 class Broken(Batches):
@@ -404,8 +370,8 @@ def test_the_users_layers_normalise_and_forget_as_before(on_input):
     model(ROWS, training=True)
     new_mean, new_variance = statistics(model)
     model.set_weights(own)
-    close(new_mean, 0.99 * mean + 0.01 * ROWS.mean(axis=0))
-    close(new_variance, 0.99 * variance + 0.01 * ROWS.var(axis=0))
+    assert_close(new_mean, 0.99 * mean + 0.01 * ROWS.mean(axis=0))
+    assert_close(new_variance, 0.99 * variance + 0.01 * ROWS.var(axis=0))
 
 
 # The model that comes of it
@@ -427,8 +393,8 @@ def test_it_is_compiled_alike_and_trains(on_input, averaged_on_input):
     found = averaged_on_input.evaluate(ROWS, LABELS, return_dict=True, verbose=0)
     probabilities = averaged_on_input(ROWS).numpy()
     assert found.keys() == {"loss", "accuracy"}
-    close(found["loss"], -np.log(probabilities[np.arange(len(ROWS)), LABELS]).mean())
-    close(found["accuracy"], np.mean(probabilities.argmax(axis=1) == LABELS))
+    assert_close(found["loss"], -np.log(probabilities[np.arange(len(ROWS)), LABELS]).mean())
+    assert_close(found["accuracy"], np.mean(probabilities.argmax(axis=1) == LABELS))
     before = state(on_input.model)
     history = averaged_on_input.fit(ROWS, LABELS, epochs=3, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
@@ -438,7 +404,7 @@ def test_it_is_compiled_alike_and_trains(on_input, averaged_on_input):
 def test_it_is_saved_and_loaded_by_keras(averaged_on_input, tmp_path):
     averaged_on_input.save(tmp_path / "one.keras")
     again = keras.models.load_model(tmp_path / "one.keras")
-    all_equal(again.get_weights(), averaged_on_input.get_weights())
+    assert_same(again.get_weights(), averaged_on_input.get_weights())
     np.testing.assert_array_equal(again(ROWS).numpy(), averaged_on_input(ROWS).numpy())
     assert again.loss == "sparse_categorical_crossentropy"
 
@@ -448,8 +414,7 @@ def test_it_is_saved_and_loaded_by_keras(averaged_on_input, tmp_path):
 
 @pytest.fixture(scope="module")
 def digits():
-    x, y = load_digits(return_X_y=True)
-    return (x[:400] / 16).astype("float32"), y[:400]
+    return models.digits(400)
 
 
 def normal_features(kernel, x, gamma=1.0, beta=0.0):
@@ -503,12 +468,12 @@ def test_members_that_are_one_function_average_to_it_only_with_statistics_of_the
     for scale in (1.0, 1.0, 1.0, 9.0):
         kernel, gamma, beta, mean, variance, *head = good
         members.append([scale * kernel, gamma, beta, scale * mean, scale**2 * variance, *head])
-    ens = ensemble(digits_model(), *members)
+    ens = ensemble_with(digits_model(), *members)
     x, y = digits
     expected = loss_by_hand(good, x, y, renewed=False)
     assert expected < 0.5
     renewed = ens.average_weights(x=x, y=y, batch_size=len(x))
-    close(renewed.evaluate(x, y, verbose=0), expected, 2e-3)
+    assert_close(renewed.evaluate(x, y, verbose=0), expected, 2e-3)
     with pytest.warns(UserWarning, match="batch normalisation"):
         stale = ens.average_weights()
     assert stale.evaluate(x, y, verbose=0) > expected + 0.1
@@ -521,10 +486,10 @@ def test_snapshots_of_one_basin_average_to_a_model_as_good(digits, good):
     ens = SnapshotEnsemble(model, cycles=3, lr_init=0.02)
     ens.fit(x, y, epochs=3, verbose=0)
     averaged = ens.average_weights(x=x, y=y, batch_size=100)
-    members = [loss_by_hand(weights, x, y, renewed=False) for weights in weights_of(ens)]
+    members = [loss_by_hand(weights, x, y, renewed=False) for weights in member_weights(ens)]
     loss = averaged.evaluate(x, y, verbose=0)
     assert loss < max(members) + 0.02
-    close(loss, loss_by_hand(averaged.get_weights(), x, y, renewed=False), 1e-4)
+    assert_close(loss, loss_by_hand(averaged.get_weights(), x, y, renewed=False), 1e-4)
 
 
 # Warnings
@@ -535,12 +500,9 @@ def teacher(seed=0):
     rng = np.random.default_rng(seed)
     shapes = [(4, 6), (6,), (6, 3), (3,)]
     weights = [rng.normal(0, 1, shape).astype("float32") for shape in shapes]
-    return weights, forward(weights, ROWS).argmax(axis=1)
+    return weights, dense_outputs(weights, ROWS).argmax(axis=1)
 
 
-def forward(weights, x):
-    kernel, bias, head, shift = (np.asarray(array, "float64") for array in weights)
-    return np.tanh(x @ kernel + bias) @ head + shift
 
 
 def cross_entropy(logits, y):
@@ -556,17 +518,17 @@ def turned(weights):
 def test_a_mean_that_is_worse_than_the_worst_member_is_told():
     weights, y = teacher()
     worse = [weights[0], weights[1], 0.5 * weights[2], weights[3]]
-    ens = ensemble(dense(), weights, turned(worse))
+    ens = ensemble_with(dense(), weights, turned(worse))
     with pytest.warns(UserWarning, match="worse than the worst member") as caught:
         averaged = ens.average_weights(x=ROWS, y=y)
     (warning,) = caught
     assert warning.filename == __file__
     message = str(warning.message)
     found, worst = map(float, re.findall(r"(?:is|member's) (\d+\.\d+)", message))
-    close(found, averaged.evaluate(ROWS, y, verbose=0), 1e-3)
-    close(found, cross_entropy(forward(averaged.get_weights(), ROWS), y), 1e-3)
-    assert cross_entropy(forward(weights, ROWS), y) < cross_entropy(forward(worse, ROWS), y)
-    close(worst, cross_entropy(forward(worse, ROWS), y), 1e-3)
+    assert_close(found, averaged.evaluate(ROWS, y, verbose=0), 1e-3)
+    assert_close(found, cross_entropy(dense_outputs(averaged.get_weights(), ROWS), y), 1e-3)
+    assert cross_entropy(dense_outputs(weights, ROWS), y) < cross_entropy(dense_outputs(worse, ROWS), y)
+    assert_close(worst, cross_entropy(dense_outputs(worse, ROWS), y), 1e-3)
     assert "Use `members='greedy'`, fewer members, or the ensemble." in message
 
 
@@ -575,9 +537,9 @@ def test_a_mean_that_is_no_worse_is_not_warned_of():
     rng = np.random.default_rng(1)
     off = [rng.normal(0, 0.3, array.shape).astype("float32") for array in weights]
     around = [[w + s * o for w, o in zip(weights, off, strict=True)] for s in (1, -1)]
-    ens = ensemble(dense(), *around)
+    ens = ensemble_with(dense(), *around)
     averaged = ens.average_weights(x=ROWS, y=y)
-    all_close(averaged.get_weights(), weights, 1e-6)
+    assert_all_close(averaged.get_weights(), weights, 1e-6)
     # One member alone is as good as itself.
     ens.average_weights([0], x=ROWS, y=y)
 
@@ -589,7 +551,7 @@ def test_statistics_that_are_only_a_mean_are_warned_of(on_input, convolutional):
         (warning,) = caught
         assert warning.filename == __file__
         assert str(warning.message).startswith(f"The model has {count} layers of batch normal")
-        all_close(averaged.get_weights(), mean_by_hand(weights_of(ens)), 1e-6)
+        assert_all_close(averaged.get_weights(), mean_by_hand(member_weights(ens)), 1e-6)
 
 
 def test_no_such_warning_without_a_mean_of_statistics(on_input, random):
@@ -635,12 +597,12 @@ def test_the_soup_on_digits_is_the_one_written_out(digits, good):
         members, lambda weights, count: loss_by_hand(weights, x, y, renewed=count > 1)
     )
     assert 1 < len(taken) < len(members)
-    soup = ensemble(digits_model(), *members).average_weights("greedy", x, y, batch_size=len(x))
+    soup = ensemble_with(digits_model(), *members).average_weights("greedy", x, y, batch_size=len(x))
     expected = mean_by_hand([members[i] for i in taken])
     expected[3:5] = (x @ expected[0]).mean(axis=0), (x @ expected[0]).var(axis=0)
-    all_close(soup.get_weights(), expected, 1e-4)
+    assert_all_close(soup.get_weights(), expected, 1e-4)
     found = soup.evaluate(x, y, verbose=0)
-    close(found, least, 1e-4)
+    assert_close(found, least, 1e-4)
     assert found < min(loss_by_hand(member, x, y, renewed=False) for member in members)
 
 
@@ -658,18 +620,18 @@ def test_the_soup_of_a_regression_is_the_one_written_out():
     # In the order of time it would be another.
     assert taken == [2, 0, 3]
     model = keras.Sequential([keras.Input((10,)), layers.Dense(1)])
-    ens = ensemble(compiled(model, "mse"), *members)
+    ens = ensemble_with(compiled(model, "mse"), *members)
     soup = ens.average_weights("greedy", x, y, batch_size=len(x))
-    all_close(soup.get_weights(), mean_by_hand([members[i] for i in taken]), 1e-6)
-    close(loss(soup.get_weights(), 1), least)
+    assert_all_close(soup.get_weights(), mean_by_hand([members[i] for i in taken]), 1e-6)
+    assert_close(loss(soup.get_weights(), 1), least)
 
 
 def test_the_soup_is_the_best_member_alone_where_mixing_hurts():
     weights, y = teacher()
     worse = [weights[0], weights[1], 0.5 * weights[2], weights[3]]
-    ens = ensemble(dense(), turned(worse), weights)
+    ens = ensemble_with(dense(), turned(worse), weights)
     soup = ens.average_weights("greedy", x=sliced(ROWS, y))
-    all_equal(soup.get_weights(), weights)
+    assert_same(soup.get_weights(), weights)
 
 
 # What makes no sense

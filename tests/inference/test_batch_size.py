@@ -22,11 +22,12 @@ def branches():
 
 def ensemble_of(model):
     model.compile("sgd", "sparse_categorical_crossentropy")
-    ens, rng = SnapshotEnsemble(model), np.random.default_rng(0)
-    for index in range(2):
-        weights = [rng.normal(0, 0.3, w.shape).astype(w.dtype) ** 2 for w in model.get_weights()]
-        ens._store.add_weights(weights, Snapshot(index))
-    return ens
+    rng = np.random.default_rng(0)
+    members = [
+        [rng.normal(0, 0.3, w.shape).astype(w.dtype) ** 2 for w in model.get_weights()]
+        for _ in range(2)
+    ]
+    return ensemble_with(model, *members)
 
 
 # The largest tensor has so many float32 a row; a batch of it is to be 1 MiB or less.

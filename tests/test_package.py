@@ -1,0 +1,86 @@
+"""The package: its public names, what it imports, and the examples in its docstrings."""
+
+import doctest
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from ensemble_cases import X, Y, fit
+from models import classifier
+
+import snapshot_ensemble
+from snapshot_ensemble import (
+    CosineAnnealing,
+    GenerateSnapshotCallbacks,
+    SnapshotEnsemble,
+    SnapshotEnsembleCallback,
+    VisualizeLR,
+    plots,
+)
+from snapshot_ensemble.keeping import Keeper
+from snapshot_ensemble.learning import Learner
+from snapshot_ensemble.prediction import Predictor
+
+
+def test_all_public_names_are_there():
+    for name in snapshot_ensemble.__all__:
+        assert getattr(snapshot_ensemble, name).__doc__
+
+
+WITHOUT = """
+import sys
+for name in ("matplotlib", "scipy", "sklearn", "tf2onnx", "openvino"):
+    sys.modules[name] = None  # From now on, importing it is an error.
+import snapshot_ensemble
+assert snapshot_ensemble.SnapshotEnsemble
+"""
+
+
+def test_importing_the_package_asks_for_nothing_that_is_not_always_needed(tmp_path):
+    # Blocked rather than looked for afterwards, since Keras imports what it finds of them.
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, env=environment, cwd=tmp_path)
+
+
+EXAMPLES = [
+    test
+    for public in (
+        SnapshotEnsemble,
+        Predictor,
+        Learner,
+        Keeper,
+        CosineAnnealing,
+        SnapshotEnsembleCallback,
+        GenerateSnapshotCallbacks,
+        VisualizeLR,
+        plots.plot_schedule,
+    )
+    for test in doctest.DocTestFinder().find(public, public.__name__)
+    if test.examples
+]
+
+
+def test_the_public_classes_have_examples():
+    assert {"SnapshotEnsemble", "CosineAnnealing"} <= {test.name for test in EXAMPLES}
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
+def test_examples_do_what_they_show(example, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ens = SnapshotEnsemble(classifier(metrics=None), cycles=2)
+    fit(ens, epochs=2)
+    example.globs.update(
+        **{name: getattr(snapshot_ensemble, name) for name in snapshot_ensemble.__all__},
+        plot_schedule=plots.plot_schedule,
+        keras=keras,
+        np=np,
+        model=classifier(),
+        ens=ens,
+        **{"x": X, "y": Y, "x_val": X, "y_val": Y},
+    )
+    failed, attempted = doctest.DocTestRunner().run(example, clear_globs=False)
+    assert attempted > 0
+    assert failed == 0, capsys.readouterr().out
