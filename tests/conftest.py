@@ -2,20 +2,22 @@
 
 import gc
 import os
+import shutil
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras
 import pytest
 import tensorflow as tf
-from models import three_classes
+from models import BreakOffError, three_classes
+from resume_cases import break_off_in, run
 
 # What was imported stays: the collector, which Keras calls whenever a session is cleared, need
 # not go through it again each time.
 gc.collect()
 gc.freeze()
 
-# Tests make many small models, each traced anew: nothing to be told of.
+# Tests make many small models, each traced anew, which TensorFlow would warn of.
 tf.get_logger().setLevel("ERROR")
 
 
@@ -46,3 +48,17 @@ def model():
     )
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
+
+
+@pytest.fixture(scope="session")
+def broken_run_once(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("broken") / "ensemble"
+    with pytest.raises(BreakOffError):
+        run(directory, callbacks=[break_off_in(3)])
+    return directory
+
+
+@pytest.fixture
+def broken_run(broken_run_once, tmp_path):
+    """The directory of a run that broke off in its fourth epoch, with one of three members."""
+    return shutil.copytree(broken_run_once, tmp_path / "broken")

@@ -9,6 +9,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 from snapshot_ensemble import Snapshot, SnapshotEnsemble
+from snapshot_ensemble.inference.output_specs import Output
 
 layers = keras.layers
 
@@ -27,6 +28,19 @@ COMBINATIONS = [
     for combine in ("mean", "vote", "weighted", "geometric", "median")
     if combine not in (("vote", "geometric") if task == "regression" else ("median",))
 ]
+
+
+# What outputs mean.
+MULTICLASS, MULTICLASS_LOGITS = Output("multiclass"), Output("multiclass", logits=True)
+BINARY, BINARY_LOGITS = Output("binary"), Output("binary", logits=True)
+MULTILABEL, MULTILABEL_LOGITS = Output("multilabel"), Output("multilabel", logits=True)
+REGRESSION = Output("regression")
+# Of each task of classes: what probabilities mean, and what logits do.
+TWINS = {
+    "multiclass": (MULTICLASS, MULTICLASS_LOGITS),
+    "binary": (BINARY, BINARY_LOGITS),
+    "multilabel": (MULTILABEL, MULTILABEL_LOGITS),
+}
 
 
 class BreakOffError(Exception):
@@ -126,12 +140,14 @@ def classifier(optimizer="sgd", inside=(), **arguments):
     return model
 
 
-def dense(loss="sparse_categorical_crossentropy", units=3, activation="softmax"):
+def dense(
+    loss="sparse_categorical_crossentropy", units=3, activation="softmax", **compile_arguments
+):
     """A dense Functional model, compiled."""
     inputs = keras.Input((4,), name="features")
     hidden = layers.Dense(6, "tanh")(inputs)
     model = keras.Model(inputs, layers.Dense(units, activation, name="answer")(hidden))
-    model.compile("sgd", loss)
+    model.compile("sgd", loss, **compile_arguments)
     return model
 
 
@@ -174,7 +190,7 @@ def three_classes(rows=32, features=4):
     return x, np.argmax(x[:, :3], axis=1)
 
 
-def digits(rows=None):
+def scaled_digits(rows=None):
     """Scikit-learn's images of digits, as rows of numbers from 0 to 1, and their labels."""
     x, y = load_digits(return_X_y=True)
     return (x[:rows] / 16).astype("float32"), y[:rows]

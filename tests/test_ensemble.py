@@ -139,8 +139,8 @@ def test_only_tensorflow_will_do(monkeypatch):
 
 def test_members_are_got_by_index_from_both_ends():
     ens = ensemble_with(classifier(), *WEIGHTS)
-    found = [ens[i].get_weights()[0][0, 0] for i in (0, 1, 2, -1, -2, -3, np.int64(1))]
-    assert found == [1, 2, 3, 3, 2, 1, 2]
+    actual = [ens[i].get_weights()[0][0, 0] for i in (0, 1, 2, -1, -2, -3, np.int64(1))]
+    assert actual == [1, 2, 3, 3, 2, 1, 2]
 
 
 @pytest.mark.parametrize("index", [3, -4])
@@ -150,7 +150,7 @@ def test_an_index_beyond_the_members_is_an_index_error(index):
 
 
 @pytest.mark.parametrize("index", ["0", 1.0, None])
-def test_an_index_that_is_none_is_a_type_error(index):
+def test_an_index_that_is_no_integer_is_a_type_error(index):
     with pytest.raises(TypeError):
         ensemble_with(classifier(), *WEIGHTS)[index]
 

@@ -51,7 +51,7 @@ def test_impossible_epochs_are_refused_by_plan(epochs):
         SnapshotEnsemble(classifier()).plan(epochs)
 
 
-# The peak
+# The peak rate
 
 
 DECAY = keras.optimizers.schedules.ExponentialDecay(RATE, decay_steps=1, decay_rate=0.5)

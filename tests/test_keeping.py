@@ -17,11 +17,11 @@ from snapshot_ensemble import (
 def paths(tmp_path_factory):
     """Three files of weights."""
     directory, model = tmp_path_factory.mktemp("files"), classifier()
-    found = [directory / f"{i}.weights.h5" for i in range(3)]
-    for path, weights in zip(found, WEIGHTS, strict=True):
+    files = [directory / f"{i}.weights.h5" for i in range(3)]
+    for path, weights in zip(files, WEIGHTS, strict=True):
         model.set_weights(weights)
         model.save_weights(path)
-    return found
+    return files
 
 
 def test_weight_files_become_members(paths):

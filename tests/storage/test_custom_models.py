@@ -52,7 +52,7 @@ def test_a_model_that_cannot_be_saved_may_be_given(without_model):
     assert_same(model.get_weights(), own)
 
 
-def test_a_model_that_cannot_be_saved_is_told_of_by_save_too(tmp_path):
+def test_save_warns_of_a_model_that_cannot_be_saved(tmp_path):
     ens = fitted(model=no_config())
     with pytest.warns(UserWarning, match="cannot be saved, only its snapshots"):
         ens.save(tmp_path / "ensemble")
@@ -93,7 +93,7 @@ class Scale(keras.layers.Layer):
         return self.factor * inputs
 
 
-def test_a_layer_of_ones_own_is_found_in_custom_objects(tmp_path):
+def test_a_custom_layer_is_looked_up_in_custom_objects(tmp_path):
     ens = fitted(tmp_path / "ensemble", model=classifier(inside=[Scale()]))
     with pytest.raises(SnapshotError, match=r"(?s)\.keras'.*Scale.*`custom_objects=`"):
         SnapshotEnsemble.load(ens.directory)

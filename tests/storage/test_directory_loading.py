@@ -134,8 +134,8 @@ def test_numbers_that_json_has_no_word_for_survive(tmp_path):
     )
     for name, value in expected.items():
         np.testing.assert_array_equal(loaded.history[name], [value] * 3)
-        found = [snapshot.metrics[name] for snapshot in loaded.snapshots]
-        np.testing.assert_array_equal(found, [value] * 3)
+        actual = [snapshot.metrics[name] for snapshot in loaded.snapshots]
+        np.testing.assert_array_equal(actual, [value] * 3)
     assert loaded.history["loss"] == ens.history["loss"]
 
 
@@ -174,7 +174,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_loaded_model_has_the_rate_that_it_was_compiled_with(tmp_path, optimizer, saved):
     optimizer = OPTIMIZERS[optimizer]
-    found = []
+    actual = []
     directory = tmp_path / "ensemble" if saved == "by fit" else None
     ens = ensemble(directory, model=classifier(optimizer()), cycles=2)
 
@@ -182,18 +182,18 @@ def test_a_loaded_model_has_the_rate_that_it_was_compiled_with(tmp_path, optimiz
         directory = ens.directory or tmp_path / f"saved-{epoch}"
         if ens.directory is None:
             ens.save(directory)
-        found.append(SnapshotEnsemble.load(directory))
+        actual.append(SnapshotEnsemble.load(directory))
 
     fit(ens, epochs=2, callbacks=[each_epoch(look)])
     look(2)
     expected = keras.optimizers.serialize(optimizer())
-    for loaded in found:
+    for loaded in actual:
         assert keras.optimizers.serialize(loaded.model.optimizer) == expected
     assert keras.optimizers.serialize(ens.model.optimizer) == expected
 
 
 def test_a_save_in_mid_training_changes_nothing_of_it(tmp_path):
-    found = []
+    actual = []
     for saves in (False, True):
         keras.utils.set_random_seed(1)
         ens = ensemble(model=classifier("adam"))
@@ -203,5 +203,5 @@ def test_a_save_in_mid_training_changes_nothing_of_it(tmp_path):
                 ens.save(tmp_path / f"saved-{epoch}")
 
         history = fit(ens, callbacks=[each_epoch(save)]).history
-        found.append([member_weights(ens), history["learning_rate"]])
-    assert_same(*found)
+        actual.append([member_weights(ens), history["learning_rate"]])
+    assert_same(*actual)

@@ -96,7 +96,7 @@ def test_max_snapshots_removes_the_files_of_the_others(tmp_path):
     directory, counts = tmp_path / "ensemble", []
 
     def look(epoch):
-        ens[-1]  # Written in the background: reading a member waits for it.
+        SnapshotEnsemble.load(directory)  # Waits for what is being written in the background.
         assert {path.name for path in directory.iterdir()} == {
             LOCK,
             MANIFEST,
@@ -114,17 +114,17 @@ def test_max_snapshots_removes_the_files_of_the_others(tmp_path):
 
 
 def test_disk_equals_memory(tmp_path):
-    found = []
+    actual = []
     for directory in (None, tmp_path / "ensemble"):
         keras.utils.set_random_seed(1)
         layers = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
         ens = ensemble(directory, model=classifier("adam", layers), cycles=2)
         fit(ens, epochs=2)
-        found.append(ens.predict(X, verbose=0))
+        actual.append(ens.predict(X, verbose=0))
         fit(ens, epochs=2)  # Nor does it matter to training that there was a prediction.
-        found.append(ens.predict(X, verbose=0))
-        found.append(member_weights(ens))
-    assert_same(found[:3], found[3:])
+        actual.append(ens.predict(X, verbose=0))
+        actual.append(member_weights(ens))
+    assert_same(actual[:3], actual[3:])
 
 
 # A second `fit`

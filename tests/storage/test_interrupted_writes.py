@@ -228,8 +228,8 @@ def test_a_script_goes_on_from_wherever_it_was_killed(tmp_path):
         expected = member_weights(script(tmp_path / "ensemble"))
     states = {}
     for path in sorted(copies.iterdir()):
-        found = {name: what for name, what in contents(path).items() if "writing-" not in name}
-        states[repr(found)] = path
+        actual = {name: what for name, what in contents(path).items() if "writing-" not in name}
+        states[repr(actual)] = path
     assert len(states) > 20
     for path in states.values():
         assert_same(member_weights(script(path)), expected)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
 import math
 import re
 import shutil
@@ -20,24 +19,16 @@ from storage_cases import (
     file_entries,
     load_and_use,
     manifest_of,
+    write_manifest,
 )
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
-
-def write_manifest(directory, manifest):
-    """Writes a manifest as a forger would, with the right hash."""
-    content = {name: value for name, value in manifest.items() if name != "sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    signed = {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (directory / MANIFEST).write_text(json.dumps(signed))
-
-
-# What `fit` writes
+# What a manifest says
 
 
 def test_the_manifest_names_every_file_with_its_size_and_hash(made):
-    found = {
+    actual = {
         name: (len(content), hashlib.sha256(content).hexdigest())
         for name, content in contents(made.directory).items()
         if name != MANIFEST
@@ -46,8 +37,8 @@ def test_the_manifest_names_every_file_with_its_size_and_hash(made):
         entry["name"]: (entry["size"], entry["sha256"])
         for entry in file_entries(manifest_of(made.directory))
     }
-    assert named == found
-    assert len(found) == 5  # The model, three snapshots and the state of training.
+    assert named == actual
+    assert len(actual) == 5  # The model, three snapshots and the state of training.
 
 
 def test_the_manifest_says_what_it_is(made):
@@ -56,7 +47,7 @@ def test_the_manifest_says_what_it_is(made):
     assert manifest["version"] == 1
 
 
-# Files that are not what was written
+# Content that is refused
 
 
 @pytest.mark.parametrize(
@@ -74,7 +65,7 @@ def test_the_manifest_says_what_it_is(made):
         pytest.param(b'{"format": "snapshot_ensemble", "version": 1}', id="of nothing"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused_by_name(made, content):
+def test_a_file_that_is_no_manifest_is_refused_by_name(made, content):
     (made.directory / MANIFEST).write_bytes(content)
     with pytest.raises(SnapshotError, match=re.escape(str(made.directory / MANIFEST))):
         load_and_use(made.directory)
@@ -89,7 +80,7 @@ def test_a_torn_manifest_is_refused_by_name(made):
 
 
 @pytest.mark.parametrize("path", ["", "missing", "notes.txt"])
-def test_a_place_without_an_ensemble_is_refused_by_name(tmp_path, path):
+def test_a_path_without_an_ensemble_is_refused_by_name(tmp_path, path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SnapshotError, match=re.escape(str(tmp_path / path / MANIFEST))):
         SnapshotEnsemble.load(tmp_path / path)
@@ -108,10 +99,10 @@ def test_another_version_is_refused_by_name(made, version):
 @pytest.mark.parametrize(
     "name", ["../secret", "{outside}/secret", "..", ".", "", "sub/secret", "sec\0ret", "sec\ud800"]
 )
-@pytest.mark.parametrize("place", ["model", "snapshots"])
-def test_a_file_name_that_leads_outside_is_refused(made, tmp_path, name, place):
+@pytest.mark.parametrize("section", ["model", "snapshots"])
+def test_a_file_name_that_leads_outside_is_refused(made, tmp_path, name, section):
     manifest = manifest_of(made.directory)
-    entry = file_entries(manifest[place])[0]
+    entry = file_entries(manifest[section])[0]
     # What lies there is the right file, so that only its name can be at fault.
     (made.directory / "sub").mkdir()
     for target in (tmp_path / "secret", made.directory / "sub" / "secret"):

@@ -150,10 +150,10 @@ def test_overwriting_takes_the_old_files_away_and_leaves_foreign_ones(made, how)
         ens = ensemble(cycles=2)
         fit(ens, epochs=2)
         ens.save(made.directory, overwrite=True)
-    found = contents(made.directory)
+    actual = contents(made.directory)
     named = {entry["name"] for entry in file_entries(manifest_of(made.directory))}
-    assert set(found) == {MANIFEST, *named, *foreign}
-    assert {name: found[name] for name in foreign} == foreign
+    assert set(actual) == {MANIFEST, *named, *foreign}
+    assert {name: actual[name] for name in foreign} == foreign
     loaded = SnapshotEnsemble.load(made.directory)
     assert_same(member_weights(loaded), member_weights(ens))
     assert loaded.history == ens.history

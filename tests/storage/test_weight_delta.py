@@ -1,12 +1,12 @@
 """Weights that training leaves alone are kept once: in memory, on disk, and in predictions."""
 
-import json
 import shutil
 
 import keras
 import numpy as np
 import pytest
 from models import BreakOffError, assert_same, member_weights, three_classes
+from storage_cases import manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage import weight_delta as sharing
@@ -143,7 +143,7 @@ def test_what_is_unfrozen_later_is_written(tmp_path):
     assert not np.array_equal(loaded[5].get_weights()[0], before[0])
 
 
-def test_a_model_that_trains_all_over_keeps_files_of_kerass_own(tmp_path):
+def test_a_model_without_frozen_weights_is_kept_in_plain_keras_files(tmp_path):
     trained(tmp_path / "run", model=frozen(trainable=True))
     assert len(list((tmp_path / "run").glob("snapshot-*.weights.h5"))) == 3
 
@@ -171,13 +171,7 @@ def test_a_difference_of_another_model_is_refused(tmp_path):
 def test_a_manifest_without_its_base_is_refused(tmp_path):
     trained(tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    content = json.loads((tmp_path / "copy" / "ensemble.json").read_text())
-    content["base"] = None
-    del content["sha256"]
-    from snapshot_ensemble.storage.manifest import _digest
-
-    content["sha256"] = _digest(content)
-    (tmp_path / "copy" / "ensemble.json").write_text(json.dumps(content))
+    write_manifest(tmp_path / "copy", {**manifest_of(tmp_path / "copy"), "base": None})
     with pytest.raises(SnapshotError, match="names no file that others are part of"):
         SnapshotEnsemble.load(tmp_path / "copy")
 
