@@ -2,20 +2,22 @@
 
 import gc
 import os
+import shutil
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
+from models import BreakOffError, three_classes
+from resume_cases import break_off_in, run
 
 # What was imported stays: the collector, which Keras calls whenever a session is cleared, need
 # not go through it again each time.
 gc.collect()
 gc.freeze()
 
-# Tests make many small models, each traced anew: nothing to be told of.
+# Tests make many small models, each traced anew, which TensorFlow would warn of.
 tf.get_logger().setLevel("ERROR")
 
 
@@ -29,9 +31,7 @@ def _seeded():
 @pytest.fixture
 def data():
     """Three classes in four dimensions: 64 rows of `x`, and `y` as integers."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 4)).astype("float32")
-    return x, np.argmax(x[:, :3], axis=1)
+    return three_classes(64)
 
 
 @pytest.fixture
@@ -48,3 +48,17 @@ def model():
     )
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
+
+
+@pytest.fixture(scope="session")
+def broken_run_once(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("broken") / "ensemble"
+    with pytest.raises(BreakOffError):
+        run(directory, callbacks=[break_off_in(3)])
+    return directory
+
+
+@pytest.fixture
+def broken_run(broken_run_once, tmp_path):
+    """The directory of a run that broke off in its fourth epoch, with one of three members."""
+    return shutil.copytree(broken_run_once, tmp_path / "broken")

@@ -56,11 +56,11 @@ def test_prediction_cost(capsys):
 @pytest.mark.slow
 def test_memory_cost(capsys):
     rows = memory_cost.main(["--members", "3", "--width", "400", "--limit", "1"])
-    found = {what: ratio for what, _, ratio, _ in rows}
+    actual = {what: ratio for what, _, ratio, _ in rows}
     # Of bytes the figures do not depend on the machine.
-    assert found["a snapshot on disk"] < 1.02
-    assert found["6 heads on a frozen backbone, directory"] < 1.05
-    assert found["the same in memory"] == 1
+    assert actual["a snapshot on disk"] < 1.02
+    assert actual["6 heads on a frozen backbone, directory"] < 1.05
+    assert actual["the same in memory"] == 1
     assert "peaks" in capsys.readouterr().out
 
 
@@ -103,15 +103,15 @@ def members_by_hand():
 
 def test_the_arithmetic_of_accuracy():
     members, y = members_by_hand()
-    found = accuracy.scores(members, y)
+    actual = accuracy.scores(members, y)
     mean = [0.8, 0.7, 0.4, 0.3]  # Of the right classes.
-    assert found["error"] == 50
-    assert found["nll"] == pytest.approx(-np.mean(np.log(mean)))
-    assert found["last error"] == 50
-    assert found["last nll"] == pytest.approx(-np.mean(np.log([0.7, 0.6, 0.2, 0.1])))
-    assert found["disagreement"] == 25  # The third row; of the fourth both begin with class 0.
+    assert actual["error"] == 50
+    assert actual["nll"] == pytest.approx(-np.mean(np.log(mean)))
+    assert actual["last error"] == 50
+    assert actual["last nll"] == pytest.approx(-np.mean(np.log([0.7, 0.6, 0.2, 0.1])))
+    assert actual["disagreement"] == 25  # The third row; of the fourth both begin with class 0.
     # One row a bin: 0.8 and 0.7 are right, 0.6 and 0.7 wrong.
-    assert found["ece"] == pytest.approx(np.mean([0.2, 0.3, 0.6, 0.7]))
+    assert actual["ece"] == pytest.approx(np.mean([0.2, 0.3, 0.6, 0.7]))
 
 
 def test_a_temperature_is_that_of_the_other_half():
@@ -167,9 +167,9 @@ def test_each_net_gives_probabilities_of_its_classes(name):
     task = accuracy.TASKS[name]
     model = task.model()
     (shape,) = {tuple(tensor.shape[1:]) for tensor in model.inputs}
-    found = model(np.ones((2, *shape), model.inputs[0].dtype)).numpy()
-    assert found.shape == (2, task.classes)
-    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    actual = model(np.ones((2, *shape), model.inputs[0].dtype)).numpy()
+    assert actual.shape == (2, task.classes)
+    np.testing.assert_allclose(actual.sum(axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "changes"), [("digits_conv", 0), ("digits_conv_augmented", 1)])
@@ -195,8 +195,8 @@ def test_accuracy(capsys, tmp_path):
         for seed, row in enumerate(rows):
             cycles = 1 if name in ("one", "step") else 2
             kind = "auto" if name == "chosen" else name
-            with np.load(tmp_path / f"digits-2-{cycles}-{kind}-{seed}.npz") as found:
-                members, chosen = found["members"], int(found["chosen"])
+            with np.load(tmp_path / f"digits-2-{cycles}-{kind}-{seed}.npz") as actual:
+                members, chosen = actual["members"], int(actual["chosen"])
             assert len(members) == cycles
             members = members[-chosen:] if name == "chosen" else members
             mean = members.mean(0)
@@ -221,8 +221,8 @@ def test_variants_that_are_not_in_the_library(tmp_path):
     assert "--methods averaged late growing floor early" in (tmp_path / "digits-2.md").read_text()
     members = {}
     for name in accuracy.VARIANTS:
-        with np.load(tmp_path / f"digits-5-2-{name}-0.npz") as found:
-            members[name] = found["members"]
+        with np.load(tmp_path / f"digits-5-2-{name}-0.npz") as actual:
+            members[name] = actual["members"]
         np.testing.assert_allclose(members[name].sum(-1), 1, rtol=1e-5)
     assert {name: len(array) for name, array in members.items()} == {
         "averaged": 2,

@@ -10,13 +10,13 @@ import tempfile
 import keras
 import numpy as np
 import pytest
+from models import three_classes
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
 layers = keras.layers
 HERE = pathlib.Path(__file__).parent
-X = np.random.default_rng(0).normal(size=(24, 4)).astype("float32")
-Y = np.argmax(X[:, :3], axis=1)
+X, Y = three_classes(24)
 
 
 def dense(**arguments):
@@ -53,8 +53,8 @@ def spoil(model):
 
 def test_a_cycle_that_ends_in_infinite_weights_is_no_member_and_ends_training():
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1)
-    told = r"Cycle 1 gives no member: its weights are not finite \(.*kernel\)\. Kept: 1 member\."
-    with pytest.warns(UserWarning, match=told + r" Training stops\..*`keep_going=True`"):
+    message = r"Cycle 1 gives no member: its weights are not finite \(.*kernel\)\. Kept: 1 member\."
+    with pytest.warns(UserWarning, match=message + r" Training stops\..*`keep_going=True`"):
         history = fit(ens, callbacks=[at_epoch(3, spoil)])
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0]
     assert history.epoch == [0, 1, 2, 3]
@@ -95,7 +95,7 @@ def test_a_bad_number_in_mid_cycle_that_passes_does_no_harm():
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_told_to_go_on_it_goes_on_from_the_last_good_cycle(bad):
+def test_keep_going_continues_from_the_last_good_cycle(bad):
     starts, own = [], []
 
     def note(epoch, logs):
@@ -110,9 +110,9 @@ def test_told_to_go_on_it_goes_on_from_the_last_good_cycle(bad):
     assert [snapshot.cycle for snapshot in ens.snapshots] == sorted({0, 1, 2} - {bad})
     begun, good = starts[2 * bad + 2], starts[2 * bad]
     # The learning rate (the second variable of the optimizer) is set anew in each step.
-    place = len(ens.model.weights) + 1
+    rate_index = len(ens.model.weights) + 1
     for number, (one, other) in enumerate(zip(begun, good, strict=True)):
-        assert number == place or np.array_equal(one, other)
+        assert number == rate_index or np.array_equal(one, other)
     assert np.isfinite(ens.predict_members(X, verbose=0)).all()
 
 
@@ -122,14 +122,16 @@ def test_a_straggler_is_named():
     def worsen(model):
         model.weights[-1].assign(np.asarray([30.0, -30.0, 0.0]))
 
-    told = r"Far worse than the others on the validation data: member 2 \(val_loss .*Leave out by"
-    with pytest.warns(UserWarning, match=told):
+    message = (
+        r"Far worse than the others on the validation data: member 2 \(val_loss .*Leave out by"
+    )
+    with pytest.warns(UserWarning, match=message):
         fit(
             ens,
             validation_data=(X, Y),
             callbacks=[
                 at_epoch(5, worsen),
-                at_epoch(6, lambda m: m.set_weights(ens._store.weights(m, 0))),
+                at_epoch(6, lambda m: m.set_weights(ens[0].get_weights())),
             ],
         )
     losses = [snapshot.metrics["val_loss"] for snapshot in ens.snapshots]
@@ -151,8 +153,8 @@ def test_what_breaks_a_run_off_leaves_the_finished_cycles(tmp_path, error):
     with pytest.raises(error):
         fit(ens, callbacks=[at_epoch(5, stop)])
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
-    found = SnapshotEnsemble.load(tmp_path / "run").predict(X, verbose=0)
-    np.testing.assert_array_equal(found, ens.predict(X, verbose=0))
+    actual = SnapshotEnsemble.load(tmp_path / "run").predict(X, verbose=0)
+    np.testing.assert_array_equal(actual, ens.predict(X, verbose=0))
 
 
 # A disk that does not take it
@@ -168,8 +170,8 @@ x = np.random.default_rng(0).normal(size=(24, 200)).astype("float32")
 model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(50), keras.layers.Dense(3)])
 model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), run_eagerly=True)
 def harm(epoch, logs):
-    if epoch == 4:  # What is on its way to the disk arrives before.
-        ens._store.settle()
+    if epoch == 4:
+        SnapshotEnsemble.load(directory)  # Waits for what is being written in the background.
     if epoch == 4 and fault == "permission":
         os.chmod(directory, 0o500)
         if os.geteuid() == 0:  # Who may write anywhere.
@@ -182,7 +184,7 @@ try:
     callbacks = [keras.callbacks.LambdaCallback(on_epoch_begin=harm)]
     ens.fit(**arguments, callbacks=callbacks)
 except OSError as error:
-    told = str(error)
+    message = str(error)
 os.seteuid(os.getuid())
 usable = bool(np.isfinite(ens.predict(x, verbose=0)).all())
 members, loaded = len(ens), len(SnapshotEnsemble.load(directory))
@@ -190,26 +192,26 @@ left = [name for name in os.listdir(directory) if name.startswith("writing-")]
 os.chmod(directory, 0o700)
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 ens.fit(**arguments, resume=True)
-print(json.dumps([told, usable, members, loaded, left, len(ens)]))
+print(json.dumps([message, usable, members, loaded, left, len(ens)]))
 """
 
 
 # A limit on the size of files stands in for the disk: it hits all files, the weights, the state.
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["0", "3000", "30000", "permission"])
-def test_a_disk_that_takes_no_more_is_told_of_and_what_was_written_stays(fault):
+def test_a_full_disk_is_reported_and_what_was_written_stays(fault):
     with tempfile.TemporaryDirectory() as scratch:
         pathlib.Path(scratch).chmod(0o777)
         command = [sys.executable, "-c", FULL, f"{scratch}/run", fault]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    told, usable, members, loaded, left, in_the_end = json.loads(done.stdout)
-    assert "cannot be written to: " in told
-    assert "What was written before is as it was, 2 snapshots with it." in told
+    message, usable, members, loaded, left, in_the_end = json.loads(done.stdout)
+    assert "cannot be written to: " in message
+    assert "What was written before is as it was, 2 snapshots with it." in message
     assert (usable, members, loaded, left, in_the_end) == (True, 2, 2, [], 4)
 
 
-def test_a_directory_that_is_gone_is_told_of():
+def test_a_deleted_directory_is_an_error_that_says_so():
     with tempfile.TemporaryDirectory() as scratch:
         directory = pathlib.Path(scratch, "run")
         ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=directory)
@@ -218,7 +220,7 @@ def test_a_directory_that_is_gone_is_told_of():
     assert len(ens) == 2
 
 
-def test_a_place_where_no_directory_can_be_is_told_of_before_training(tmp_path):
+def test_an_impossible_directory_is_an_error_before_training(tmp_path):
     (tmp_path / "file").touch()
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=tmp_path / "file" / "run")
     epochs = []
@@ -237,10 +239,10 @@ def test_a_directory_of_each_format_is_read(tmp_path, version):
     directory = shutil.copytree(made / "ensemble", tmp_path / "ensemble")
     expected = np.load(made / "expected.npz")
     ens = SnapshotEnsemble.load(directory)
-    found = ens.predict_members(expected["x"], verbose=0)
-    np.testing.assert_allclose(found, expected["members"], rtol=1e-5)
-    found = ens.predict(expected["x"], combine="weighted", verbose=0)
-    np.testing.assert_allclose(found, expected["weighted"], rtol=1e-5)
+    actual = ens.predict_members(expected["x"], verbose=0)
+    np.testing.assert_allclose(actual, expected["members"], rtol=1e-5)
+    actual = ens.predict(expected["x"], combine="weighted", verbose=0)
+    np.testing.assert_allclose(actual, expected["weighted"], rtol=1e-5)
     assert ens.temperature == float(expected["temperature"])
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
     assert len(ens.history["loss"]) == 2

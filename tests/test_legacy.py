@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from models import three_classes
 
 from snapshot_ensemble import (
     CosineAnnealing,
@@ -17,8 +18,7 @@ from snapshot_ensemble import (
     VisualizeLR,
 )
 
-X = np.random.default_rng(0).normal(size=(24, 4)).astype("float32")
-Y = np.argmax(X[:, :3], axis=1)
+X, Y = three_classes(24)
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +71,10 @@ def test_signatures_and_defaults_are_those_of_1_0():
         "lr_multiplier": 0.9,
     }
     for function in (SnapshotEnsembleCallback, GenerateSnapshotCallbacks):
-        found = {n: p.default for n, p in inspect.signature(function).parameters.items()}
-        assert found == {**expected, "ensemble": True, "ensemble_options": None}
-    found = {n: p.default for n, p in inspect.signature(VisualizeLR).parameters.items()}
-    assert found == {"epochs": 500, **expected}
+        actual = {n: p.default for n, p in inspect.signature(function).parameters.items()}
+        assert actual == {**expected, "ensemble": True, "ensemble_options": None}
+    actual = {n: p.default for n, p in inspect.signature(VisualizeLR).parameters.items()}
+    assert actual == {"epochs": 500, **expected}
 
 
 def test_what_the_readme_of_1_0_shows(tmp_path):
@@ -121,8 +121,8 @@ def test_files_are_written_in_a_ring_and_load_into_an_ensemble():
     assert [path.name for path in callback.paths] == ["Mine-2.weights.h5", "Mine-1.weights.h5"]
     ens = SnapshotEnsemble.from_weights(model, callback.paths)
     for member, epoch in zip(ens, (3, 5), strict=True):
-        for found, expected in zip(member.get_weights(), rates.weights[epoch], strict=True):
-            np.testing.assert_array_equal(found, expected)
+        for actual, expected in zip(member.get_weights(), rates.weights[epoch], strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(("epochs", "ends"), [(1, [0]), (3, [2]), (5, [1, 4]), (7, [1, 3, 6])])
@@ -223,7 +223,7 @@ def test_a_figure_of_the_rates():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"ensemble_options": {"snapshots": 3}}, "`ensemble_options` may have 'num_snapshots', "),
         ({"ensemble_options": {"num_snapshots": 0}}, "`num_snapshots` must be at least 1. Receiv"),
@@ -231,7 +231,7 @@ def test_a_figure_of_the_rates():
         ({"cycle_length": 0}, "`cycle_length` must be at least 1. Received: cycle_length=0"),
     ],
 )
-def test_values_that_make_no_sense(arguments, told):
+def test_values_that_make_no_sense(arguments, message):
     for function in (SnapshotEnsembleCallback, GenerateSnapshotCallbacks):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             function(**arguments)

@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from models import three_classes
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
 from snapshot_ensemble.__main__ import main, parser
 
-X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
-Y = np.argmax(X[:, :3], axis=1)
+X, Y = three_classes()
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def out_of(capsys, *arguments):
 def test_plan_prints_the_plan(capsys, tmp_path):
     plot = tmp_path / "plan.png"
     arguments = ("plan", "--epochs", 7, "--cycle-length", 2, "--cycle-length-multiplier", 2)
-    found = out_of(capsys, *arguments, "--warmup", 1, "--lr-min", 0.01, "--plot", plot)
+    actual = out_of(capsys, *arguments, "--warmup", 1, "--lr-min", 0.01, "--plot", plot)
     expected = CosineAnnealing(2, 2.0, lr_init=0.1, lr_min=0.01, warmup=1).plan(7)
-    assert found == f"{expected}\n"
+    assert actual == f"{expected}\n"
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plan_as_json(capsys):
-    found = json.loads(out_of(capsys, "plan", "--epochs", 5, "--cycles", 2, "--json"))
-    assert [(c["first_epoch"], c["last_epoch"], c["lr_max"]) for c in found] == [
+    actual = json.loads(out_of(capsys, "plan", "--epochs", 5, "--cycles", 2, "--json"))
+    assert [(c["first_epoch"], c["last_epoch"], c["lr_max"]) for c in actual] == [
         (0, 1, 0.1),
         (2, 4, 0.1),
     ]
@@ -56,15 +56,15 @@ def test_plan_as_json(capsys):
 
 def test_inspect_shows_each_file(capsys, directory):
     text = out_of(capsys, "inspect", directory)
-    found = json.loads(out_of(capsys, "inspect", directory, "--json"))
-    assert found["temperature"] == 1
-    assert [entry["cycle"] for entry in found["files"]] == [None, 0, 1, None]
-    for entry in found["files"]:
+    actual = json.loads(out_of(capsys, "inspect", directory, "--json"))
+    assert actual["temperature"] == 1
+    assert [entry["cycle"] for entry in actual["files"]] == [None, 0, 1, None]
+    for entry in actual["files"]:
         assert entry["bytes"] == (directory / entry["name"]).stat().st_size
         assert entry["intact"]
         assert re.search(rf"^{re.escape(entry['name'])} +{entry['bytes']} ", text, re.M)
     ens = SnapshotEnsemble.load(directory)
-    assert found["files"][2]["metrics"] == ens.snapshots[1].metrics
+    assert actual["files"][2]["metrics"] == ens.snapshots[1].metrics
 
 
 def test_inspect_tells_what_is_damaged(capsys, directory, tmp_path):
@@ -80,8 +80,8 @@ def test_inspect_tells_what_is_damaged(capsys, directory, tmp_path):
 def test_report_is_that_of_the_ensemble(capsys, directory, data):
     expected = SnapshotEnsemble.load(directory).report(X, Y, verbose=0)
     assert out_of(capsys, "report", directory, "--data", data) == f"{expected}\n"
-    found = json.loads(out_of(capsys, "report", directory, "--data", data, "--json"))
-    assert found == json.loads(json.dumps(expected.to_dict()))
+    actual = json.loads(out_of(capsys, "report", directory, "--data", data, "--json"))
+    assert actual == json.loads(json.dumps(expected.to_dict()))
 
 
 def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_path):
@@ -89,12 +89,12 @@ def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_pat
     out_of(capsys, "export", directory, out, "--combine", "vote", "--members", 1)
     served = tf.saved_model.load(str(out)).signatures["serving_default"]
     expected = SnapshotEnsemble.load(directory).predict(X, combine="vote", members=1, verbose=0)
-    (found,) = served(x=tf.constant(X)).values()
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    (actual,) = served(x=tf.constant(X)).values()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["plan", "--epochs", "2", "--cycles", "5"], "at least one epoch for each cycle"),
         (["inspect", "nowhere"], "nowhere"),
@@ -103,11 +103,11 @@ def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_pat
         (["report", "{directory}", "--data", "{data}", "--x", "z"], "The file holds no 'z'"),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(arguments, told, capsys, directory, data):
+def test_an_error_is_one_line_and_exit_code_2(arguments, message, capsys, directory, data):
     arguments = [argument.format(directory=directory, data=data) for argument in arguments]
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert told in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from sklearn.datasets import load_digits
+from models import scaled_digits
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble, plots
 
@@ -18,8 +18,7 @@ EPOCHS, CYCLES = 6, 3
 @pytest.fixture(scope="module")
 def trained():
     keras.utils.set_random_seed(0)
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).astype("float32")
+    x, y = scaled_digits()
     model = keras.Sequential(
         [
             keras.Input((64,)),
@@ -54,8 +53,8 @@ def _closed():
 
 
 def line(ax, label):
-    (found,) = [one for one in ax.lines if one.get_label() == label]
-    return np.asarray(found.get_xdata()), np.asarray(found.get_ydata())
+    (curve,) = [one for one in ax.lines if one.get_label() == label]
+    return np.asarray(curve.get_xdata()), np.asarray(curve.get_ydata())
 
 
 def check_shown(ax, x, y):
@@ -170,10 +169,10 @@ def test_the_error_when_the_least_sure_are_set_aside(trained):
     ens, x, y = trained
     ax = plots.plot_uncertainty(ens, x, y)
     wrong = ens.predict(x, verbose=0).argmax(-1) != y
-    found = ens.predict_uncertainty(x, verbose=0)
+    actual = ens.predict_uncertainty(x, verbose=0)
     for name in ("total", "aleatoric", "epistemic"):
         aside, errors = line(ax, f"by {name}")
-        kept = wrong[np.argsort(found[name], kind="stable")]
+        kept = wrong[np.argsort(actual[name], kind="stable")]
         np.testing.assert_allclose(errors, np.cumsum(kept) / np.arange(1, len(y) + 1), atol=0.02)
         np.testing.assert_allclose(aside, 1 - np.arange(1, len(y) + 1) / len(y), atol=1e-9)
         assert errors[-1] == pytest.approx(wrong.mean())
@@ -187,9 +186,9 @@ def test_the_loss_between_snapshots(trained):
     np.testing.assert_allclose(curve.get_xdata(), [0, 0.5, 1, 1.5, 2])
     members = [member.get_weights() for member in ens]
     model = ens[0]
-    for place, loss in zip(*curve.get_data(), strict=True):
-        first = min(int(place), CYCLES - 2)
-        share = place - first
+    for position, loss in zip(*curve.get_data(), strict=True):
+        first = min(int(position), CYCLES - 2)
+        share = position - first
         pairs = zip(members[first], members[first + 1], strict=True)
         model.set_weights([a + share * (b - a) for a, b in pairs])
         assert loss == pytest.approx(model.evaluate(x, y, verbose=0)[0], rel=1e-4)

@@ -40,7 +40,7 @@ def make_ensemble(directory):
 
 def predictions(ens):
     # By NumPy, which is quicker than a graph for each fault.
-    weights = [ens._store.weights(ens.model, index) for index in range(len(ens))]
+    weights = [member.get_weights() for member in ens]
     return [X @ kernel + bias for kernel, bias in weights]
 
 

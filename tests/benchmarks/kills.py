@@ -90,7 +90,7 @@ def train(kind, directory, pipe=None):
     )
     arrays = {f"model_{i}": array for i, array in enumerate(model.get_weights())}
     for snapshot in ens.snapshots:
-        weights = ens._store.weights(model, snapshot.index)
+        weights = ens[snapshot.index].get_weights()
         arrays |= {f"snapshot_{snapshot.index}_{i}": array for i, array in enumerate(weights)}
         arrays[f"snapshot_{snapshot.index}"] = np.asarray(
             [snapshot.cycle, snapshot.epoch, snapshot.step, *snapshot.metrics.values()]

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import dense
+from models import dense, ensemble_with
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
+from snapshot_ensemble import SnapshotEnsemble
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(200, 4)).astype("float32")
@@ -15,32 +15,28 @@ Y = np.asarray([RNG.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in LOGI
 VALUES = (X[:, :1] * [1, -1]).astype("float32")
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    keras.utils.set_random_seed(0)
-
-
 def ensemble_of(noise, model=None):
     """Members around one trained net; `noise`: how far from it each is, oldest first."""
     model = dense() if model is None else model
     target = VALUES if model.output_shape[-1] == 2 else Y
     model.fit(X, target, epochs=30, verbose=0)
-    ens, rng = SnapshotEnsemble(model), np.random.default_rng(1)
-    for index, size in enumerate(noise):
-        weights = [w + rng.normal(0, size, w.shape).astype(w.dtype) for w in model.get_weights()]
-        ens._store.add_weights(weights, Snapshot(index))
-    return ens
+    rng = np.random.default_rng(1)
+    members = [
+        [w + rng.normal(0, size, w.shape).astype(w.dtype) for w in model.get_weights()]
+        for size in noise
+    ]
+    return ensemble_with(model, *members)
 
 
 def by_hand(losses):
     """The rule written out, of each row's losses for the last 1, 2, … members."""
     best = int(np.argmin(losses.mean(axis=1)))
-    found = []
+    counts = []
     for k, row in enumerate(losses):
         apart = row - losses[best]
         if k == best or apart.mean() <= np.std(apart, ddof=1) / np.sqrt(len(apart)):
-            found.append(k + 1)
-    return max(found)
+            counts.append(k + 1)
+    return max(counts)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +84,8 @@ def test_where_it_holds_and_where_not():
     ens.weights = [0.5, 0.25, 0.25]
     by_weight = np.tensordot(ens.weights, everyone, 1)
     np.testing.assert_allclose(ens.predict(X, combine="weighted", verbose=0), by_weight, atol=1e-6)
-    told = "Where nobody says, predictions combine of the members the last 2."
-    assert told in ens.report(X, Y, verbose=0).notes
+    message = "Where nobody says, predictions combine of the members the last 2."
+    assert message in ens.report(X, Y, verbose=0).notes
     ens.members = None
     np.testing.assert_allclose(ens.predict(X, verbose=0), everyone.mean(0), atol=1e-6)
 

@@ -1,74 +1,34 @@
-"""Held-out data: one pass over them, targets in all their shapes, what is left out, the loss."""
+"""Held-out data: one pass over them, targets in all their shapes, what is left out."""
 
-import collections
-import math
-
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
-from models import TASKS, dense, ensemble_of
-from scipy import special
+from held_out_cases import AMOUNTS, BY_NAME, LABELS, PIXELS, RNG, ROWS, YES, gathered, two_headed
+from models import (
+    BINARY,
+    MULTICLASS,
+    MULTILABEL,
+    REGRESSION,
+    Batches,
+    dense,
+    eager,
+    ensemble_of,
+    one_batch,
+)
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.inference.output_specs import Output
-
-RNG = np.random.default_rng(0)
-ROWS = RNG.normal(size=(11, 4)).astype("float32")
-LABELS = np.arange(11) * 7 % 3
-MULTICLASS, BINARY = Output("multiclass"), Output("binary")
-MULTILABEL, REGRESSION = Output("multilabel"), Output("regression")
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests, and would break what they share.
-    keras.utils.set_random_seed(0)
-
-
-def calm(model, loss, **arguments):
-    """Run without tracing, which takes longer than small data do."""
-    model.compile("sgd", loss, run_eagerly=True, **arguments)
-    return model
-
-
-def one_batch(*columns):
-    """Data that Keras takes as they are, where it would trace a pipeline for arrays."""
-    return tf.data.Dataset.from_tensors(columns)
-
-
-class Batches(keras.utils.PyDataset):
-    """Counts how often each of its batches is asked for."""
-
-    def __init__(self, *columns, size=4):
-        super().__init__()
-        self.columns, self.size, self.asked = columns, size, collections.Counter()
-
-    def __len__(self):
-        return math.ceil(len(self.columns[0]) / self.size)
-
-    def __getitem__(self, index):
-        self.asked[index] += 1
-        rows = slice(index * self.size, (index + 1) * self.size)
-        return tuple(column[rows] for column in self.columns)
-
 
 # One pass
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    return ensemble_of(calm(dense(), "sparse_categorical_crossentropy"), 3)
-
-
-def gathered(ens, x, y=None, sample_weight=None, **how):
-    return ens._gather(x, y, sample_weight, verbose=0, **how)
+    return ensemble_of(eager(dense(), "sparse_categorical_crossentropy"), 3)
 
 
 def test_data_are_gone_through_as_often_as_for_one_model(classifier):
-    alone, together = Batches(ROWS, LABELS), Batches(ROWS, LABELS)
+    alone, together = Batches(ROWS, LABELS, size=4), Batches(ROWS, LABELS, size=4)
     classifier.model.predict(alone, verbose=0)
     held = gathered(classifier, together)
     assert together.asked == alone.asked
@@ -96,8 +56,8 @@ def test_targets_stay_beside_their_rows_where_data_are_shuffled(classifier):
     assert not np.array_equal(shuffled.y, LABELS)
     plain = gathered(classifier, ordered.batch(4))
     for member in range(3):
-        found = shuffled.loss(shuffled.outputs[0][member])
-        assert found == pytest.approx(plain.loss(plain.outputs[0][member]), rel=1e-5)
+        actual = shuffled.loss(shuffled.outputs[0][member])
+        assert actual == pytest.approx(plain.loss(plain.outputs[0][member]), rel=1e-5)
 
 
 def test_arrays_and_what_surrounds_them(classifier):
@@ -135,8 +95,6 @@ def check_truth(held, targets, weights=None):
     np.testing.assert_allclose(truth.weights, weights / weights.sum(), rtol=1e-6)
 
 
-PIXELS = RNG.integers(0, 3, (2, 4, 5))
-YES = RNG.integers(0, 2, (11, 3))
 SPOTS = RNG.integers(0, 2, (2, 4, 5))
 VALUES = RNG.normal(size=(6, 3, 2))
 SOFT = RNG.dirichlet(np.ones(3), 11)
@@ -293,15 +251,6 @@ def test_nothing_left_that_counts(model):
 # Several outputs
 
 
-def two_headed(structure, **arguments):
-    inputs = keras.Input((4,))
-    kind = layers.Dense(3, "softmax", name="kind")(inputs)
-    amount = layers.Dense(2, name="amount")(inputs)
-    outputs = {"kind": kind, "amount": amount} if structure is dict else [kind, amount]
-    loss = {"kind": "sparse_categorical_crossentropy", "amount": "mse"}
-    return calm(keras.Model(inputs, outputs), loss, **arguments)
-
-
 @pytest.fixture(scope="module")
 def heads():
     """By structure: a held-out set without targets, and its meanings by name."""
@@ -317,8 +266,6 @@ def heads():
     return made
 
 
-AMOUNTS = RNG.normal(size=(11, 2))
-BY_NAME = {"kind": LABELS, "amount": AMOUNTS}
 HOW_MUCH = {"kind": np.arange(11.0), "amount": np.arange(11.0) % 3}
 
 
@@ -372,111 +319,3 @@ def test_targets_that_are_not_one_for_each_output(structure, y, heads):
     with pytest.raises(ValueError) as caught:
         _ = HeldOut(model, outputs, pattern, meanings, y, None, {}).truths
     assert "`y` must have one array for each of the model's 2 outputs" in str(caught.value)
-
-
-# The loss, as Keras would have it
-
-
-def mean_of(held):
-    return combine_outputs(held.members(), "mean", held.meanings)
-
-
-TARGETS = {
-    "softmax": LABELS,
-    "logits": LABELS,
-    "sigmoid": YES[:, :1],
-    "log-odds": YES[:, 0],
-    "multilabel": YES,
-    "regression": AMOUNTS,
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_loss_is_what_keras_gives(task):
-    loss, units, activation = TASKS[task]
-    metric = "accuracy" if TARGETS[task] is LABELS else "mae"
-    ens = ensemble_of(calm(dense(loss, units, activation), loss, metrics=[metric]), 3)
-    data = one_batch(ROWS, TARGETS[task])
-    held = gathered(ens, data)
-    expected = ens.evaluate(data, verbose=0, return_dict=True)
-    assert held.loss(mean_of(held)) == pytest.approx(expected["loss"], rel=1e-5)
-    assert held.scorer()(mean_of(held)) == pytest.approx(expected, rel=1e-5)
-    one = ens.evaluate(data, members=[1], verbose=0, return_dict=True)
-    assert held.loss(held.members()[1]) == pytest.approx(one["loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize("structure", [list, dict])
-def test_loss_of_several_outputs_by_their_weights(structure):
-    share = {"kind": 0.5, "amount": 3.0}
-    shares = share if structure is dict else [0.5, 3.0]
-    ens = ensemble_of(two_headed(structure, loss_weights=shares), 3)
-    # Keras divides by the number of rows, and not by the sum of their weights.
-    weights = RNG.uniform(0.2, 1.8, 11)
-    weights *= 11 / weights.sum()
-    y = BY_NAME if structure is dict else (LABELS, AMOUNTS)
-    data = one_batch(ROWS, y, weights)
-    held = gathered(ens, data)
-    assert dict(zip(held.names, held.loss_weights, strict=True)) == share
-    expected = ens.evaluate(data, verbose=0, return_dict=True)
-    assert held.loss(mean_of(held)) == pytest.approx(expected["loss"], rel=1e-5)
-    assert held.scorer()(mean_of(held)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("ignored", [-1, 0])
-def test_loss_without_what_is_to_be_ignored(ignored):
-    model = keras.Sequential([keras.Input((4, 5, 2)), layers.Conv2D(3, 1)])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored)
-    ens = ensemble_of(calm(model, loss), 2)
-    labels = np.where(RNG.random(PIXELS.shape) < 0.4, ignored, PIXELS)
-    x = RNG.normal(size=(2, 4, 5, 2)).astype("float32")
-    held = gathered(ens, one_batch(x, labels))
-    logs = special.log_softmax(held.outputs[0][1].astype("float64"), axis=-1)
-    real = labels != ignored
-    expected = -np.take_along_axis(logs, labels.clip(0)[..., None], -1)[..., 0][real].mean()
-    assert held.loss(held.members()[1]) == pytest.approx(expected, rel=1e-5)
-    by_keras = ens.evaluate(one_batch(x, labels), members=[1], verbose=0)
-    assert by_keras == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_without_what_is_masked():
-    tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [1, 1, 1, 1, 0]])
-    tags = RNG.integers(0, 2, tokens.shape)
-    inputs = keras.Input((5,), dtype="int32")
-    hidden = layers.Embedding(7, 4, mask_zero=True)(inputs)
-    model = keras.Model(inputs, layers.Dense(2, "softmax")(hidden))
-    ens = ensemble_of(calm(model, "sparse_categorical_crossentropy", metrics=["accuracy"]), 2)
-    # In batches of their own, as masks come.
-    data = tf.data.Dataset.from_tensor_slices((tokens, tags)).batch(2)
-    held = gathered(ens, data)
-    np.testing.assert_array_equal(held.masks["0"], tokens != 0)
-    own = held.outputs[0][1].astype("float64")
-    picked = np.take_along_axis(own, tags[..., None], axis=-1)[..., 0]
-    expected = -np.log(picked[tokens != 0]).mean()
-    assert held.loss(held.members()[1]) == pytest.approx(expected, rel=1e-5)
-    found = held.scorer()(held.members()[1])
-    by_keras = ens.evaluate(one_batch(tokens, tags), members=[1], verbose=0, return_dict=True)
-    assert found == pytest.approx(by_keras, rel=1e-5)
-    assert found["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-class Unnamed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = layers.Dense(1, "sigmoid"), layers.Dense(1)
-
-    def call(self, inputs):
-        return [self.first(inputs)[:, 0], self.second(inputs)]
-
-
-def test_outputs_of_a_subclass_are_named_by_number():
-    model = calm(Unnamed(), ["binary_crossentropy", "mse"])
-    model(ROWS)
-    ens = ensemble_of(model, 2)
-    yes, values = YES[:, 0], AMOUNTS[:, 0]
-    held = gathered(ens, one_batch(ROWS, (yes, values)))
-    assert held.names == ["output_0", "output_1"]
-    first, second = (output.astype("float64") for output in held.outputs)
-    assert first.shape == (2, 11)
-    expected = -np.log(np.where(yes, first[0], 1 - first[0])).mean()
-    expected += np.mean((second[0, :, 0] - values) ** 2)
-    assert held.loss(held.members()[0]) == pytest.approx(expected, rel=1e-5)

@@ -1,17 +1,21 @@
-"""Scores and uncertainty against scikit-learn, SciPy and NumPy written out."""
+"""Scores, calibration and diversity against scikit-learn, SciPy and NumPy written out."""
 
-import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keras import layers
-from models import TASKS, dense, ensemble_of
-from scipy import special, stats
+from models import (
+    BINARY,
+    BINARY_LOGITS,
+    MULTICLASS,
+    MULTICLASS_LOGITS,
+    MULTILABEL,
+    REGRESSION,
+    TWINS,
+)
+from scipy import special
 from sklearn import metrics
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
 from snapshot_ensemble.evaluation.metrics import (
     brier_score,
     calibration_error,
@@ -23,25 +27,10 @@ from snapshot_ensemble.evaluation.metrics import (
     losses,
     mean_of_pairs,
     reliability,
-    uncertainty,
 )
 from snapshot_ensemble.evaluation.targets import Truth
-from snapshot_ensemble.inference.output_specs import Output
 
 TINY = np.finfo("float32").tiny
-MULTICLASS, BINARY = Output("multiclass"), Output("binary")
-MULTILABEL, REGRESSION = Output("multilabel"), Output("regression")
-TWINS = {
-    "multiclass": (MULTICLASS, Output("multiclass", logits=True)),
-    "binary": (BINARY, Output("binary", logits=True)),
-    "multilabel": (MULTILABEL, Output("multilabel", logits=True)),
-}
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    # Clearing the session takes longer than most of these tests.
-    keras.utils.set_random_seed(0)
 
 
 def truth_of(targets, weights=None):
@@ -58,11 +47,6 @@ def some_classes(rng, rows=200, count=4):
     logits = 2 * rng.normal(size=(rows, count))
     labels = (logits + 2 * rng.gumbel(size=logits.shape)).argmax(axis=-1)
     return special.softmax(logits, axis=-1), labels, rng.exponential(size=rows)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 # Items
@@ -106,8 +90,8 @@ def test_zero_and_one_have_finite_logarithms():
     )
     logits = np.array([[-1e4, 0, 1e4], [-np.inf, 0, 0]], "float32")
     expected = np.log([[TINY, TINY, 1], [TINY, 0.5, 0.5]])
-    np.testing.assert_allclose(items_of(logits, TWINS["multiclass"][1]), expected, atol=1e-30)
-    items = items_of(np.array([[-1e4], [1e4]], "float32"), TWINS["binary"][1])
+    np.testing.assert_allclose(items_of(logits, MULTICLASS_LOGITS), expected, atol=1e-30)
+    items = items_of(np.array([[-1e4], [1e4]], "float32"), BINARY_LOGITS)
     np.testing.assert_allclose(items, np.log([[1, TINY], [TINY, 1]]), atol=1e-30)
 
 
@@ -227,11 +211,11 @@ def test_bins_hold_equal_mass(weighted, bins, rng):
     logs, truth = items_of(probabilities, MULTICLASS), truth_of(labels, weights)
     right = (probabilities.argmax(axis=-1) == labels).astype(float)
     expected = bins_by_hand(probabilities.max(axis=-1), right, weights, bins)
-    found = reliability(logs, truth, bins)
-    assert found.shape == (bins, 3)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    actual = reliability(logs, truth, bins)
+    assert actual.shape == (bins, 3)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9)
     most = weights.max() / weights.sum() if weighted else 1e-12
-    np.testing.assert_allclose(found[:, 2], 1 / bins, atol=most)
+    np.testing.assert_allclose(actual[:, 2], 1 / bins, atol=most)
     ece = expected[:, 2] @ np.abs(expected[:, 0] - expected[:, 1])
     assert calibration_error(logs, truth, bins) == pytest.approx(ece)
     if bins == 15:
@@ -260,12 +244,12 @@ def test_calibration_of_soft_targets(rng):
 def test_there_are_no_more_bins_than_items(rows, rng):
     probabilities, labels, _ = some_classes(rng, rows)
     truth = truth_of(np.eye(4)[labels])
-    found = reliability(items_of(probabilities, MULTICLASS), truth)
-    assert found.shape == (rows, 3)
+    actual = reliability(items_of(probabilities, MULTICLASS), truth)
+    assert actual.shape == (rows, 3)
     confidence = probabilities.max(axis=-1)
     order = np.argsort(confidence)
     right = (probabilities.argmax(axis=-1) == labels)[order]
-    np.testing.assert_allclose(found, np.stack([confidence[order], right, [1 / rows] * rows], 1))
+    np.testing.assert_allclose(actual, np.stack([confidence[order], right, [1 / rows] * rows], 1))
 
 
 def test_a_perfectly_calibrated_forecast_has_no_calibration_error():
@@ -299,8 +283,8 @@ def test_the_order_of_rows_does_not_matter(weighted, confidence, seed):
 
 def test_items_of_equal_confidence_are_as_right_as_all_of_them():
     logs = np.log(np.repeat([[0.8, 0.2]], 12, axis=0))
-    found = reliability(logs, truth_of(np.repeat([0, 1], [9, 3])), 4)
-    np.testing.assert_allclose(found, [[0.8, 0.75, 0.25]] * 4)
+    actual = reliability(logs, truth_of(np.repeat([0, 1], [9, 3])), 4)
+    np.testing.assert_allclose(actual, [[0.8, 0.75, 0.25]] * 4)
 
 
 def test_items_without_weight_do_not_count(rng):
@@ -320,216 +304,25 @@ def test_items_without_weight_do_not_count(rng):
 def test_disagreement_of_classes_counts_the_likeliest(rng):
     logs = special.log_softmax(rng.normal(size=(3, 50, 4)), axis=-1)
     weights = rng.exponential(size=50)
-    found = disagreement(logs, truth_of(np.eye(4)[[0] * 50], weights))
+    actual = disagreement(logs, truth_of(np.eye(4)[[0] * 50], weights))
     labels = logs.argmax(axis=-1)
     expected = [
         [np.average(labels[i] != labels[j], weights=weights) for j in range(3)] for i in range(3)
     ]
-    np.testing.assert_allclose(found, expected, atol=1e-15)
+    np.testing.assert_allclose(actual, expected, atol=1e-15)
     pairs = [expected[i][j] for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert mean_of_pairs(found) == pytest.approx(np.mean(pairs))
+    assert mean_of_pairs(actual) == pytest.approx(np.mean(pairs))
 
 
 def test_disagreement_of_values_is_their_distance(rng):
     values, weights = rng.normal(size=(3, 50)), rng.exponential(size=50)
-    found = disagreement(values, Truth(np.zeros(50), weights / weights.sum()))
+    actual = disagreement(values, Truth(np.zeros(50), weights / weights.sum()))
     expected = [
         [metrics.root_mean_squared_error(a, b, sample_weight=weights) for b in values]
         for a in values
     ]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 def test_one_member_does_not_disagree():
     assert mean_of_pairs(np.zeros((1, 1))) == 0
-
-
-# Uncertainty, of arrays
-
-
-def of_members(outputs, meaning):
-    found = uncertainty(list(outputs), [meaning])
-    return {name: np.asarray(part) for name, part in found.items()}
-
-
-def entropies(probabilities):
-    """Total, aleatoric and epistemic by SciPy; the members first, the classes last."""
-    total = stats.entropy(probabilities.mean(axis=0), axis=-1)
-    aleatoric = stats.entropy(probabilities, axis=-1).mean(axis=0)
-    divergence = stats.entropy(probabilities, probabilities.mean(axis=0)[None], axis=-1)
-    return {"total": total, "aleatoric": aleatoric, "epistemic": divergence.mean(axis=0)}
-
-
-def both_sides(yes):
-    return np.stack([1 - yes, yes], axis=-1)
-
-
-def check_spread(found, expected, tolerance=1e-6):
-    assert list(found) == ["total", "aleatoric", "epistemic"]
-    for name, part in expected.items():
-        assert found[name].dtype == "float32"
-        assert found[name].shape == part.shape
-        np.testing.assert_allclose(found[name], part, rtol=1e-5, atol=tolerance, err_msg=name)
-    assert (found["epistemic"] >= 0).all()
-    np.testing.assert_allclose(
-        found["total"], found["aleatoric"] + found["epistemic"], rtol=1e-6, atol=1e-7
-    )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("task", TWINS)
-def test_spread_of_classes(task, dtype, rng):
-    logits = (2 * rng.normal(size=(5, 7, 3))).astype(dtype)
-    wide = logits.astype("float64")
-    if task == "multiclass":
-        probabilities, full = special.softmax(logits, axis=-1), special.softmax(wide, axis=-1)
-    else:
-        probabilities, full = special.expit(logits), both_sides(special.expit(wide))
-    for outputs, meaning in zip((probabilities, logits), TWINS[task], strict=True):
-        check_spread(of_members(outputs, meaning), entropies(full))
-
-
-def test_spread_of_values(rng):
-    values = (1e3 + rng.normal(size=(4, 6, 2))).astype("float32")
-    found = of_members(values, REGRESSION)
-    assert list(found) == ["std"]
-    assert found["std"].dtype == "float32"
-    np.testing.assert_allclose(found["std"], np.std(values.astype("float64"), axis=0), rtol=1e-5)
-
-
-@pytest.mark.parametrize("task", TWINS)
-def test_members_that_are_alike_and_a_single_one_have_nothing_epistemic(task, rng):
-    logits = rng.normal(size=(1, 6, 3)).astype("float32")
-    probabilities = (special.softmax if task == "multiclass" else special.expit)(
-        logits, *([-1] if task == "multiclass" else [])
-    )
-    for output, meaning in zip((probabilities, logits), TWINS[task], strict=True):
-        for count in (1, 3):
-            found = of_members(np.repeat(output, count, axis=0), meaning)
-            np.testing.assert_allclose(found["epistemic"], 0, atol=1e-12)
-            assert (found["epistemic"] >= 0).all()
-            np.testing.assert_allclose(found["total"], found["aleatoric"], rtol=1e-6)
-    assert (of_members(np.repeat(logits, 3, axis=0), REGRESSION)["std"] == 0).all()
-
-
-def test_members_that_are_sure_of_different_classes():
-    sure = np.eye(3, dtype="float32")[:, None]
-    found = of_members(sure, MULTICLASS)
-    check_spread(found, {"total": np.log([3]), "aleatoric": np.zeros(1), "epistemic": np.log([3])})
-    yes = np.array([[[0.0]], [[1.0]]], "float32")
-    found = of_members(yes, BINARY)
-    expected = np.full((1, 1), np.log(2))
-    check_spread(found, {"total": expected, "aleatoric": 0 * expected, "epistemic": expected})
-    huge = 1e4 * sure
-    found = of_members(huge, TWINS["multiclass"][1])
-    check_spread(found, {"total": np.log([3]), "aleatoric": np.zeros(1), "epistemic": np.log([3])})
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.floats(0.01, 100), st.integers(1, 6), st.integers(2, 5))
-def test_spread_of_any_members(seed, size, members, count):
-    logits = size * np.random.default_rng(seed).normal(size=(members, 4, count))
-    found = of_members(logits, TWINS["multiclass"][1])
-    check_spread(found, entropies(special.softmax(logits, axis=-1)))
-    assert (found["total"] <= np.log(count) * (1 + 1e-6)).all()
-    assert (found["epistemic"] <= np.log(members) + 1e-6).all()
-
-
-# Uncertainty, of an ensemble
-
-ROWS = np.random.default_rng(1).normal(size=(11, 4)).astype("float32")
-DATA = tf.data.Dataset.from_tensors(ROWS)
-
-
-def calm(model, loss):
-    """Run without tracing, which takes longer than small data do."""
-    model.compile("sgd", loss, run_eagerly=True)
-    return model
-
-
-def check_uncertainty(found, mean, own, meaning):
-    """Against the members' own outputs."""
-    own = own.astype("float64")
-    np.testing.assert_allclose(found["mean"], mean, rtol=1e-6, atol=1e-7)
-    if not meaning.is_classes:
-        assert list(found) == ["mean", "std"]
-        np.testing.assert_allclose(found["std"], np.std(own, axis=0), rtol=1e-5, atol=1e-7)
-        return
-    if meaning.task == "multiclass":
-        probabilities = special.softmax(own, axis=-1) if meaning.logits else own
-    else:
-        probabilities = both_sides(special.expit(own) if meaning.logits else own)
-    found = {name: part for name, part in found.items() if name != "mean"}
-    check_spread(found, entropies(probabilities), 1e-5)
-
-
-MEANINGS = {
-    "softmax": MULTICLASS,
-    "logits": TWINS["multiclass"][1],
-    "sigmoid": BINARY,
-    "log-odds": TWINS["binary"][1],
-    "multilabel": MULTILABEL,
-    "regression": REGRESSION,
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_uncertainty_of_every_task(task):
-    loss, units, activation = TASKS[task]
-    ens = ensemble_of(calm(dense(loss, units, activation), loss), 4)
-    ens.temperature = 3.0
-    found = ens.predict_uncertainty(DATA, verbose=0)
-    ens.temperature = 1.0  # It has no part in it.
-    mean, own = ens.predict(DATA, verbose=0), ens.predict_members(DATA, verbose=0)
-    check_uncertainty(found, mean, own, MEANINGS[task])
-    shape = (11,) if MEANINGS[task].task == "multiclass" else (11, units)
-    assert {part.shape for name, part in found.items() if name != "mean"} == {shape}
-
-
-def test_uncertainty_is_traced_and_goes_by_batches():
-    ens = ensemble_of(dense(), 3)
-    found = ens.predict_uncertainty(ROWS, members=[0, 2], batch_size=4, verbose=0)
-    mean = ens.predict(ROWS, members=[0, 2], batch_size=4, verbose=0)
-    own = ens.predict_members(ROWS, members=[0, 2], batch_size=4, verbose=0)
-    check_uncertainty(found, mean, own, MULTICLASS)
-
-
-def test_uncertainty_of_each_pixel():
-    images = np.random.default_rng(2).normal(size=(3, 5, 4, 2)).astype("float32")
-    model = keras.Sequential([keras.Input((5, 4, 2)), layers.Conv2D(3, 1)])
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    ens = ensemble_of(calm(model, loss), 3)
-    data = tf.data.Dataset.from_tensors(images)
-    found = ens.predict_uncertainty(data, verbose=0)
-    assert found["mean"].shape == (3, 5, 4, 3)
-    assert found["total"].shape == (3, 5, 4)
-    own = ens.predict_members(data, verbose=0)
-    check_uncertainty(found, ens.predict(data, verbose=0), own, TWINS["multiclass"][1])
-
-
-@pytest.mark.parametrize("structure", [list, dict])
-def test_uncertainty_of_several_outputs_has_their_structure(structure):
-    inputs = keras.Input((4,))
-    outputs = {
-        "kind": layers.Dense(3, "softmax", name="kind")(inputs),
-        "amount": layers.Dense(2, name="amount")(inputs),
-    }
-    model = keras.Model(inputs, outputs if structure is dict else list(outputs.values()))
-    loss = {"kind": "sparse_categorical_crossentropy", "amount": "mse"}
-    ens = ensemble_of(calm(model, loss if structure is dict else list(loss.values())), 3)
-    found = ens.predict_uncertainty(DATA, verbose=0)
-    mean, own = ens.predict(DATA, verbose=0), ens.predict_members(DATA, verbose=0)
-    assert type(found) is structure
-    keys = ("kind", "amount") if structure is dict else (0, 1)
-    for key, meaning in zip(keys, (MULTICLASS, REGRESSION), strict=True):
-        check_uncertainty(found[key], mean[key], own[key], meaning)
-
-
-def test_members_that_are_alike_are_unsure_but_of_one_mind():
-    model = calm(dense(), "sparse_categorical_crossentropy")
-    ens, own = SnapshotEnsemble(model), ensemble_of(model, 1)._store.weights(model, 0)
-    for index in range(3):
-        ens._store.add_weights(own, Snapshot(index))
-    found = ens.predict_uncertainty(DATA, verbose=0)
-    np.testing.assert_allclose(found["epistemic"], 0, atol=1e-12)
-    assert (found["total"] > 0.1).all()

@@ -85,9 +85,9 @@ def test_every_task_combination_and_format_agrees_with_predict(name, task, combi
     ens.weights = [0.1, 0.2, 0.3, 0.4]
     ens.export(path, name, combine=combine)
     x = np.random.default_rng(2).normal(size=(9, 4)).astype("float32")
-    found = run(name, path, {"features": x})
+    actual = run(name, path, {"features": x})
     expected = ens.predict(x, combine=combine, verbose=0)
-    np.testing.assert_allclose(found["answer"], expected, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(actual["answer"], expected, atol=tolerance, rtol=tolerance)
 
 
 def test_any_batch_size_in_inference_mode_with_a_shared_backbone(format):
@@ -97,8 +97,8 @@ def test_any_batch_size_in_inference_mode_with_a_shared_backbone(format):
     ens.export(path, name)
     for rows in (1, 5, 5):  # Dropout would differ from call to call.
         x = np.random.default_rng(2).normal(size=(rows, 6, 6, 3)).astype("float32")
-        found = run(name, path, {"image": x})
-        np.testing.assert_allclose(found["head"], ens.predict(x, verbose=0), atol=tolerance)
+        actual = run(name, path, {"image": x})
+        np.testing.assert_allclose(actual["head"], ens.predict(x, verbose=0), atol=tolerance)
 
 
 def two_headed():
@@ -135,9 +135,9 @@ def test_the_signature_has_the_models_own_names(build, format):
     expected = ens.predict(batch if build is with_dicts else list(batch.values()), verbose=0)
     if build is two_headed:
         expected = dict(zip(["kind", "size"], expected, strict=True))
-    found = run(name, path, batch)
+    actual = run(name, path, batch)
     for output in ("kind", "size"):
-        np.testing.assert_allclose(found[output], expected[output], atol=tolerance, rtol=tolerance)
+        np.testing.assert_allclose(actual[output], expected[output], atol=tolerance, rtol=tolerance)
 
 
 def sequence_model(layer):
@@ -168,8 +168,8 @@ def test_recurrent_attention_and_convolutional_layers(layer, format_name, tmp_pa
     ens = ensemble_of(sequence_model(layer))
     ens.export(path, format_name)
     x = np.random.default_rng(2).normal(size=(3, 5, 4)).astype("float32")
-    found = run(format_name, path, {"series": x})["answer"]
-    np.testing.assert_allclose(found, ens.predict(x, verbose=0), atol=tolerance)
+    actual = run(format_name, path, {"series": x})["answer"]
+    np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_layers_that_litert_has(layer, tmp_path):
     ens = ensemble_of(sequence_model(layer))
     ens.export(tmp_path / "served.tflite", "litert")
     x = np.random.default_rng(2).normal(size=(3, 5, 4)).astype("float32")
-    found = run("litert", tmp_path / "served.tflite", {"series": x})["answer"]
-    np.testing.assert_allclose(found, ens.predict(x, verbose=0), atol=1e-4)
+    actual = run("litert", tmp_path / "served.tflite", {"series": x})["answer"]
+    np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=1e-4)
 
 
 def test_a_recurrent_layer_that_litert_does_not_have_is_an_error_with_advice(tmp_path):
@@ -206,8 +206,8 @@ def test_mixed_precision(policy, tmp_path):
     ens = ensemble_of(model)
     ens.export(tmp_path / "served")
     x = np.random.default_rng(2).normal(size=(3, 4)).astype("float32")
-    found = run("tf_saved_model", tmp_path / "served", {"features": x})["answer"]
-    np.testing.assert_allclose(found, ens.predict(x, verbose=0), atol=1e-5)
+    actual = run("tf_saved_model", tmp_path / "served", {"features": x})["answer"]
+    np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "vectorization"])
@@ -228,8 +228,8 @@ def test_string_inputs(kind, tmp_path):
     ens = ensemble_of(model)
     ens.export(tmp_path / "served")
     batch = tf.constant(words)
-    found = run("tf_saved_model", tmp_path / "served", {"words": batch})["answer"]
-    np.testing.assert_allclose(found, ens.predict(batch, verbose=0), atol=1e-5)
+    actual = run("tf_saved_model", tmp_path / "served", {"words": batch})["answer"]
+    np.testing.assert_allclose(actual, ens.predict(batch, verbose=0), atol=1e-5)
 
 
 class Subclassed(keras.Model):
@@ -251,8 +251,8 @@ def test_a_subclass_that_cannot_be_cloned_exports_too(combine, tmp_path):
     ens = ensemble_of(model)
     ens.export(tmp_path / "served", combine=combine)
     x = np.random.default_rng(2).normal(size=(3, 4)).astype("float32")
-    (found,) = run("tf_saved_model", tmp_path / "served", {"inputs": x}).values()
-    np.testing.assert_allclose(found, ens.predict(x, combine=combine, verbose=0), atol=1e-5)
+    (actual,) = run("tf_saved_model", tmp_path / "served", {"inputs": x}).values()
+    np.testing.assert_allclose(actual, ens.predict(x, combine=combine, verbose=0), atol=1e-5)
 
 
 def exact_gelu():
@@ -269,9 +269,9 @@ def test_an_operator_that_onnx_does_not_have_is_an_error_with_advice(
 ):
     if runtime == "not installed":  # Then the checker of onnx has to do.
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
-        found = importlib.util.find_spec
+        find_spec = importlib.util.find_spec
         monkeypatch.setattr(
-            importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else found(n)
+            importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find_spec(n)
         )
     logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # It only logs the matter.
     with pytest.raises(ValueError, match="approximate=True"):
@@ -291,16 +291,18 @@ def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_tensorflow_does_not_tell_where_it_writes_unless_asked(verbose, tmp_path, monkeypatch):
-    logger, told = tf.get_logger(), []
+    logger, messages = tf.get_logger(), []
     monkeypatch.setattr(logger, "handlers", [logging.Handler()])
-    monkeypatch.setattr(logger.handlers[0], "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(
+        logger.handlers[0], "emit", lambda record: messages.append(record.getMessage())
+    )
     monkeypatch.setattr(logger, "level", logging.INFO)
     ensemble_of(dense()).export(tmp_path / "served", verbose=verbose)
-    assert any("Assets written" in message for message in told) is verbose
+    assert any("Assets written" in message for message in messages) is verbose
     assert logger.level == logging.INFO
 
 
-def test_what_is_there_is_kept_unless_told_so(format):
+def test_an_existing_path_is_kept_without_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")
     ens = ensemble_of(dense())
@@ -345,9 +347,9 @@ def test_formats_and_endings_are_checked_first(name, format_name, message, tmp_p
 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch):
-    found = exporting.importlib.util.find_spec
+    find_spec = exporting.importlib.util.find_spec
     monkeypatch.setattr(
-        exporting.importlib.util, "find_spec", lambda n: None if n == "tf2onnx" else found(n)
+        exporting.importlib.util, "find_spec", lambda n: None if n == "tf2onnx" else find_spec(n)
     )
     with pytest.raises(ImportError, match="needs the package tf2onnx. Received: format='onnx'"):
         ensemble_of(dense()).export(tmp_path / "served.onnx", "onnx")

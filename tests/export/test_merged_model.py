@@ -24,7 +24,7 @@ def batch_for(model, rows=7):
     )
 
 
-def assert_same(actual, expected, atol=1e-6):
+def assert_alike(actual, expected, atol=1e-6):
     keras.tree.map_structure(
         lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=atol), actual, expected
     )
@@ -37,7 +37,7 @@ def test_every_task_and_combination_gives_what_predict_gives(task, combine):
     ens.weights = [0.1, 0.2, 0.3, 0.4]
     model = ens.to_keras(combine)
     x = batch_for(model, 64)
-    assert_same(model.predict(x, verbose=0), ens.predict(x, combine=combine, verbose=0))
+    assert_alike(model.predict(x, verbose=0), ens.predict(x, combine=combine, verbose=0))
 
 
 def sequential():
@@ -122,7 +122,7 @@ def test_every_architecture_gives_what_predict_gives(build):
     ens = ensemble_of(source)
     model = ens.to_keras()
     x = batch_for(source)
-    assert_same(model.predict(x, verbose=0), ens.predict(x, verbose=0), 1e-5)
+    assert_alike(model.predict(x, verbose=0), ens.predict(x, verbose=0), 1e-5)
 
 
 @pytest.mark.parametrize("build", [twice_the_same_layer, dicts])
@@ -148,7 +148,7 @@ def test_an_adapted_vocabulary_is_carried_over():
     ens = ensemble_of(source)
     model = ens.to_keras()
     x = keras.ops.convert_to_tensor([["red", "green"], ["blue", "never seen"]])
-    assert_same(model.predict(x, verbose=0), ens.predict(x, verbose=0))
+    assert_alike(model.predict(x, verbose=0), ens.predict(x, verbose=0))
     assert sum(isinstance(layer, layers.StringLookup) for layer in model.layers) == 1
 
 
@@ -178,7 +178,7 @@ def test_a_frozen_backbone_is_stored_once(nested, count):
     backbone = source.count_params() - head
     assert model.count_params() == backbone + count * head
     x = batch_for(source)
-    assert_same(model.predict(x, verbose=0), ens.predict(x, verbose=0))
+    assert_alike(model.predict(x, verbose=0), ens.predict(x, verbose=0))
 
 
 def test_a_frozen_backbone_is_computed_once():
@@ -209,7 +209,7 @@ def test_what_is_equal_behind_what_differs_is_stored_once_and_computed_for_each(
     model = ens.to_keras()
     assert model.count_params() == 3 * (4 * 5 + 5) + (5 * 3 + 3)
     x = batch_for(source)
-    assert_same(model.predict(x, verbose=0), ens.predict(x, verbose=0))
+    assert_alike(model.predict(x, verbose=0), ens.predict(x, verbose=0))
 
 
 def test_a_nested_model_that_was_called_for_inference_stays_so():
@@ -227,22 +227,22 @@ def test_members_may_be_chosen_and_those_of_weight_0_are_left_out():
     ens = ensemble_of(dense(), 4)
     single = ens.to_keras(members=1)
     x = batch_for(single)
-    assert_same(single.predict(x, verbose=0), ens[3].predict(x, verbose=0))
+    assert_alike(single.predict(x, verbose=0), ens[3].predict(x, verbose=0))
     ens.weights = [0.5, 0, 0, 0.5]
     weighted = ens.to_keras("weighted")
     assert weighted.count_params() == 2 * ens.model.count_params()
-    assert_same(weighted.predict(x, verbose=0), ens.predict(x, members=[0, 3], verbose=0))
+    assert_alike(weighted.predict(x, verbose=0), ens.predict(x, members=[0, 3], verbose=0))
 
 
 def test_it_is_compiled_with_the_models_loss_and_metrics():
     source, in_backbone = with_backbone(nested=False)
     ens = ensemble_of(source, 3, shared=in_backbone)
     x, y = batch_for(source, 32), np.arange(32) % 4
-    found = ens.to_keras().evaluate(x, y, verbose=0, return_dict=True)
+    actual = ens.to_keras().evaluate(x, y, verbose=0, return_dict=True)
     expected = ens.evaluate(x, y, verbose=0, return_dict=True)
-    assert found.keys() == expected.keys() == {"loss", "accuracy"}
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["accuracy"] == pytest.approx(expected["accuracy"])
+    assert actual.keys() == expected.keys() == {"loss", "accuracy"}
+    assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert actual["accuracy"] == pytest.approx(expected["accuracy"])
 
 
 def test_the_wrapped_model_is_left_alone():

@@ -89,8 +89,8 @@ def test_in_a_c_program(served):
     command = ["./serve", "served", "x.raw"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = np.array(done.stdout.split(), "float32").reshape(5, 4)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    actual = np.array(done.stdout.split(), "float32").reshape(5, 4)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_in_openvino_which_reads_the_saved_model_itself(served):
@@ -98,5 +98,5 @@ def test_in_openvino_which_reads_the_saved_model_itself(served):
     folder, expected = served
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(folder / "served"), "CPU", precise)
-    (found,) = compiled({"image": np.load(folder / "x.npy")}).values()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (actual,) = compiled({"image": np.load(folder / "x.npy")}).values()
+    np.testing.assert_allclose(actual, expected, atol=1e-5)

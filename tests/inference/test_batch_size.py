@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from models import ensemble_with
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
 from snapshot_ensemble.inference.batch_size import batch_size_for, rows_at_once
 
 
@@ -22,11 +22,12 @@ def branches():
 
 def ensemble_of(model):
     model.compile("sgd", "sparse_categorical_crossentropy")
-    ens, rng = SnapshotEnsemble(model), np.random.default_rng(0)
-    for index in range(2):
-        weights = [rng.normal(0, 0.3, w.shape).astype(w.dtype) ** 2 for w in model.get_weights()]
-        ens._store.add_weights(weights, Snapshot(index))
-    return ens
+    rng = np.random.default_rng(0)
+    members = [
+        [rng.normal(0, 0.3, w.shape).astype(w.dtype) ** 2 for w in model.get_weights()]
+        for _ in range(2)
+    ]
+    return ensemble_with(model, *members)
 
 
 # The largest tensor has so many float32 a row; a batch of it is to be 1 MiB or less.
@@ -114,7 +115,7 @@ def test_rows_that_depend_on_their_batch_are_predicted_as_keras_does(kind):
     np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-6)
 
 
-def test_the_batch_grows_only_where_nobody_counts_in_batches():
+def test_the_batch_grows_only_where_nothing_depends_on_batches():
     x, model = np.zeros((9_000, 8), "float32"), net(layers.Dense(64))
     assert batch_size_for(model, x) == {"batch_size": 1024}
     assert batch_size_for(model, {"a": tf.constant(x)}) == {"batch_size": 1024}
@@ -132,13 +133,13 @@ def test_large_batches_predict_what_small_ones_do():
     y = np.arange(len(x)) % 3
     for combine in ("mean", "vote", "geometric"):
         expected = ens.predict(x, combine=combine, batch_size=32, verbose=0)
-        found = ens.predict(x, combine=combine, verbose=0)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        actual = ens.predict(x, combine=combine, verbose=0)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
     grown, small = ens.report(x, y, verbose=0), ens.report(x, y, batch_size=32, verbose=0)
     assert grown.rows["mean"]["nll"] == pytest.approx(small.rows["mean"]["nll"], rel=1e-5)
 
 
-def test_few_rows_in_many_ways_are_nothing_that_tensorflow_warns_of(caplog):
+def test_few_rows_in_many_combinations_give_no_retracing_warning(caplog):
     ens = ensemble_of(net(layers.Dense(64, "relu")))
     x = np.random.default_rng(1).normal(size=(300, 8)).astype("float32")
     for combine in ("mean", "vote", "geometric"):

@@ -40,16 +40,16 @@ def test_one_after_another_they_predict_the_same(task, combine, monkeypatch):
     expected_spread = ens.predict_uncertainty(X, verbose=0)
     before = ens.model.get_weights()
     ens = one_after_another(ens, monkeypatch)
-    found = ens.predict(X, combine=combine, members=[0, 1, 3], verbose=0)
-    assert isinstance(found, np.ndarray)
-    assert found.dtype == expected.dtype
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    found = ens.predict_members(X, verbose=0)
-    np.testing.assert_allclose(found, expected_members, rtol=1e-5, atol=1e-6)
-    found = ens.predict_uncertainty(X, verbose=0)
-    assert set(found) == set(expected_spread)
+    actual = ens.predict(X, combine=combine, members=[0, 1, 3], verbose=0)
+    assert isinstance(actual, np.ndarray)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    actual = ens.predict_members(X, verbose=0)
+    np.testing.assert_allclose(actual, expected_members, rtol=1e-5, atol=1e-6)
+    actual = ens.predict_uncertainty(X, verbose=0)
+    assert set(actual) == set(expected_spread)
     for name, value in expected_spread.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5)
     for now, then in zip(ens.model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(now, then)
 
@@ -73,8 +73,8 @@ def test_from_a_directory_they_do_too(tmp_path, kind, monkeypatch):
     ens.save(tmp_path / "saved")
     model = model if kind == "subclass" else None
     loaded = SnapshotEnsemble.load(tmp_path / "saved", model=model)
-    found = one_after_another(loaded, monkeypatch).predict(X, verbose=0)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    actual = one_after_another(loaded, monkeypatch).predict(X, verbose=0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_data_that_are_gone_through_once_run_all_members_at_once():
@@ -82,15 +82,15 @@ def test_data_that_are_gone_through_once_run_all_members_at_once():
     expected = ens.predict(X, verbose=0)
     ens.memory_limit = 0
     batches = ((X[i : i + 10],) for i in range(0, 40, 10))
-    found = ens.predict(batches, steps=4, verbose=0)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    actual = ens.predict(batches, steps=4, verbose=0)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
     shuffled = tf.data.Dataset.from_tensor_slices(X).shuffle(40).batch(8)
-    found = ens.predict_members(shuffled, verbose=0)
+    actual = ens.predict_members(shuffled, verbose=0)
     # Row by row all members saw the same: find each row by what the first made of it.
     whole = ens.predict_members(X, verbose=0)
-    order = [np.abs(whole[0] - row).sum(axis=-1).argmin() for row in found[0]]
+    order = [np.abs(whole[0] - row).sum(axis=-1).argmin() for row in actual[0]]
     again = whole[:, order]
-    np.testing.assert_allclose(found, again, atol=1e-6)
+    np.testing.assert_allclose(actual, again, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1 GB"])
@@ -106,9 +106,9 @@ def test_a_limit_that_makes_no_sense(value):
 def test_a_call_gives_what_predict_gives(task, combine):
     ens = ensemble(task)
     expected = ens.predict(X, combine=combine, verbose=0)
-    found = ens(X, combine=combine)
-    assert isinstance(found, tf.Tensor)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    actual = ens(X, combine=combine)
+    assert isinstance(actual, tf.Tensor)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(ens(X[:1], combine=combine), expected[:1], rtol=1e-5, atol=1e-6)
     members = (
         ens.predict(X, combine=combine, members=2, verbose=0) if combine != "weighted" else None
@@ -154,10 +154,10 @@ def test_several_inputs_and_outputs():
     model.compile("sgd", {"kind": "sparse_categorical_crossentropy", "size": "mse"})
     ens = ensemble_of(model)
     x = {"left": X[:, :2], "right": X[:, 1:]}
-    found, expected = ens(x), ens.predict(x, verbose=0)
-    assert set(found) == set(expected)
+    actual, expected = ens(x), ens.predict(x, verbose=0)
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_a_second_prediction_traces_nothing():

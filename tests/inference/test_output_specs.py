@@ -1,9 +1,8 @@
-"""What an output means, read off the loss and the last activation."""
+"""What an output means, read off the loss, the last activation and the shape."""
 
 import functools
 
 import keras
-import numpy as np
 import pytest
 from keras import ops
 from keras.layers import (
@@ -18,9 +17,11 @@ from keras.layers import (
     Softmax,
     TimeDistributed,
 )
+from models import MULTICLASS, MULTICLASS_LOGITS
+from output_cases import custom_loss, ending_in, meaning
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.inference.output_specs import TASKS, Output, check_task, read_outputs
+from snapshot_ensemble.inference.output_specs import Output
 
 CATEGORICAL = [
     "categorical_crossentropy",
@@ -40,18 +41,6 @@ REGRESSION = [
 ]
 CLASS_NAMES = {name: name.title().replace("_", "") for name in CATEGORICAL + BINARY + REGRESSION}
 
-MULTICLASS = Output("multiclass")
-MULTICLASS_LOGITS = Output("multiclass", logits=True)
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Nothing is trained here, and no name of a layer matters."""
-
-
-def custom_loss(y_true, y_pred):
-    return ops.mean(ops.square(y_true - y_pred))
-
 
 def of_form(name, form):
     """A loss of Keras's in each of the forms that `compile` takes."""
@@ -68,23 +57,6 @@ def of_form(name, form):
 
 
 FORMS = ["string", "class name", "function", "class", "object", "partial"]
-
-
-def ending_in(last, loss, shape=(4,)):
-    """A compiled model whose output is `last` of its input."""
-    inputs = keras.Input(shape)
-    model = keras.Model(inputs, last(inputs))
-    model.compile("sgd", loss)
-    return model
-
-
-def meanings(model, task=None):
-    return read_outputs(model, task, model(np.zeros((2, *model.input_shape[1:]), "float32")))
-
-
-def meaning(last, loss, task=None, shape=(4,)):
-    [found] = meanings(ending_in(last, loss, shape), task)
-    return found
 
 
 # The loss
@@ -132,9 +104,9 @@ def test_losses_from_logits(name, form):
         loss = getattr(keras.losses, CLASS_NAMES[name])(from_logits=True)
     else:
         loss = functools.partial(getattr(keras.losses, name), from_logits=True)
-    found = meaning(Dense(3), loss)
-    assert found.task == ("multilabel" if name in BINARY else "multiclass")
-    assert found.logits is True
+    actual = meaning(Dense(3), loss)
+    assert actual.task == ("multilabel" if name in BINARY else "multiclass")
+    assert actual.logits is True
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
@@ -160,7 +132,7 @@ def test_arguments_of_a_loss_do_not_matter():
     assert meaning(Dense(1), loss) == Output("binary", logits=True)
 
 
-# The last activation. The loss is one that says nothing.
+# The last activation, with a custom loss, which says nothing
 
 
 def softmax_of_two_steps(x):
@@ -244,8 +216,8 @@ def test_a_shared_layer_is_looked_through_at_the_right_call():
 
 
 def test_only_the_last_activation_counts():
-    found = meaning(lambda x: Dense(1)(Dense(3, "softmax")(x)), "mse")
-    assert found == Output("regression")
+    actual = meaning(lambda x: Dense(1)(Dense(3, "softmax")(x)), "mse")
+    assert actual == Output("regression")
     with pytest.raises(ValueError, match="last activation 'linear'"):
         meaning(lambda x: Dense(1)(Dense(3, "softmax")(x)), custom_loss)
 
@@ -320,303 +292,3 @@ def test_classes_on_another_axis_are_refused():
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, axis=1)
     with pytest.raises(ValueError, match="axis"):
         SnapshotEnsemble(ending_in(Dense(2), loss, shape=(3, 4)))
-
-
-# Several outputs
-
-
-def two_outputs(losses, structure=list, activations=("softmax", None)):
-    """Three classes named `kind` and one value named `amount`."""
-    inputs = keras.Input((4,))
-    kind = Dense(3, activations[0], name="kind")(inputs)
-    amount = Dense(1, activations[1], name="amount")(inputs)
-    outputs = {"kind": kind, "amount": amount} if structure is dict else [kind, amount]
-    model = keras.Model(inputs, outputs if structure is dict else structure(outputs))
-    model.compile("sgd", losses)
-    return model
-
-
-IN_LISTS = [MULTICLASS, Output("regression")]
-IN_DICTS = IN_LISTS[::-1]  # `keras.tree.flatten` goes by sorted keys.
-
-
-@pytest.mark.parametrize(
-    "losses",
-    [
-        ["sparse_categorical_crossentropy", "mse"],
-        ("sparse_categorical_crossentropy", "mse"),
-        {"kind": "sparse_categorical_crossentropy", "amount": "mse"},
-        {"amount": "mse", "kind": "sparse_categorical_crossentropy"},
-    ],
-    ids=["list", "tuple", "dict", "dict backwards"],
-)
-@pytest.mark.parametrize("structure", [list, tuple])
-def test_losses_of_a_list_of_outputs(structure, losses):
-    assert meanings(two_outputs(losses, structure)) == IN_LISTS
-
-
-@pytest.mark.parametrize(
-    "losses",
-    [
-        {"kind": "sparse_categorical_crossentropy", "amount": "mse"},
-        {"amount": "mse", "kind": "sparse_categorical_crossentropy"},
-        ["mse", "sparse_categorical_crossentropy"],
-    ],
-    ids=["dict", "dict backwards", "list by sorted keys"],
-)
-def test_losses_of_a_dict_of_outputs(losses):
-    assert meanings(two_outputs(losses, dict)) == IN_DICTS
-
-
-def test_keys_of_a_dict_of_outputs_beat_names_of_layers():
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, {"b": Dense(3, name="a")(inputs), "a": Dense(1, name="b")(inputs)})
-    model.compile("sgd", {"a": "mse", "b": "sparse_categorical_crossentropy"})
-    assert meanings(model) == [Output("regression"), MULTICLASS]
-
-
-def test_outputs_nested_in_one_another():
-    inputs = keras.Input((4,))
-    model = keras.Model(
-        inputs,
-        {"a": [Dense(3)(inputs), Dense(1)(inputs)], "b": Dense(1)(inputs)},
-    )
-    categorical = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("sgd", {"a": [categorical, "mse"], "b": "binary_crossentropy"})
-    assert meanings(model) == [MULTICLASS_LOGITS, Output("regression"), Output("binary")]
-
-
-def test_one_loss_for_all_outputs():
-    found = meanings(two_outputs("mse", activations=("relu", None)))
-    assert found == [Output("regression"), Output("regression")]
-
-
-def test_each_output_has_its_own_activation():
-    found = meanings(two_outputs(custom_loss, activations=("softmax", "sigmoid")))
-    assert found == [MULTICLASS, Output("binary")]
-
-
-def test_each_output_has_its_own_from_logits():
-    losses = [
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        keras.losses.BinaryCrossentropy(),
-    ]
-    found = meanings(two_outputs(losses, activations=(None, None)))
-    assert found == [MULTICLASS_LOGITS, Output("binary")]
-
-
-def test_a_loss_in_a_list_of_one():
-    assert meaning(Dense(3), ["sparse_categorical_crossentropy"]) == MULTICLASS
-
-
-def test_a_loss_in_a_dict_of_one():
-    model = ending_in(Dense(3, name="kind"), {"kind": "sparse_categorical_crossentropy"})
-    assert meanings(model) == [MULTICLASS]
-
-
-def test_an_output_without_a_loss_needs_a_task():
-    model = two_outputs(["sparse_categorical_crossentropy", None])
-    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be read off"):
-        SnapshotEnsemble(model)
-    assert meanings(model, ["multiclass", "regression"]) == IN_LISTS
-    SnapshotEnsemble(model, task=[None, "regression"])
-
-
-# A given task
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_given_task_beats_loss_and_activation(task):
-    assert meaning(Dense(3, "softmax"), "mse", task) == Output(task)
-
-
-def test_a_task_for_a_sigmoid_trained_on_squares():
-    assert meaning(Dense(1, "sigmoid"), "mse", "binary") == Output("binary")
-
-
-def test_one_task_for_all_outputs():
-    model = two_outputs(custom_loss, activations=("sigmoid", "sigmoid"))
-    assert meanings(model, "multilabel") == [Output("multilabel"), Output("multilabel")]
-
-
-@pytest.mark.parametrize("structure", [list, tuple])
-def test_tasks_in_the_structure_of_the_outputs(structure):
-    model = two_outputs(custom_loss, structure)
-    assert meanings(model, structure(["multiclass", "regression"])) == IN_LISTS
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        {"kind": "multiclass", "amount": "regression"},
-        {"amount": "regression", "kind": "multiclass"},
-    ],
-)
-def test_tasks_in_a_dict_like_the_outputs(task):
-    assert meanings(two_outputs(custom_loss, dict), task) == IN_DICTS
-
-
-def test_a_task_of_none_among_others_is_read_off():
-    model = two_outputs(["sparse_categorical_crossentropy", custom_loss])
-    assert meanings(model, [None, "regression"]) == IN_LISTS
-
-
-def test_tasks_by_name_are_not_given_to_outputs_by_place():
-    # In the order of their sorted names they would be exchanged.
-    model = two_outputs(custom_loss, activations=(None, None))
-    with pytest.raises(ValueError, match="Received: task="):
-        SnapshotEnsemble(model, task={"kind": "multiclass", "amount": "regression"})
-
-
-# Subclassed models
-
-
-class Subclassed(keras.Model):
-    def __init__(self, *activations):
-        super().__init__()
-        self.heads = [Dense(units, a) for units, a in zip((3, 1), activations, strict=False)]
-
-    def call(self, inputs):
-        outputs = [head(inputs) for head in self.heads]
-        return outputs if len(outputs) > 1 else outputs[0]
-
-
-def read_subclassed(loss, *activations, task=None):
-    model = Subclassed(*activations)
-    model.compile("sgd", loss)
-    check_task(model, task)
-    return read_outputs(model, task, model(np.zeros((2, 4), "float32")))
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        ("sparse_categorical_crossentropy", MULTICLASS),
-        (keras.losses.CategoricalCrossentropy(from_logits=True), MULTICLASS_LOGITS),
-        ("binary_crossentropy", Output("multilabel")),
-        (keras.losses.BinaryCrossentropy(from_logits=True), Output("multilabel", logits=True)),
-        ("mae", Output("regression")),
-    ],
-)
-def test_a_subclassed_model_is_read_off_its_loss(loss, expected):
-    assert read_subclassed(loss, None) == [expected]
-
-
-@pytest.mark.parametrize(
-    "losses",
-    [["sparse_categorical_crossentropy", "mse"], ("sparse_categorical_crossentropy", "mse")],
-)
-def test_a_subclassed_model_with_several_outputs(losses):
-    assert read_subclassed(losses, "softmax", None) == IN_LISTS
-
-
-def test_a_subclassed_model_with_a_dict_of_outputs():
-    class Named(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.kind, self.amount = Dense(3), Dense(1)
-
-        def call(self, inputs):
-            return {"kind": self.kind(inputs), "amount": self.amount(inputs)}
-
-    model = Named()
-    model.compile("sgd", {"kind": "sparse_categorical_crossentropy", "amount": "mse"})
-    check_task(model, None)
-    assert read_outputs(model, None, model(np.zeros((2, 4), "float32"))) == IN_DICTS
-
-
-def test_a_subclassed_model_with_a_given_task():
-    assert read_subclassed(custom_loss, None, task="regression") == [Output("regression")]
-    [found] = read_subclassed("binary_crossentropy", None, task="multiclass")
-    assert found == MULTICLASS
-
-
-def test_a_subclassed_model_shows_no_activation():
-    with pytest.raises(ValueError, match="last activation None"):
-        read_subclassed(custom_loss, "softmax")
-
-
-def test_a_sequential_model_whose_shape_is_not_known_yet():
-    model = keras.Sequential([Dense(3, "softmax")])
-    model.compile("sgd", custom_loss)
-    check_task(model, None)
-    assert read_outputs(model, None, model(np.zeros((2, 4), "float32"))) == [MULTICLASS]
-
-
-# Messages, as they come when an ensemble is made
-
-
-@pytest.mark.parametrize("last", [Dense(3), Dense(3, "tanh"), lambda x: Dense(3)(x) * 2])
-def test_a_task_that_cannot_be_read_off(last):
-    activation = {"linear": "'linear'", "tanh": "'tanh'"}.get(
-        getattr(getattr(last, "activation", None), "__name__", None), "None"
-    )
-    with pytest.raises(ValueError) as caught:
-        SnapshotEnsemble(ending_in(last, custom_loss))
-    assert str(caught.value) == (
-        "The task of the model's output cannot be read off the model. "
-        f"Received: loss={custom_loss!r} with last activation {activation}. "
-        "Pass `task=` with one of ('multiclass', 'binary', 'multilabel', 'regression')."
-    )
-
-
-@pytest.mark.parametrize("loss", ["hinge", "kl_divergence", lambda y, p: 0.0])
-def test_losses_that_name_no_task(loss):
-    with pytest.raises(ValueError, match="Pass `task=` with one of"):
-        SnapshotEnsemble(ending_in(Dense(3), loss))
-
-
-def test_a_model_without_a_loss_needs_a_task():
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, Dense(1)(inputs))
-    model.compile("sgd")
-    with pytest.raises(ValueError, match="Received: loss=None with last activation 'linear'"):
-        SnapshotEnsemble(model)
-    SnapshotEnsemble(model, task="regression")
-
-
-def test_the_output_that_cannot_be_read_off_is_named():
-    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be read off"):
-        SnapshotEnsemble(two_outputs(custom_loss))
-
-
-def test_probabilities_or_logits_that_cannot_be_told_apart():
-    with pytest.raises(ValueError) as caught:
-        SnapshotEnsemble(ending_in(lambda x: Dense(3)(x) / 2, custom_loss), task="multiclass")
-    assert str(caught.value) == (
-        "Whether the model's output gives probabilities or logits cannot be read off the model. "
-        f"Received: task='multiclass', loss={custom_loss!r}. End the model in a softmax or "
-        "sigmoid layer, or compile it with a Keras loss, which says so by `from_logits`."
-    )
-
-
-@pytest.mark.parametrize(
-    "task", ["classification", "Multiclass", "", 3, ["multiclass"] * 3 + ["classes"], {"a": "b"}]
-)
-def test_unknown_tasks(task):
-    with pytest.raises(ValueError) as caught:
-        SnapshotEnsemble(ending_in(Dense(3, "softmax"), "mse"), task=task)
-    assert str(caught.value) == (
-        "`task` must be one of ('multiclass', 'binary', 'multilabel', 'regression'). "
-        f"Received: task={task!r}"
-    )
-
-
-@pytest.mark.parametrize("task", [["multiclass"] * 3, ["multiclass", "regression", None]])
-def test_another_number_of_tasks_than_outputs(task):
-    losses = ["sparse_categorical_crossentropy", "mse"]
-    with pytest.raises(ValueError) as caught:
-        SnapshotEnsemble(two_outputs(losses), task=task)
-    assert str(caught.value) == (
-        f"`task` must have one entry for each of the model's 2 outputs. Received: task={task!r}"
-    )
-
-
-def test_more_tasks_than_one_for_one_output():
-    with pytest.raises(ValueError, match="one entry for each of the model's 1 outputs"):
-        SnapshotEnsemble(ending_in(Dense(3), "mse"), task=["regression", "regression"])
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_is_classes(task):
-    assert Output(task).is_classes == (task != "regression")

@@ -1,22 +1,19 @@
 """Weights that training leaves alone are kept once: in memory, on disk, and in predictions."""
 
-import json
 import shutil
 
 import keras
 import numpy as np
 import pytest
+from models import BreakOffError, assert_same, member_weights, three_classes
+from storage_cases import manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage import weight_delta as sharing
+from snapshot_ensemble.storage.directory import DirectoryStore
 
-X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
-Y = np.argmax(X[:, :3], axis=1)
+X, Y = three_classes(features=6)
 WIDTH = 200
-
-
-class BreakOffError(Exception):
-    pass
 
 
 def frozen(trainable=False, dtype=None):
@@ -48,16 +45,6 @@ def trained(directory, *, model=None, cycles=3, epochs=6, **arguments):
     return ens
 
 
-def member_weights(ens):
-    return [member.get_weights() for member in ens]
-
-
-def check_same(left, right):
-    for one, other in zip(left, right, strict=True):
-        for a, b in zip(one, other, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
 def bytes_of(arrays):
     return sum(array.nbytes for array in arrays)
 
@@ -69,12 +56,13 @@ def test_a_directory_has_a_frozen_backbone_once(tmp_path):
     assert kinds == [".json", ".keras", ".lock", ".npz", ".npz", ".npz", ".npz"]
     others = [p.stat().st_size for p in (tmp_path / "run").iterdir() if p.suffix == ".npz"]
     assert sum(others) < 0.3 * backbone
-    check_same(member_weights(ens), member_weights(trained(None)))
+    assert_same(member_weights(ens), member_weights(trained(None)))
     loaded = SnapshotEnsemble.load(tmp_path / "run")
-    check_same(member_weights(loaded), member_weights(ens))
+    assert_same(member_weights(loaded), member_weights(ens))
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), ens.predict(X, verbose=0))
     # The very same arrays, not copies.
-    first, last = (loaded._store.weights(loaded.model, i) for i in (0, 2))
+    store = DirectoryStore.open(tmp_path / "run")
+    first, last = (store.weights(loaded.model, i) for i in (0, 2))
     assert [a is b for a, b in zip(first, last, strict=True)].count(True) == 4
 
 
@@ -83,7 +71,7 @@ def test_a_saved_ensemble_has_it_once_too(tmp_path):
     ens.save(tmp_path / "saved")
     size = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
     assert size < 1.5 * bytes_of(ens.model.get_weights())
-    check_same(member_weights(SnapshotEnsemble.load(tmp_path / "saved")), member_weights(ens))
+    assert_same(member_weights(SnapshotEnsemble.load(tmp_path / "saved")), member_weights(ens))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -99,8 +87,8 @@ def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, dtype):
         trained(tmp_path / "run", model=frozen(dtype=dtype), callbacks=[callback])
     model = frozen(dtype=dtype)
     ens = trained(tmp_path / "run", model=model, resume=True)
-    check_same(member_weights(ens), member_weights(expected))
-    check_same([model.get_weights()], [expected.model.get_weights()])
+    assert_same(member_weights(ens), member_weights(expected))
+    assert_same([model.get_weights()], [expected.model.get_weights()])
 
 
 def test_resuming_gives_back_the_backbone_of_then(tmp_path):
@@ -109,7 +97,7 @@ def test_resuming_gives_back_the_backbone_of_then(tmp_path):
     for variable in other.weights:
         variable.assign(variable + 1.0)
     trained(tmp_path / "run", model=other, resume=True)
-    check_same([other.get_weights()], [expected.model.get_weights()])
+    assert_same([other.get_weights()], [expected.model.get_weights()])
 
 
 def test_the_base_outlives_the_snapshots_that_go(tmp_path):
@@ -117,12 +105,12 @@ def test_the_base_outlives_the_snapshots_that_go(tmp_path):
     # A model that cannot be saved: the first snapshot is the base.
     with pytest.warns(UserWarning, match="The model cannot be saved"):
         ens = trained(tmp_path / "run", model=NoConfig(frozen()), max_snapshots=1)
-    check_same(member_weights(ens), member_weights(expected)[-1:])
+    assert_same(member_weights(ens), member_weights(expected)[-1:])
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert sum(name.endswith(".weights.h5") for name in names) == 1
     loaded = SnapshotEnsemble.load(tmp_path / "run", model=NoConfig(frozen()))
-    check_same(member_weights(loaded), member_weights(expected)[-1:])
-    listed = {entry["name"] for entry in ens._store.inspect()["files"]}
+    assert_same(member_weights(loaded), member_weights(expected)[-1:])
+    listed = {entry["name"] for entry in DirectoryStore.open(tmp_path / "run").inspect()["files"]}
     assert names - listed == {"ensemble.json", "ensemble.lock"}
 
 
@@ -143,19 +131,19 @@ class NoConfig(keras.Model):
 def test_what_is_unfrozen_later_is_written(tmp_path):
     trained(tmp_path / "run")
     ens = SnapshotEnsemble.load(tmp_path / "run")
-    before = ens._store.weights(ens.model, 2)
+    before = ens[2].get_weights()
     for layer in ens.model.get_layer("backbone").layers:
         layer.trainable = True
     ens.model.compile("sgd", "sparse_categorical_crossentropy")
     ens.fit(X, Y, epochs=3, verbose=0)
     assert len(ens) == 6
     loaded = SnapshotEnsemble.load(tmp_path / "run")
-    check_same(member_weights(loaded), member_weights(ens))
-    check_same([before], [loaded[2].get_weights()])
+    assert_same(member_weights(loaded), member_weights(ens))
+    assert_same([before], [loaded[2].get_weights()])
     assert not np.array_equal(loaded[5].get_weights()[0], before[0])
 
 
-def test_a_model_that_trains_all_over_keeps_files_of_kerass_own(tmp_path):
+def test_a_model_without_frozen_weights_is_kept_in_plain_keras_files(tmp_path):
     trained(tmp_path / "run", model=frozen(trainable=True))
     assert len(list((tmp_path / "run").glob("snapshot-*.weights.h5"))) == 3
 
@@ -183,13 +171,7 @@ def test_a_difference_of_another_model_is_refused(tmp_path):
 def test_a_manifest_without_its_base_is_refused(tmp_path):
     trained(tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    content = json.loads((tmp_path / "copy" / "ensemble.json").read_text())
-    content["base"] = None
-    del content["sha256"]
-    from snapshot_ensemble.storage.manifest import _digest
-
-    content["sha256"] = _digest(content)
-    (tmp_path / "copy" / "ensemble.json").write_text(json.dumps(content))
+    write_manifest(tmp_path / "copy", {**manifest_of(tmp_path / "copy"), "base": None})
     with pytest.raises(SnapshotError, match="names no file that others are part of"):
         SnapshotEnsemble.load(tmp_path / "copy")
 
@@ -208,7 +190,7 @@ def test_a_backbone_that_was_trained_before_brings_no_optimizer_along(tmp_path):
     size = sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
     assert size < 1.6 * bytes_of(model.get_weights())
     loaded = SnapshotEnsemble.load(tmp_path / "run")
-    check_same(member_weights(loaded), member_weights(ens))
+    assert_same(member_weights(loaded), member_weights(ens))
 
 
 # In predictions

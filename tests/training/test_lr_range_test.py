@@ -40,9 +40,9 @@ def classifier(optimizer="sgd"):
 def test_the_losses_are_those_of_gradient_descent_written_out():
     model = linear()
     w, b = (array.astype("float64") for array in model.get_weights())
-    found = SnapshotEnsemble(model).find_lr(X, Y, batch_size=64, lr_min=1e-3, lr_max=0.3, steps=40)
-    np.testing.assert_allclose(found.rates, np.geomspace(1e-3, 0.3, 40))
-    for rate, loss in zip(found.rates, found.losses, strict=True):
+    actual = SnapshotEnsemble(model).find_lr(X, Y, batch_size=64, lr_min=1e-3, lr_max=0.3, steps=40)
+    np.testing.assert_allclose(actual.rates, np.geomspace(1e-3, 0.3, 40))
+    for rate, loss in zip(actual.rates, actual.losses, strict=True):
         apart = X @ w[:, 0] + b[0] - Y
         assert loss == pytest.approx(np.mean(apart**2), rel=1e-4)
         w = w - rate * (2 * X.T @ apart / 64)[:, None]
@@ -50,8 +50,8 @@ def test_the_losses_are_those_of_gradient_descent_written_out():
 
 
 def test_steps_of_several_batches_have_one_rate_and_their_mean_loss():
-    found = SnapshotEnsemble(linear(steps_per_execution=2)).find_lr(X, Y, batch_size=8, steps=12)
-    assert len(found.rates) == len(found.losses) == 12
+    actual = SnapshotEnsemble(linear(steps_per_execution=2)).find_lr(X, Y, batch_size=8, steps=12)
+    assert len(actual.rates) == len(actual.losses) == 12
 
 
 OPTIMIZERS = {
@@ -109,13 +109,13 @@ def test_nothing_has_happened_where_it_breaks_off():
 
 
 def test_it_ends_where_the_loss_diverges():
-    found = SnapshotEnsemble(linear()).find_lr(X, Y, batch_size=64, lr_max=1e4, steps=200)
-    assert len(found.rates) < 200
-    assert np.isfinite(found.losses).all()
+    actual = SnapshotEnsemble(linear()).find_lr(X, Y, batch_size=64, lr_max=1e4, steps=200)
+    assert len(actual.rates) < 200
+    assert np.isfinite(actual.losses).all()
     # Gradient descent diverges beyond 2 / the largest curvature.
     inputs = np.c_[X, np.ones(64)]
     highest = 2 / np.linalg.eigvalsh(2 * inputs.T @ inputs / 64).max()
-    assert highest / 100 < found.suggestion < highest
+    assert highest / 100 < actual.suggestion < highest
 
 
 def test_a_model_that_is_not_built_yet():
@@ -139,13 +139,13 @@ def test_the_suggestion_is_where_nine_tenths_of_the_fall_are_reached():
 
 
 def test_how_it_prints_and_is_drawn():
-    found = SnapshotEnsemble(linear()).find_lr(X, Y, steps=60)
-    assert str(found).startswith(f"suggested peak: {found.suggestion:.2g} (loss ")
-    ax = plots.plot_lr(found)
+    actual = SnapshotEnsemble(linear()).find_lr(X, Y, steps=60)
+    assert str(actual).startswith(f"suggested peak: {actual.suggestion:.2g} (loss ")
+    ax = plots.plot_lr(actual)
     drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
-    np.testing.assert_array_equal(drawn["of each batch"].T, [found.rates, found.losses])
-    np.testing.assert_array_equal(drawn["smoothed"].T, [found.rates, found.smoothed])
-    assert set(drawn[f"suggested peak: {found.suggestion:.2g}"][:, 0]) == {found.suggestion}
+    np.testing.assert_array_equal(drawn["of each batch"].T, [actual.rates, actual.losses])
+    np.testing.assert_array_equal(drawn["smoothed"].T, [actual.rates, actual.smoothed])
+    assert set(drawn[f"suggested peak: {actual.suggestion:.2g}"][:, 0]) == {actual.suggestion}
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("learning rate", "loss", "log")
 
 

@@ -80,15 +80,15 @@ def test_each_weight_goes_towards_a_fresh_draw_of_its_own_initializer(shrink):
     limits = [np.sqrt(6 / (4 + 50)), 0, np.sqrt(6 / (50 + 3)), 0]  # Of Glorot's, and zeros.
     draws = []
     for before, after in restarts:
-        found = [
+        actual = [
             (b.astype("float64") - shrink * a) / (1 - shrink)
             for a, b in zip(before, after, strict=True)
         ]
-        draws.append(found)
-        for draw, limit in zip(found, limits, strict=True):
+        draws.append(actual)
+        for draw, limit in zip(actual, limits, strict=True):
             assert np.abs(draw).max() <= limit + 1e-6
         # Spread as a uniform distribution is: the kernel of 200 numbers tells.
-        assert np.std(found[0]) == pytest.approx(limits[0] / np.sqrt(3), rel=0.15)
+        assert np.std(actual[0]) == pytest.approx(limits[0] / np.sqrt(3), rel=0.15)
     assert not np.allclose(draws[0][0], draws[1][0], atol=1e-3)  # Another one each time.
 
 
@@ -196,7 +196,7 @@ def test_the_plan_the_history_and_the_manifest_say_it(tmp_path):
     assert again._restarter.spared == []
 
 
-def test_it_is_told_of(capfd):
+def test_a_restart_is_printed(capfd):
     keras.config.enable_interactive_logging()
     SnapshotEnsemble(net(), cycles=2, lr_init=0.1, shrink=0.5).fit(X, Y, epochs=2, verbose=2)
     assert "Restart with 0.5 of the weights, the rest drawn anew" in capfd.readouterr().out
@@ -272,9 +272,9 @@ def test_what_it_may_be(shrink, error, message):
         SnapshotEnsemble(net(), shrink=shrink)
 
 
-def test_names_that_there_are_not_are_told_before_training():
-    told = r"Received: foot\. There are: head, hidden, "
-    with pytest.raises(ValueError, match=told):
+def test_unknown_names_are_an_error_before_training():
+    message = r"Received: foot\. There are: head, hidden, "
+    with pytest.raises(ValueError, match=message):
         SnapshotEnsemble(net(), shrink={"foot": 0.5}).fit(X, Y, epochs=5)
 
 

@@ -1,0 +1,52 @@
+"""Data, models and means of weights for tests of averaging."""
+
+import keras
+import numpy as np
+from keras import layers
+from models import dense_outputs
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(3, 2, size=(23, 4)).astype("float32")
+LABELS = RNG.integers(0, 3, len(ROWS))
+IMAGES = RNG.normal(1, 2, size=(10, 6, 6, 2)).astype("float32")
+
+
+def compiled(model, loss="sparse_categorical_crossentropy", **arguments):
+    model.compile("sgd", loss, **arguments)
+    return model
+
+
+def mean_by_hand(members):
+    return [np.mean(arrays, axis=0, dtype="float64") for arrays in zip(*members, strict=True)]
+
+
+def normalization(model):
+    """The only layer of batch normalisation."""
+    (layer,) = [x for x in model._flatten_layers() if isinstance(x, layers.BatchNormalization)]
+    return layer
+
+
+def statistics(model):
+    layer = normalization(model)
+    return layer.moving_mean.numpy(), layer.moving_variance.numpy()
+
+
+def normalized_input(**arguments):
+    model = keras.Sequential(
+        [keras.Input((4,)), layers.BatchNormalization(**arguments), layers.Dense(3, "softmax")]
+    )
+    return compiled(model, metrics=["accuracy"])
+
+
+def teacher(seed=0):
+    """Weights of `dense()` and data that they get right."""
+    rng = np.random.default_rng(seed)
+    shapes = [(4, 6), (6,), (6, 3), (3,)]
+    weights = [rng.normal(0, 1, shape).astype("float32") for shape in shapes]
+    return weights, dense_outputs(weights, ROWS).argmax(axis=1)
+
+
+def turned(weights):
+    """The same function by other weights: tanh is odd."""
+    kernel, bias, head, shift = weights
+    return [-kernel, -bias, -head, shift]

@@ -1,0 +1,25 @@
+"""Data, weights and calls for tests of `SnapshotEnsemble` itself."""
+
+import numpy as np
+from models import three_classes
+
+X, Y = three_classes()
+
+
+def fit(ens, **arguments):
+    return ens.fit(**{"x": X, "y": Y, "verbose": 0, **arguments})
+
+
+def shown(value):
+    """The id of a case: its arguments, short."""
+    if not isinstance(value, dict):
+        return ""
+    plain = (bool, int, float, str, type(None))
+    return ", ".join(f"{k}={v}" if isinstance(v, plain) else k for k, v in value.items())
+
+
+# What the files of `paths` hold.
+WEIGHTS = [
+    [factor * np.linspace(1, 2, 12, dtype="float32").reshape(4, 3), np.full(3, factor, "float32")]
+    for factor in (1, 2, 3)
+]

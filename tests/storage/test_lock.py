@@ -1,0 +1,106 @@
+"""One writer for each directory: others are refused, and a dead one is not in the way."""
+
+import subprocess
+import sys
+
+import keras
+import pytest
+from resume_cases import run
+
+from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.storage.directory import DirectoryStore
+
+HOLDER = """
+import sys
+from snapshot_ensemble.storage.lock import DirectoryLock
+import pathlib
+with DirectoryLock(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(broken_run):
+    """A directory that another process writes to, and that process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(broken_run)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield broken_run, process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_a_second_writer_is_refused_at_once_and_a_dead_one_does_not_block(held):
+    directory, process = held
+    ens = SnapshotEnsemble.load(directory)  # A reader may.
+    message = "Another run writes to the directory. Received: directory="
+    with pytest.raises(BlockingIOError, match=message):
+        run(directory, resume=True)
+    with pytest.raises(BlockingIOError, match=message):
+        run(directory, overwrite=True)
+    with pytest.raises(BlockingIOError, match=message):
+        ens.weights = [1.0]
+    assert ens.weights is None
+    ens.save(directory.parent / "other")
+    with pytest.raises(BlockingIOError, match=message):
+        ens.save(directory)
+    process.kill()
+    process.wait()
+    ens, _ = run(directory, resume=True)
+    assert len(ens) == 3
+
+
+def test_a_second_writer_in_the_same_process_is_refused(broken_run):
+    other = SnapshotEnsemble.load(broken_run)
+
+    def write(epoch, logs):
+        with pytest.raises(BlockingIOError, match="Another run writes"):
+            other.weights = [1.0]
+        seen.append(epoch)
+
+    seen = []
+    run(broken_run, resume=True, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=write)])
+    assert seen == [3, 4, 5]
+    # Now it is behind what is there.
+    with pytest.raises(SnapshotError, match=r"ensemble\.json' was changed by another process"):
+        other.weights = [1.0]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(broken_run):
+    left = ["writing-1-snapshot-0009.weights.h5", "snapshot-9999.weights.h5", "state-9999.npz"]
+    for name in [*left, "mine.weights.h5"]:
+        (broken_run / name).write_bytes(b"left")
+    run(broken_run, resume=True)
+    names = {path.name for path in broken_run.iterdir()}
+    assert not names & set(left)
+    assert "mine.weights.h5" in names
+
+
+def test_a_directory_with_only_what_a_killed_writer_left_is_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ensemble.lock").touch()
+    (tmp_path / "run" / "writing-1-state-0001.npz").write_bytes(b"left")
+    ens, _ = run(tmp_path / "run")
+    assert len(ens) == 3
+
+
+def test_a_reader_that_a_writer_overtakes_reads_again(broken_run, monkeypatch):
+    opened, open_store = [], DirectoryStore.open
+
+    def overtaken(directory):
+        store = open_store(directory)
+        if not opened:
+            opened.append(store)
+            run(broken_run, resume=True, max_snapshots=1)  # Removes the file that it would read.
+        return store
+
+    monkeypatch.setattr(DirectoryStore, "open", overtaken)
+    loaded = SnapshotEnsemble.load(broken_run)
+    assert [snapshot.cycle for snapshot in loaded.snapshots] == [2]

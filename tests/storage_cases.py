@@ -1,0 +1,93 @@
+"""Ensembles in directories, and what tests read of their files."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import keras
+import numpy as np
+from models import BreakOffError, classifier, three_classes
+
+from snapshot_ensemble import SnapshotEnsemble
+
+MANIFEST, LOCK = "ensemble.json", "ensemble.lock"
+X, Y = three_classes()
+
+
+def break_off(*_):
+    raise BreakOffError
+
+
+def ensemble(directory=None, model=None, **arguments):
+    arguments = {"cycles": 3, "lr_init": 0.5, **arguments}
+    return SnapshotEnsemble(model or classifier(), directory=directory, **arguments)
+
+
+def fit(ens, epochs=3, **arguments):
+    return ens.fit(X, arguments.pop("y", Y), epochs=epochs, verbose=0, **arguments)
+
+
+def fitted(directory=None, **arguments):
+    ens = ensemble(directory, **arguments)
+    fit(ens)
+    return ens
+
+
+def each_epoch(function):
+    """A callback for when everything of an epoch is done."""
+    return keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: function(epoch))
+
+
+def contents(directory):
+    """All files below a directory with what is in them."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != LOCK
+    }
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def manifest_of(directory):
+    return strict_json((directory / MANIFEST).read_text("utf-8"))
+
+
+def write_manifest(directory, manifest):
+    """Writes a manifest as a forger would, with the right hash."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    signed = {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (directory / MANIFEST).write_text(json.dumps(signed))
+
+
+def file_entries(node):
+    """Whatever in a manifest describes a file, wherever it stands."""
+    if isinstance(node, dict):
+        if "name" in node:
+            return [node]
+        node = list(node.values())
+    return [entry for item in node for entry in file_entries(item)] if type(node) is list else []
+
+
+def weight_files(directory):
+    """The weight files, oldest first, by the manifest."""
+    names = [entry["name"] for entry in file_entries(manifest_of(directory)["snapshots"])]
+    return [directory / name for name in names]
+
+
+@dataclasses.dataclass
+class Made:
+    directory: pathlib.Path
+    weights: list
+    predictions: np.ndarray
+
+
+def load_and_use(directory, **arguments):
+    return SnapshotEnsemble.load(directory, **arguments).predict(X, verbose=0)
