@@ -3,7 +3,10 @@
 import keras
 import numpy as np
 from keras import layers
-from models import eager
+from models import eager, pool_of
+
+from snapshot_ensemble.evaluation.held_out import gather
+from snapshot_ensemble.inference.member_pool import PredictArguments
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(11, 4)).astype("float32")
@@ -11,7 +14,8 @@ LABELS = np.arange(11) * 7 % 3
 
 
 def gathered(ens, x, y=None, sample_weight=None, **how):
-    return ens._gather(x, y, sample_weight, verbose=0, **how)
+    arguments = PredictArguments(**{"verbose": 0, **how})
+    return gather(pool_of(ens), x, y, sample_weight, arguments)
 
 
 PIXELS = RNG.integers(0, 3, (2, 4, 5))

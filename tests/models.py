@@ -50,12 +50,17 @@ class BreakOffError(Exception):
 # Members
 
 
+def pool_of(ens):
+    """The members of an ensemble as the package's own modules see them; here and nowhere else."""
+    return ens._pool
+
+
 def add_members(ens, members):
     """Adds members of these weights to an ensemble in memory, oldest first, and returns it."""
     dtypes = [array.dtype for array in ens.model.get_weights()]
     for index, weights in enumerate(members, start=len(ens)):
         arrays = [np.asarray(array, dtype) for array, dtype in zip(weights, dtypes, strict=True)]
-        ens._store.add_weights(arrays, Snapshot(index))
+        pool_of(ens).store.add_weights(arrays, Snapshot(index))
     return ens
 
 

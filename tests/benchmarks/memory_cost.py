@@ -67,7 +67,7 @@ def ensemble_of(model, count):
             rng.normal(0, 0.01, array.shape).astype("float32") if variable.trainable else array
             for variable, array in zip(model.weights, model.get_weights(), strict=True)
         ]
-        ens._store.add_weights(weights, Snapshot(index))
+        ens._pool.store.add_weights(weights, Snapshot(index))
     return ens
 
 
@@ -95,7 +95,7 @@ def main(argv=None):
         on_disk = bytes_in(f"{scratch}/shared")
     head = frozen.count_params() - sum(v.numpy().size for v in frozen.non_trainable_variables)
     ideal = sum(v.numpy().nbytes for v in frozen.non_trainable_variables) + 6 * 4 * head
-    arrays = {id(a): a.nbytes for i in range(6) for a in on_backbone._store.weights(frozen, i)}
+    arrays = {id(a): a.nbytes for weights in on_backbone._pool.weights(range(6)) for a in weights}
     megabytes = of_weights / 1e6
     print(f"{args.members} members of {megabytes:.1f} MB, peaks: {one:.0f} MB for one model, ")
     print(f"{many:.0f} MB for the ensemble\n")

@@ -56,7 +56,7 @@ def ensemble_of(make, count):
     ens = SnapshotEnsemble(model)
     for index in range(count):
         weights = [rng.normal(0, 0.1, w.shape).astype("float32") for w in model.get_weights()]
-        ens._store.add_weights(weights, Snapshot(index))
+        ens._pool.store.add_weights(weights, Snapshot(index))
     return ens
 
 

@@ -53,7 +53,7 @@ def members_of(model, count):
             rng.normal(0, 0.1, array.shape).astype("float32") if variable.trainable else array
             for variable, array in zip(model.weights, model.get_weights(), strict=True)
         ]
-        ens._store.add_weights(weights, Snapshot(index))
+        ens._pool.store.add_weights(weights, Snapshot(index))
     return ens
 
 

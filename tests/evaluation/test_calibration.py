@@ -12,9 +12,7 @@ from sklearn import metrics
 from weights_cases import FEATURES, KINDS, LABELS, SOME, best_temperature, picked
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.evaluation.member_weights import (
-    learn_temperature,
-)
+from snapshot_ensemble.evaluation.calibration import learn_temperature
 from snapshot_ensemble.evaluation.metrics import items_of
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.combining import temper

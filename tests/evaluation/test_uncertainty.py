@@ -25,9 +25,7 @@ from models import (
 )
 from scipy import special, stats
 
-from snapshot_ensemble.evaluation.metrics import (
-    uncertainty,
-)
+from snapshot_ensemble.evaluation.uncertainty import uncertainty
 
 # Uncertainty of arrays
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from models import COMBINATIONS, TASKS, dense, ensemble_of
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.inference import member_pool as running
+from snapshot_ensemble.inference.member_pool import MemberPool
 
 X = np.random.default_rng(1).normal(size=(40, 4)).astype("float32")
 
@@ -19,8 +19,7 @@ def one_after_another(ens, monkeypatch):
     def refuse(*args):
         raise AssertionError("All members were built.")
 
-    monkeypatch.setattr(running, "MembersModel", refuse)
-    monkeypatch.setattr(type(ens)._model_of, "__defaults__", (refuse,))
+    monkeypatch.setattr(MemberPool, "members_model", refuse)
     return ens
 
 

@@ -1,4 +1,4 @@
-"""A patch acts for the code that asked for it alone, in any number of threads, and leaves nothing."""
+"""A patch acts for the code that asked for it alone, in all threads, and leaves nothing behind."""
 
 import threading
 

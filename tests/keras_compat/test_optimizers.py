@@ -86,3 +86,11 @@ def test_optimizers_hidden(tmp_path):
     model.save_weights(tmp_path / "with.weights.h5")
     sizes = [(tmp_path / name).stat().st_size for name in ("alone.weights.h5", "with.weights.h5")]
     assert sizes[0] < sizes[1]
+
+
+def test_optimizers_come_back_after_an_exception():
+    model = compiled("adam")
+    optimizer = model.optimizer
+    with pytest.raises(KeyError), optimizers.optimizers_hidden(model):
+        raise KeyError
+    assert model.optimizer is optimizer

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from models import assert_same, classifier
 
 from snapshot_ensemble import Snapshot
-from snapshot_ensemble.storage.snapshot import MemoryStore
+from snapshot_ensemble.storage.memory import MemoryStore
 
 
 class Stub:
