@@ -62,7 +62,7 @@ def test_inspect_shows_each_file(capsys, directory):
     for entry in actual["files"]:
         assert entry["bytes"] == (directory / entry["name"]).stat().st_size
         assert entry["intact"]
-        assert re.search(rf"^{re.escape(entry['name'])} +{entry['bytes']} ", text, re.M)
+        assert re.search(rf"^{re.escape(entry['name'])} +{entry['bytes']}( |$)", text, re.M)
     ens = SnapshotEnsemble.load(directory)
     assert actual["files"][2]["metrics"] == ens.snapshots[1].metrics
 

@@ -28,7 +28,8 @@ class DirectoryLock:
         return self._lock.is_locked
 
     def __enter__(self) -> "DirectoryLock":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.held:  # A directory that is deleted meanwhile stays so.
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except filelock.Timeout:

@@ -52,10 +52,15 @@ class Learned:
 class Counts:
     """How much training is done, over all runs."""
 
-    cycles: Count = 0
-    epochs: Count = 0
-    steps: Count = 0
-    runs: Count = 0
+    cycles: Count
+    epochs: Count
+    steps: Count
+    runs: Count
+
+    @classmethod
+    def zero(cls) -> Self:
+        """Before the first run."""
+        return cls(0, 0, 0, 0)
 
 
 @dataclasses.dataclass
@@ -72,7 +77,7 @@ class Progress:
     """
 
     history: History = dataclasses.field(default_factory=dict)
-    done: Counts = dataclasses.field(default_factory=Counts)
+    done: Counts = dataclasses.field(default_factory=Counts.zero)
     run_epochs: list[Count] = dataclasses.field(default_factory=list)
     saves_state: bool = dataclasses.field(default=False, metadata={"json": "saves"})
     pretrained: list[Count] | None = dataclasses.field(default=None, metadata={"json": "spared"})

@@ -136,7 +136,7 @@ class FitSession:
                 check_same(state.position.fingerprint, same, self.directory)
                 self._go_back_to(state.position.done, progress)
                 return state
-        self._check_unsaved(progress, Counts() if state is None else state.position.done)
+        self._check_unsaved(progress, Counts.zero() if state is None else state.position.done)
         return None
 
     def _check_unsaved(self, progress: Progress, saved: Counts) -> None:

@@ -45,7 +45,7 @@ class RunPosition:
     cycles_before: Count = 0
     epochs: Count = 0
     run_epochs: list[Count] = dataclasses.field(default_factory=list, metadata={"json": "earlier"})
-    done: Counts = dataclasses.field(default_factory=Counts)
+    done: Counts = dataclasses.field(default_factory=Counts.zero)
 
     def epochs_of_runs(self) -> list[int]:
         """The number of epochs of each run that has ended."""

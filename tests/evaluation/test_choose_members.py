@@ -83,7 +83,7 @@ def test_where_it_holds_and_where_not():
     ens.weights = [0.5, 0.25, 0.25]
     by_weight = np.tensordot(ens.weights, everyone, 1)
     np.testing.assert_allclose(ens.predict(X, combine="weighted", verbose=0), by_weight, atol=1e-6)
-    message = "Where nobody says, predictions combine of the members the last 2."
+    message = "By default, predictions combine the last 2 members."
     assert message in ens.report(X, Y, verbose=0).notes
     ens.members = None
     np.testing.assert_allclose(ens.predict(X, verbose=0), everyone.mean(0), atol=1e-6)
@@ -107,7 +107,7 @@ def test_a_damaged_member_leaves_the_others_all(tmp_path):
     ens.members = 3
     ens.save(tmp_path / "run")
     sorted((tmp_path / "run").glob("*.weights.h5"))[0].write_bytes(b"")
-    with pytest.warns(UserWarning, match="Loaded without what is damaged"):
+    with pytest.warns(UserWarning, match="Loaded without damaged snapshots"):
         again = SnapshotEnsemble.load(tmp_path / "run", skip_damaged=True)
     assert len(again) == 2
     assert again.members is None

@@ -9,7 +9,7 @@ import pytest
 from models import assert_same
 
 from snapshot_ensemble import SnapshotError
-from snapshot_ensemble.storage.weight_files import load_weights
+from snapshot_ensemble.storage.weight_files import load_weights, save_weights
 
 
 def dense_model(units=(8, 3), batch_normalization=False):

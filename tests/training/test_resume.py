@@ -302,7 +302,7 @@ def test_another_run_does_not_go_on(broken_run, other, message):
 @pytest.mark.parametrize(
     ("directory", "arguments", "message"),
     [
-        (None, {"resume": True}, "which needs a `directory`. Received: resume=True, overwrite=F"),
+        (None, {"resume": True}, "that needs a `directory`. Received: resume=True, overwrite=F"),
         ("some", {"resume": True, "overwrite": True}, "and `overwrite=True` starts anew. Received"),
         ("some", {"save_every": 0}, "`save_every` must be at least 1. Received: save_every=0"),
     ],

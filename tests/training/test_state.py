@@ -56,24 +56,25 @@ def test_without_states_there_is_nothing_to_go_on_from(tmp_path):
     with pytest.raises(BreakOffError):
         run(tmp_path / "broken", callbacks=[break_off_in(3)], save_every=None)
     assert state_files(tmp_path / "broken") == []
-    with pytest.raises(ValueError, match=r"no state of training to go on from\. Received: resume"):
+    with pytest.raises(ValueError, match=r"no state of training to resume from\. Received: resume"):
         run(tmp_path / "broken", resume=True)
     assert len(SnapshotEnsemble.load(tmp_path / "broken")) == 1
 
 
-def test_an_ensemble_that_was_saved_holds_no_run(tmp_path):
+def test_an_ensemble_that_was_saved_has_ended_its_runs(tmp_path):
     keras.utils.set_random_seed(3)
     ens = SnapshotEnsemble(dense(), cycles=2, lr_init=0.1)
     ens.fit(**arrays(), epochs=2, verbose=0)
     ens.save(tmp_path / "saved")
     again = SnapshotEnsemble(dense(), cycles=2, lr_init=0.1, directory=tmp_path / "saved")
-    assert again.fit(**arrays(), epochs=2, verbose=0, resume=True).epoch == []
+    history = again.fit(**arrays(), epochs=2, verbose=0, resume=True)
+    assert (history.epoch, history.history) == ([0, 1], ens.history)
     assert len(again) == 2
 
 
 def test_the_members_of_a_broken_run_that_were_saved_elsewhere_stay(broken_run, tmp_path):
     SnapshotEnsemble.load(broken_run).save(tmp_path / "saved")
-    with pytest.raises(ValueError, match="no state of training to go on from"):
+    with pytest.raises(ValueError, match="no state of training to resume from"):
         run(tmp_path / "saved", resume=True)
     assert len(SnapshotEnsemble.load(tmp_path / "saved")) == 1
 
