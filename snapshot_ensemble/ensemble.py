@@ -29,17 +29,19 @@ from snapshot_ensemble.inference.member_pool import (
     check_built,
     check_model,
 )
-from snapshot_ensemble.schedules import CosineAnnealing, Plan, as_schedule, settings_of
+from snapshot_ensemble.schedules import (
+    CosineAnnealing,
+    Plan,
+    as_schedule,
+    plan_of_fit,
+    settings_of,
+)
 from snapshot_ensemble.storage.directory import DirectoryStore, copy_snapshots
 from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.weight_files import load_weights
-from snapshot_ensemble.training.fit_arguments import (
-    check_fit_arguments,
-    epochs_to_run,
-    validation_of,
-)
+from snapshot_ensemble.training.fit_arguments import check_fit_arguments, validation_of
 from snapshot_ensemble.training.learning_rate import AnnealedRate, compiled_rate
 from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
 from snapshot_ensemble.training.member_checks import warn_of_stragglers
@@ -212,8 +214,13 @@ class SnapshotEnsemble:
             ValueError: If the budget cannot be split into whole cycles, or the floor is above
                 the peak.
         """
+        return self._with_shrink(self.schedule.plan(epochs, self._peak()))
+
+    def _peak(self) -> float:
         peak = self.schedule.lr_init
-        plan = self.schedule.plan(epochs, compiled_rate(self.model) if peak is None else peak)
+        return compiled_rate(self.model) if peak is None else peak
+
+    def _with_shrink(self, plan: Plan) -> Plan:
         return plan.with_shrink(self.shrink, goes_on=self._store.record.progress.done.cycles > 0)
 
     def find_lr(
@@ -345,14 +352,15 @@ class SnapshotEnsemble:
             SnapshotError: If a file to resume from is not as it was saved.
         """
         check_fit_arguments(self.model, fit_arguments)
-        default, first = self.schedule.default_epochs(), fit_arguments.get("initial_epoch")
+        first = fit_arguments.get("initial_epoch")
+        plan = plan_of_fit(self.schedule, epochs, first, self._peak())
         session = FitSession(
             model=self.model,
             store=self._store,
             settings=self._settings(),
             rate=self._rate,
             restarter=self._restarter,
-            plan=self.plan(epochs_to_run(epochs, default, first)),
+            plan=self._with_shrink(plan),
             directory=self.directory,
             next_run=self._next_run,
             max_snapshots=self.max_snapshots,

@@ -331,6 +331,28 @@ def as_schedule(
     return schedule
 
 
+def plan_of_fit(
+    schedule: Schedule, epochs: int | None, initial_epoch: int | None, lr_init: float
+) -> Plan:
+    """The cycles of the epochs from `initial_epoch` to `epochs`, as `model.fit` counts them.
+
+    Args:
+        schedule: What splits them.
+        epochs: The number of the last epoch, counted from 1; None for the default budget.
+        initial_epoch: How many epochs are left out.
+        lr_init: The peak, for a schedule that was made without one.
+    """
+    first = whole_number("initial_epoch", initial_epoch or 0, 0)
+    if epochs is None:
+        return schedule.plan(schedule.default_epochs(), lr_init)
+    if first and whole_number("epochs", epochs, 1) <= first:
+        raise ValueError(
+            "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
+            f"Received: epochs={epochs}, initial_epoch={first}"
+        )
+    return schedule.plan(epochs - first if first else epochs, lr_init)
+
+
 def settings_of(schedule: Schedule) -> dict[str, Any]:
     """The arguments of `SnapshotEnsemble` that make the same schedule, as JSON values."""
     if isinstance(schedule, EqualCycles):

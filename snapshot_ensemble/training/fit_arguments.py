@@ -7,8 +7,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from snapshot_ensemble.checks import whole_number
-
 RATE_SETTERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
 
@@ -108,16 +106,3 @@ def _last_rows(arrays: Any, share: float) -> Any:
     rows = next(len(array) for array in keras.tree.flatten(arrays) if array is not None)
     first = math.floor(rows * (1.0 - share))
     return keras.tree.map_structure(lambda a: None if a is None else a[first:], arrays)
-
-
-def epochs_to_run(epochs: int | None, default: int, initial_epoch: int | None) -> int:
-    """How many epochs `fit` runs: those from `initial_epoch` to `epochs`, or by default so many."""
-    first = whole_number("initial_epoch", initial_epoch or 0, 0)
-    if epochs is None:
-        return default
-    if first and whole_number("epochs", epochs, 1) <= first:
-        raise ValueError(
-            "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
-            f"Received: epochs={epochs}, initial_epoch={first}"
-        )
-    return epochs - first if first else epochs

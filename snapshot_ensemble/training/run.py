@@ -53,6 +53,12 @@ class Run:
             self.steps = self.state.position.steps
             self.cycles_before = self.state.position.cycles_before
             self.epochs_before -= self.state.position.epochs
+        # What `model.fit` is given as `epochs` and `initial_epoch`.
+        self.epochs = self.first_epoch + self.plan[-1].last_epoch + 1
+        self.next_epoch = self.first_epoch
+        if self.state is not None:
+            position = self.state.position
+            self.next_epoch = self.epochs if position.finished else position.next_epoch
 
     def cycle_of(self, epoch: int) -> Cycle:
         """The cycle that Keras's epoch belongs to."""
@@ -60,22 +66,9 @@ class Run:
         return next(cycle for cycle in self.plan if in_plan <= cycle.last_epoch)
 
     @property
-    def epochs(self) -> int:
-        """What `model.fit` is given as `epochs`."""
-        return self.first_epoch + self.plan[-1].last_epoch + 1
-
-    @property
     def epochs_done(self) -> int:
         """How many epochs of this run are done."""
         return self.progress.done.epochs - self.epochs_before
-
-    @property
-    def next_epoch(self) -> int:
-        """Keras's number of the epoch to begin with."""
-        if self.state is None:
-            return self.first_epoch
-        position = self.state.position
-        return self.epochs if position.finished else position.next_epoch
 
     def is_state_due(self, epoch: int) -> bool:
         """Whether the state is saved after an epoch; that after the last belongs to the end."""
