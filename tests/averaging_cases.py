@@ -3,17 +3,12 @@
 import keras
 import numpy as np
 from keras import layers
-from models import dense_outputs
+from models import compiled, dense_outputs
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(3, 2, size=(23, 4)).astype("float32")
 LABELS = RNG.integers(0, 3, len(ROWS))
 IMAGES = RNG.normal(1, 2, size=(10, 6, 6, 2)).astype("float32")
-
-
-def compiled(model, loss="sparse_categorical_crossentropy", **arguments):
-    model.compile("sgd", loss, **arguments)
-    return model
 
 
 def mean_by_hand(members):

@@ -1,6 +1,9 @@
 """Ensembles of weight files with random weights, and what their members must give."""
 
+import functools
+
 import keras
+import models
 import numpy as np
 import tensorflow as tf
 from keras import layers, ops
@@ -48,9 +51,7 @@ def outputs_with(model, weights, x):
     return keras.tree.map_structure(lambda *members: np.stack(members), *outputs)
 
 
-def compiled(model, loss="mse"):
-    model.compile("sgd", loss)
-    return model
+compiled = functools.partial(models.compiled, loss="mse")
 
 
 def sequential():

@@ -126,6 +126,11 @@ def eager(model, loss=None, **arguments):
     return model
 
 
+def compiled(model, loss="sparse_categorical_crossentropy", **arguments):
+    model.compile("sgd", loss, **arguments)
+    return model
+
+
 def classifier(optimizer="sgd", inside=(), **arguments):
     """A dense classifier of four features, compiled; `inside`: layers before its head."""
     model = keras.Sequential([keras.Input((4,)), *inside, layers.Dense(3, "softmax")])

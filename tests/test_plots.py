@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from models import scaled_digits
+from models import member_weights, scaled_digits
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble, plots
 
@@ -184,7 +184,7 @@ def test_the_loss_between_snapshots(trained):
     ax = plots.plot_landscape(ens, x, y, points=2)
     (curve,) = [one for one in ax.lines if one.get_marker() == "None"]
     np.testing.assert_allclose(curve.get_xdata(), [0, 0.5, 1, 1.5, 2])
-    members = [member.get_weights() for member in ens]
+    members = member_weights(ens)
     model = ens[0]
     for position, loss in zip(*curve.get_data(), strict=True):
         first = min(int(position), CYCLES - 2)

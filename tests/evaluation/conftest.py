@@ -1,13 +1,14 @@
-"""What the tests in this folder share."""
+"""Seeds for each test, and ensembles that the tests in this folder share."""
 
 import types
 
 import keras
 import numpy as np
 import pytest
-from averaging_cases import compiled, normalized_input
+from averaging_cases import normalized_input
 from keras import layers
 from models import (
+    compiled,
     dense,
     eager,
     ensemble_of,

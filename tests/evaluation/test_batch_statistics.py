@@ -7,14 +7,21 @@ from averaging_cases import (
     IMAGES,
     LABELS,
     ROWS,
-    compiled,
     mean_by_hand,
     normalization,
     normalized_input,
     statistics,
 )
 from keras import layers, ops
-from models import Batches, assert_all_close, assert_close, ensemble_of, member_weights, sliced
+from models import (
+    Batches,
+    assert_all_close,
+    assert_close,
+    compiled,
+    ensemble_of,
+    member_weights,
+    sliced,
+)
 
 TOKENS = np.array([[1, 2, 3, 4, 5], [6, 5, 4, 3, 2], [1, 0, 0, 0, 0], [6, 2, 0, 0, 0]])
 

@@ -1,10 +1,9 @@
 """Which members predict where nobody says."""
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from models import dense, ensemble_with
+from models import Batches, dense, ensemble_with
 
 from snapshot_ensemble import SnapshotEnsemble
 
@@ -15,7 +14,7 @@ Y = np.asarray([RNG.choice(3, p=np.exp(row) / np.exp(row).sum()) for row in LOGI
 VALUES = (X[:, :1] * [1, -1]).astype("float32")
 
 
-def ensemble_of(noise, model=None):
+def ensemble_around(noise, model=None):
     """Members around one trained net; `noise`: how far from it each is, oldest first."""
     model = dense() if model is None else model
     target = VALUES if model.output_shape[-1] == 2 else Y
@@ -43,7 +42,7 @@ def by_hand(losses):
     "noise", [(2, 1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1), (3, 2, 1, 0), (0, 1, 2, 3), (0.6, 0.4, 0.3)]
 )
 def test_the_most_whose_mean_is_within_a_standard_error_of_the_best(noise):
-    ens = ensemble_of(noise)
+    ens = ensemble_around(noise)
     members = ens.predict_members(X, verbose=0).astype("float64")
     means = [members[-k:].mean(axis=0) for k in range(1, len(noise) + 1)]
     expected = by_hand(np.stack([-np.log(mean[np.arange(200), Y]) for mean in means]))
@@ -53,12 +52,12 @@ def test_the_most_whose_mean_is_within_a_standard_error_of_the_best(noise):
 
 
 def test_early_members_far_away_are_left_out_and_members_alike_are_not():
-    assert ensemble_of((3, 3, 0, 0)).choose_members(X, Y, verbose=0) == 2
-    assert ensemble_of((0, 0, 0, 0)).choose_members(X, Y, verbose=0) == 4
+    assert ensemble_around((3, 3, 0, 0)).choose_members(X, Y, verbose=0) == 2
+    assert ensemble_around((0, 0, 0, 0)).choose_members(X, Y, verbose=0) == 4
 
 
 def test_of_values_the_squared_error_counts():
-    ens = ensemble_of((3, 0.2, 0.1), dense("mse", 2, None))
+    ens = ensemble_around((3, 0.2, 0.1), dense("mse", 2, None))
     members = ens.predict_members(X, verbose=0).astype("float64")
     means = [members[-k:].mean(axis=0) for k in (1, 2, 3)]
     expected = by_hand(np.stack([((mean - VALUES) ** 2).mean(axis=1) for mean in means]))
@@ -66,7 +65,7 @@ def test_of_values_the_squared_error_counts():
 
 
 def test_where_it_holds_and_where_not():
-    ens = ensemble_of((3, 0.1, 0.1))
+    ens = ensemble_around((3, 0.1, 0.1))
     everyone = ens.predict_members(X, verbose=0)
     ens.members = 2
     chosen = everyone[-2:].mean(axis=0)
@@ -92,7 +91,7 @@ def test_where_it_holds_and_where_not():
 
 @pytest.mark.parametrize("members", [2, [0, 2], None])
 def test_it_is_kept_and_goes_when_the_members_change(members, tmp_path):
-    ens = ensemble_of((1, 0.1, 0.1))
+    ens = ensemble_around((1, 0.1, 0.1))
     ens.members = members
     ens.save(tmp_path / "run")
     again = SnapshotEnsemble.load(tmp_path / "run")
@@ -104,7 +103,7 @@ def test_it_is_kept_and_goes_when_the_members_change(members, tmp_path):
 
 
 def test_a_damaged_member_leaves_the_others_all(tmp_path):
-    ens = ensemble_of((1, 0.1, 0.1))
+    ens = ensemble_around((1, 0.1, 0.1))
     ens.members = 3
     ens.save(tmp_path / "run")
     sorted((tmp_path / "run").glob("*.weights.h5"))[0].write_bytes(b"")
@@ -118,15 +117,6 @@ def as_dataset(x, y):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
 
 
-class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        rows = slice(40 * index, 40 * index + 40)
-        return X[rows], Y[rows]
-
-
 KINDS = {
     "arrays": lambda: {"validation_data": (X, Y)},
     "with weights": lambda: {"validation_data": (X, Y, np.ones(200))},
@@ -135,7 +125,7 @@ KINDS = {
         "validation_data": as_dataset(X, Y).repeat(),
         "validation_steps": 7,
     },
-    "a PyDataset": lambda: {"validation_data": Batches()},
+    "a PyDataset": lambda: {"validation_data": Batches(X, Y, size=40)},
     "a split": lambda: {"validation_split": 0.5},
 }
 
@@ -174,7 +164,7 @@ def test_fit_leaves_all_where_nothing_can_tell(monkeypatch):
 
 
 def test_what_cannot_be_chosen():
-    ens = ensemble_of((1, 1))
+    ens = ensemble_around((1, 1))
     with pytest.raises(ValueError, match=r"at most 2"):
         ens.members = 3
     with pytest.raises(ValueError, match="no targets to compare with"):

@@ -48,7 +48,7 @@ def diabetes():
 @pytest.mark.parametrize("data", ["digits_members", "diabetes"])
 def test_weighted_is_not_worse_than_the_mean_or_the_best_member(data, request):
     case = request.getfixturevalue(data)
-    case = case("multiclass") if data == "digits" else case
+    case = case("multiclass") if data == "digits_members" else case
     ens, problem = case.ens, case.problem
     alone = [problem.loss(one) for one in np.eye(len(ens))]
     mean = problem.loss(np.full(len(ens), 1 / len(ens)))

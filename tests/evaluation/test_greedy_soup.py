@@ -3,12 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from averaging_cases import ROWS, compiled, mean_by_hand, teacher, turned
+from averaging_cases import ROWS, mean_by_hand, teacher, turned
 from keras import layers
 from models import (
     assert_all_close,
     assert_close,
     assert_same,
+    compiled,
     dense,
     ensemble_with,
     member_weights,

@@ -1,4 +1,4 @@
-"""What the tests in this folder share."""
+"""Seeds for each test, and ensembles that the tests in this folder share."""
 
 import keras
 import numpy as np

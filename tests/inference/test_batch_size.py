@@ -20,7 +20,7 @@ def branches():
     return keras.Model(x, layers.Add()([one, other]))
 
 
-def ensemble_of(model):
+def two_members(model):
     model.compile("sgd", "sparse_categorical_crossentropy")
     rng = np.random.default_rng(0)
     members = [
@@ -109,7 +109,7 @@ def test_sequences_of_any_length():
 
 @pytest.mark.parametrize("kind", ["a custom layer", "a raw operation", "training mode"])
 def test_rows_that_depend_on_their_batch_are_predicted_as_keras_does(kind):
-    ens = ensemble_of(OTHERS[kind]())
+    ens = two_members(OTHERS[kind]())
     x = np.random.default_rng(1).normal(size=(600, 8)).astype("float32")
     expected = np.mean([member.predict(x, verbose=0) for member in ens], axis=0)
     np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-6)
@@ -128,7 +128,7 @@ def test_the_batch_grows_only_where_nothing_depends_on_batches():
 
 
 def test_large_batches_predict_what_small_ones_do():
-    ens = ensemble_of(net(layers.Dense(64, "relu"), layers.BatchNormalization()))
+    ens = two_members(net(layers.Dense(64, "relu"), layers.BatchNormalization()))
     x = np.random.default_rng(1).normal(size=(9_001, 8)).astype("float32")
     y = np.arange(len(x)) % 3
     for combine in ("mean", "vote", "geometric"):
@@ -140,7 +140,7 @@ def test_large_batches_predict_what_small_ones_do():
 
 
 def test_few_rows_in_many_combinations_give_no_retracing_warning(caplog):
-    ens = ensemble_of(net(layers.Dense(64, "relu")))
+    ens = two_members(net(layers.Dense(64, "relu")))
     x = np.random.default_rng(1).normal(size=(300, 8)).astype("float32")
     for combine in ("mean", "vote", "geometric"):
         for members in (1, 2, [0]):

@@ -332,7 +332,7 @@ def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):
         asked.append(len(history["cycle"]))
         return len(asked) > 1
 
-    monkeypatch.setattr("snapshot_ensemble.restarting.has_overfitted", at_the_third)
+    monkeypatch.setattr("snapshot_ensemble.training.shrink_perturb.has_overfitted", at_the_third)
     ens, restarts = watched(net(), shrink="auto")
     assert asked == [1, 2]
     same = [np.array_equal(before[0], after[0]) for before, after in restarts]
@@ -363,7 +363,7 @@ def test_auto_takes_layers_apart_only_where_there_are_validation_data(monkeypatc
     def never(model):
         raise AssertionError("taken apart")
 
-    monkeypatch.setattr("snapshot_ensemble.restarting.parts_of", never)
+    monkeypatch.setattr("snapshot_ensemble.training.shrink_perturb.parts_of", never)
     SnapshotEnsemble(net(), cycles=2).fit(X, Y, epochs=2, verbose=0)
     for given in ({"validation_data": (X, Y)}, {"validation_split": 0.5}):
         with pytest.raises(AssertionError, match="taken apart"):
