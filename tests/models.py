@@ -6,7 +6,6 @@ import math
 import keras
 import numpy as np
 import tensorflow as tf
-from sklearn.datasets import load_digits
 
 from snapshot_ensemble import Snapshot, SnapshotEnsemble
 from snapshot_ensemble.inference.output_specs import Output
@@ -202,6 +201,8 @@ def three_classes(rows=32, features=4):
 
 def scaled_digits(rows=None):
     """Scikit-learn's images of digits, as rows of numbers from 0 to 1, and their labels."""
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     return (x[:rows] / 16).astype("float32"), y[:rows]
 
