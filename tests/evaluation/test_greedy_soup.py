@@ -87,7 +87,7 @@ def test_members_that_are_one_function_average_to_it_only_with_statistics_of_the
     assert expected < 0.5
     renewed = ens.average_weights(x=x, y=y, batch_size=len(x))
     assert_close(renewed.evaluate(x, y, verbose=0), expected, 2e-3)
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    with pytest.warns(UserWarning, match="batch-normalisation layers"):
         stale = ens.average_weights()
     assert stale.evaluate(x, y, verbose=0) > expected + 0.1
 

@@ -56,12 +56,12 @@ WRONG_TARGETS = [
     (
         "multiclass",
         changed(LABELS, 4, 3),
-        "`y` must be whole numbers from 0 to 2, the model's classes. Received: y from 0.0 to 3.0",
+        "`y` must be integer class labels from 0 to 2. Received: y from 0.0 to 3.0",
     ),
-    ("multiclass", changed(LABELS, 4, -1), "from 0 to 2, the model's classes. Received: y from -1"),
-    ("multiclass", changed(LABELS, 4, 0.5), "`y` must be whole numbers from 0 to 2"),
-    ("multiclass", SHARES * 2, "`y` must have for each row probabilities that sum to 1. Received"),
-    ("multiclass", changed(SHARES, (slice(None), 0), -1), "`y` must have for each row probabil"),
+    ("multiclass", changed(LABELS, 4, -1), "class labels from 0 to 2. Received: y from -1"),
+    ("multiclass", changed(LABELS, 4, 0.5), "`y` must be integer class labels from 0 to 2"),
+    ("multiclass", SHARES * 2, "Each row of `y` must hold probabilities that sum to 1. Received"),
+    ("multiclass", changed(SHARES, (slice(None), 0), -1), "Each row of `y` must hold probabil"),
     (
         "multiclass",
         SHARES[:, :2],
@@ -71,11 +71,15 @@ WRONG_TARGETS = [
     (
         "binary",
         ODDS + 1,
-        "`y` of a binary output must lie from 0 to 1. Received: y from 1.0 to 2.0",
+        "`y` of a binary output must lie between 0 and 1. Received: y from 1.0 to 2.0",
     ),
-    ("binary", 2 * ODDS - 1, "`y` of a binary output must lie from 0 to 1. Received: y from -1.0"),
+    (
+        "binary",
+        2 * ODDS - 1,
+        "`y` of a binary output must lie between 0 and 1. Received: y from -1.0",
+    ),
     ("binary", np.zeros((31, 1)), "y without class 1 of output 'answer'"),
-    ("multilabel", MARKS * 2, "`y` of a multilabel output must lie from 0 to 1"),
+    ("multilabel", MARKS * 2, "`y` of a multilabel output must lie between 0 and 1"),
     ("multilabel", MARKS[:, 0], "`y` does not fit the model's output. Received: y of shape (31,)"),
     ("regression", SOME[:, :3], "y of shape (31, 3), where (31, 2) is needed"),
     ("regression", changed(SOME[:, :2], 0, np.nan), "`y` must be finite"),
@@ -135,8 +139,8 @@ def test_data_that_cannot_be(refusing):
     ens = refusing["multiclass"]
     for call in (ens.fit_weights, ens.calibrate):
         for x, y, message in (
-            (SOME[:1], LABELS[:1], "Nothing can be learned from so few data. Received: 1 row."),
-            (changed(SOME, 2, np.nan), LABELS, "Received: NaN from each member. Look at `x`."),
+            (SOME[:1], LABELS[:1], "Too few rows to learn from. Received: 1 row."),
+            (changed(SOME, 2, np.nan), LABELS, "NaN or infinity from every member. Check `x`."),
         ):
             data = one_batch(x, y)
             check_refusal(lambda c=call, data=data: c(data, verbose=0), ens, ValueError, message)
@@ -144,7 +148,7 @@ def test_data_that_cannot_be(refusing):
             lambda call=call: call(PAIRS, LABELS, verbose=0),
             ens,
             ValueError,
-            "`y` must not be given where `x` brings the targets itself. Received: x=",
+            "`y` must not be passed if `x` already yields the targets. Received: x=",
         )
 
 
@@ -155,7 +159,7 @@ def test_a_member_that_gives_nan_is_named(refusing):
             lambda call=call: call(FEATURES, LABELS, verbose=0),
             ens,
             ValueError,
-            "A prediction is NaN. Received: NaN from member 1. Make an ensemble without it.",
+            "Received: NaN or infinity from member 1. Make an ensemble without it.",
         )
 
 
@@ -194,7 +198,7 @@ def test_a_regression_has_no_temperature(refusing):
         lambda: ens.calibrate(FEATURES, SOME[:, :2], verbose=0),
         ens,
         ValueError,
-        "A temperature is for classes: it sharpens or flattens probabilities, and values have none",
+        "A temperature applies only to class probabilities. Received: a model whose outputs",
     )
 
 

@@ -241,7 +241,7 @@ def test_statistics_that_are_only_a_mean_are_warned_of(normalized_ensemble, conv
             averaged = ens.average_weights()
         (warning,) = caught
         assert warning.filename == __file__
-        assert str(warning.message).startswith(f"The model has {count} layers of batch normal")
+        assert str(warning.message).startswith(f"The model has {count} batch-normalisation lay")
         assert_all_close(averaged.get_weights(), mean_by_hand(member_weights(ens)), 1e-6)
 
 
@@ -270,7 +270,7 @@ def test_a_soup_without_targets(arguments, received, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights("greedy", **arguments)
     assert str(caught.value) == (
-        "`members='greedy'` chooses by the loss on held-out data. Received: "
+        "`members='greedy'` selects members by their loss on held-out data. Received: "
         f"{received}. Pass `x` and `y`."
     )
 
@@ -279,9 +279,7 @@ def test_a_soup_without_targets(arguments, received, random):
 def test_targets_without_data(members, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights(members, y=LABELS)
-    assert str(caught.value) == (
-        "`y` needs the data that it belongs to. Received: x=None. Pass `x`."
-    )
+    assert str(caught.value) == ("`y` cannot be used without `x`. Received: x=None. Pass `x`.")
 
 
 @pytest.mark.parametrize(
@@ -291,13 +289,15 @@ def test_iterators_are_refused(x, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights(x=x)
     assert str(caught.value) == (
-        f"`x` is gone through more than once. Received: x={type(x).__name__}, an iterator. "
+        f"`x` is read more than once. Received: x={type(x).__name__}, an iterator. "
         "Pass arrays, a `tf.data.Dataset` or a `PyDataset`."
     )
 
 
 def test_targets_beside_those_in_the_data(random):
-    with pytest.raises(ValueError, match="`y` must not be given where `x` brings the targets"):
+    with pytest.raises(
+        ValueError, match="`y` must not be passed if `x` already yields the targets"
+    ):
         random.average_weights(x=sliced(ROWS, LABELS), y=LABELS)
 
 
