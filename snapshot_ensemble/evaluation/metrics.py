@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.evaluation.targets import Truth
-from snapshot_ensemble.inference.combining import log_of, log_of_rest
+from snapshot_ensemble.inference.combining import log_of, log_of_complement
 from snapshot_ensemble.inference.output_specs import Output
 
 BINS = 15
@@ -33,7 +33,7 @@ def class_logs(output: Any, meaning: Output) -> Any:
         return ops.log_softmax(output if meaning.logits else log_of(output), axis=-1)
     if meaning.logits:
         return ops.stack([ops.log_sigmoid(-output), ops.log_sigmoid(output)], axis=-1)
-    return ops.stack([log_of_rest(output), log_of(output)], axis=-1)
+    return ops.stack([log_of_complement(output), log_of(output)], axis=-1)
 
 
 def items_of(output: Any, meaning: Output) -> np.ndarray:

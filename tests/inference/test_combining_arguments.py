@@ -70,7 +70,8 @@ def test_no_member_and_the_same_member_twice(members):
     with pytest.raises(ValueError) as caught:
         check_members(members, 4)
     assert str(caught.value) == (
-        f"`members` must name at least one member, and none twice. Received: members={members!r}"
+        f"`members` must contain at least one index and no duplicates. "
+        f"Received: members={members!r}"
     )
 
 
@@ -157,8 +158,8 @@ def test_weights_that_are_not_set():
         weights_of(None, [0, 1])
     assert str(caught.value) == (
         "`combine='weighted'` needs weights. Received: weights=None. Call "
-        "`fit_weights(x, y)` on held-out data, or set `weights` to one number a member, at "
-        "least 0 and summing to 1."
+        "`fit_weights(x, y)` on held-out data, or set `weights` to one number per member, "
+        "at least 0 and summing to 1."
     )
 
 

@@ -67,7 +67,7 @@ def test_a_task_that_cannot_be_read_off(last):
     with pytest.raises(ValueError) as caught:
         SnapshotEnsemble(ending_in(last, custom_loss))
     assert str(caught.value) == (
-        "The task of the model's output cannot be read off the model. "
+        "The task of the model's output cannot be inferred from the model. "
         f"Received: loss={custom_loss!r} with last activation {activation}. "
         "Pass `task=` with one of ('multiclass', 'binary', 'multilabel', 'regression')."
     )
@@ -89,7 +89,7 @@ def test_a_model_without_a_loss_needs_a_task():
 
 
 def test_the_output_that_cannot_be_read_off_is_named():
-    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be read off"):
+    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be inferred"):
         SnapshotEnsemble(two_outputs(custom_loss))
 
 
@@ -97,9 +97,9 @@ def test_probabilities_or_logits_that_cannot_be_told_apart():
     with pytest.raises(ValueError) as caught:
         SnapshotEnsemble(ending_in(lambda x: Dense(3)(x) / 2, custom_loss), task="multiclass")
     assert str(caught.value) == (
-        "Whether the model's output gives probabilities or logits cannot be read off the model. "
-        f"Received: task='multiclass', loss={custom_loss!r}. End the model in a softmax or "
-        "sigmoid layer, or compile it with a Keras loss, which says so by `from_logits`."
+        "It cannot be inferred from the model whether the model's output is probabilities or "
+        f"logits. Received: task='multiclass', loss={custom_loss!r}. End the model with a softmax "
+        "or sigmoid layer, or compile it with a Keras loss that has `from_logits`."
     )
 
 

@@ -91,7 +91,7 @@ def test_a_loss_in_a_dict_of_one():
 
 def test_an_output_without_a_loss_needs_a_task():
     model = two_outputs(["sparse_categorical_crossentropy", None])
-    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be read off"):
+    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be inferred"):
         SnapshotEnsemble(model)
     assert meanings(model, ["multiclass", "regression"]) == IN_LISTS
     SnapshotEnsemble(model, task=[None, "regression"])

@@ -91,12 +91,13 @@ def test_weighted_where_the_chosen_members_have_none(ensemble):
         (
             [],
             ValueError,
-            "`members` must name at least one member, and none twice. Received: members=[]",
+            "`members` must contain at least one index and no duplicates. Received: members=[]",
         ),
         (
             [0, -4],
             ValueError,
-            "`members` must name at least one member, and none twice. Received: members=[0, -4]",
+            "`members` must contain at least one index and no duplicates. "
+            "Received: members=[0, -4]",
         ),
         (True, TypeError, "`members` must be a whole number. Received: members=True"),
         ("all", TypeError, "`members` must be a whole number. Received: members='all'"),
