@@ -284,7 +284,9 @@ def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
         return {"answer": np.full((2, 3), 1 / 3, "float32")}
 
     monkeypatch.setitem(exporting._RUNTIMES, "tf_saved_model", wrong)
-    with pytest.raises(ValueError, match="computes something else than the ensemble in output 'an"):
+    with pytest.raises(
+        ValueError, match="The exported file and the ensemble disagree on output 'an"
+    ):
         ensemble_of(dense()).export(tmp_path / "served")
     assert list(tmp_path.iterdir()) == []
 
@@ -306,9 +308,7 @@ def test_an_existing_path_is_kept_without_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")
     ens = ensemble_of(dense())
-    with pytest.raises(
-        ValueError, match="There is something at the path already. Received: filepa"
-    ):
+    with pytest.raises(ValueError, match="The path already exists. Received: filepa"):
         ens.export(path, name)
     assert path.read_text() == "somebody's"
     ens.export(path, name, overwrite=True)
