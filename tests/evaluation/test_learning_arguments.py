@@ -1,4 +1,4 @@
-"""What `fit_weights` and `calibrate` refuse, leaving what was learned before."""
+"""Arguments that `fit_weights` and `calibrate` refuse without changing what was learned before."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from snapshot_ensemble import SnapshotEnsemble
 
 @pytest.fixture(scope="module")
 def refusing():
-    """Ensembles by task, with weights and a temperature."""
+    """Ensembles by task, with member weights and a temperature."""
     made = {
         "multiclass": ensemble_of(eager(dense()), 3),
         "binary": ensemble_of(eager(dense("binary_crossentropy", 1, "sigmoid")), 3),
@@ -19,7 +19,7 @@ def refusing():
     }
     own = member_weights(made["multiclass"])
     own[1] = [np.full(array.shape, np.nan) for array in own[1]]
-    made["one broken"] = ensemble_with(made["multiclass"].model, *own)
+    made["one diverged"] = ensemble_with(made["multiclass"].model, *own)
     for ens in made.values():
         ens.weights, ens.temperature = [0.2, 0.3, 0.5], 1.7
     return made
@@ -87,19 +87,19 @@ WRONG_TARGETS = [
 
 
 @pytest.mark.parametrize(("task", "y", "message"), WRONG_TARGETS)
-def test_targets_that_cannot_be(task, y, message, refusing):
+def test_invalid_targets_are_refused(task, y, message, refusing):
     ens = refusing[task]
     check_refusal(lambda: ens.fit_weights(FEATURES, y, verbose=0), ens, ValueError, message)
 
 
 @pytest.mark.parametrize("case", [0, 3, 4, 9, 13])
-def test_calibrating_on_targets_that_cannot_be(case, refusing):
+def test_calibrating_on_invalid_targets_is_refused(case, refusing):
     task, y, message = WRONG_TARGETS[case]
     ens = refusing[task]
     check_refusal(lambda: ens.calibrate(FEATURES, y, verbose=0), ens, ValueError, message)
 
 
-def test_targets_that_are_no_numbers(refusing):
+def test_targets_that_are_not_numbers_are_refused(refusing):
     ens = refusing["multiclass"]
     names = np.array(["cat", "dog", "eel"])[LABELS]
     for call in (ens.fit_weights, ens.calibrate):
@@ -125,7 +125,7 @@ def test_targets_that_are_no_numbers(refusing):
         ((LABELS != 1).astype(float), "y without class 1 of output 'answer'"),
     ],
 )
-def test_sample_weights_that_cannot_be(sample_weight, message, refusing):
+def test_invalid_sample_weights_are_refused(sample_weight, message, refusing):
     ens = refusing["multiclass"]
     check_refusal(
         lambda: ens.fit_weights(FEATURES, LABELS, sample_weight=sample_weight, verbose=0),
@@ -135,7 +135,7 @@ def test_sample_weights_that_cannot_be(sample_weight, message, refusing):
     )
 
 
-def test_data_that_cannot_be(refusing):
+def test_invalid_data_are_refused(refusing):
     ens = refusing["multiclass"]
     for call in (ens.fit_weights, ens.calibrate):
         for x, y, message in (
@@ -152,8 +152,8 @@ def test_data_that_cannot_be(refusing):
         )
 
 
-def test_a_member_that_gives_nan_is_named(refusing):
-    ens = refusing["one broken"]
+def test_a_member_that_predicts_nan_is_named(refusing):
+    ens = refusing["one diverged"]
     for call in (ens.fit_weights, ens.calibrate):
         check_refusal(
             lambda call=call: call(FEATURES, LABELS, verbose=0),
@@ -164,7 +164,7 @@ def test_a_member_that_gives_nan_is_named(refusing):
 
 
 @pytest.mark.parametrize("task", ["regression", "logits"])
-def test_a_member_that_gives_infinity_is_named(task):
+def test_a_member_that_predicts_infinity_is_named(task):
     loss, units, activation = TASKS[task]
     model = eager(dense(loss, units, activation))
     own = member_weights(ensemble_of(model, 3))
@@ -182,7 +182,7 @@ def test_a_member_that_gives_infinity_is_named(task):
 
 
 @pytest.mark.parametrize("method", ["Greedy", "mean", None, 3])
-def test_unknown_methods(method, refusing):
+def test_unknown_methods_are_refused(method, refusing):
     ens = refusing["multiclass"]
     check_refusal(
         lambda: ens.fit_weights(FEATURES, LABELS, method=method, verbose=0),
