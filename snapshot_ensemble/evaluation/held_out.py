@@ -129,11 +129,11 @@ class HeldOut:
 
     def scorer(self) -> Callable[[Any], dict[str, float]]:
         """A function that returns the compiled loss and metrics of combined outputs, by name."""
-        model = _Scorer(self.model)
+        evaluator = _Scorer(self.model)
 
         def scores(combined: Any) -> dict[str, float]:
             with metrics_lent(self.model):
-                values = model.evaluate(
+                values = evaluator.evaluate(
                     {"outputs": combined, "masks": self.masks},
                     self.y,
                     sample_weight=self.sample_weight,
@@ -302,7 +302,7 @@ def _check_predictions(held: HeldOut) -> None:
 
 
 def _is_invalid(member: np.ndarray, meaning: Output) -> bool:
-    """Whether a prediction has a NaN, or an infinity that is not a certain class probability."""
+    """Whether a prediction is NaN, or infinite without standing for a probability of 0 or 1."""
     if not meaning.is_classes:
         return not np.isfinite(member).all()
     if meaning.task == "multiclass" and meaning.logits:

@@ -99,13 +99,13 @@ def metrics_lent(model: keras.Model) -> Iterator[None]:
     config = compile_arguments(model)
     leaves = keras.tree.flatten([config["metrics"], config["weighted_metrics"]])
     metrics = [leaf for leaf in leaves if isinstance(leaf, keras.Metric)]
-    state = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
+    saved = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
     for metric in metrics:
         metric.reset_state()
     try:
         yield
     finally:
-        for variable, value in state:
+        for variable, value in saved:
             variable.assign(value)
 
 

@@ -79,13 +79,13 @@ class MemberPool:
         self.model, self.task, self.store = model, task, store
         self._forget()
 
-    def _forget(self, state: Any = None) -> None:
-        """Drops all graphs; `state` is what the next ones are built for."""
+    def _forget(self, built_for: Any = None) -> None:
+        """Drops all graphs; `built_for` identifies the members and metrics of the next ones."""
         self._tensors: dict[int, list[Any]] = {}
         # For each index in `model.weights`, the first array and the tensor made from it.
         self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}
         self._models: dict[Any, MembersModel] = {}
-        self._built_for: Any = state
+        self._built_for: Any = built_for
 
     def __len__(self) -> int:
         return len(self.store.snapshots)
@@ -201,9 +201,9 @@ class MemberPool:
     def members_model(self, combiner: Combiner, kind: type[MembersModel] = MembersModel) -> Any:
         """A model that runs the members; cached by the members and the combiner's name."""
         # A new `compile` changes the metrics and perhaps the loss.
-        state = (self.store.version, compilation(self.model))
-        if self._built_for != state:
-            self._forget(state)
+        built_for = (self.store.version, compilation(self.model))
+        if self._built_for != built_for:
+            self._forget(built_for)
         key = (tuple(combiner.members), combiner.name)
         if key not in self._models:
             for index in sorted(set(combiner.members) - set(self._tensors)):

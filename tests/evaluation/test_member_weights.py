@@ -17,7 +17,7 @@ from snapshot_ensemble.evaluation.member_weights import (
 )
 from snapshot_ensemble.inference.output_specs import Output
 
-TINY = 1.2e-38  # The smallest probability of a float32 softmax.
+TINY = 1.2e-38  # About the smallest normal float32, for a class that a member excludes.
 
 
 # The optimisation problem, without models
