@@ -16,7 +16,8 @@ def curves_by_members(held: HeldOut, backwards: bool) -> tuple[dict[str, list[fl
         backwards: Whether members are added from the last one instead of the first one.
 
     Returns:
-        The curves by name, and an array `(members, rows)` whose rows sum to the losses."""
+        The curves by name, and an array `(members, rows)` whose rows sum to the losses.
+    """
     curves: dict[str, list[float]] = {}
     parts = np.zeros((len(held.outputs[0]), held.rows))
     names = ["error"] if len(held.names) == 1 else [f"{name}_error" for name in held.names]
@@ -40,7 +41,8 @@ def curves_by_members(held: HeldOut, backwards: bool) -> tuple[dict[str, list[fl
 def good_counts(parts: np.ndarray) -> list[int]:
     """The numbers of members whose loss is within one standard error of the lowest.
 
-    The standard error is that of the paired difference between the rows' losses."""
+    The standard error is that of the paired difference between the rows' losses.
+    """
     best = int(np.argmin(parts.sum(axis=1)))
     counts = []
     for k, part in enumerate(parts):
