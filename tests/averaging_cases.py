@@ -1,4 +1,4 @@
-"""Data, models and means of weights for tests of averaging."""
+"""Data, models and reference means for tests of weight averaging."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ def mean_by_hand(members):
 
 
 def normalization(model):
-    """The only layer of batch normalisation."""
+    """The only batch-normalisation layer of a model."""
     (layer,) = [x for x in model._flatten_layers() if isinstance(x, layers.BatchNormalization)]
     return layer
 
@@ -34,7 +34,7 @@ def normalized_input(**arguments):
 
 
 def teacher(seed=0):
-    """Weights of `dense()` and data that they get right."""
+    """Weights of `dense()`, and the classes that they predict for `ROWS`."""
     rng = np.random.default_rng(seed)
     shapes = [(4, 6), (6,), (6, 3), (3,)]
     weights = [rng.normal(0, 1, shape).astype("float32") for shape in shapes]
@@ -42,6 +42,6 @@ def teacher(seed=0):
 
 
 def turned(weights):
-    """The same function by other weights: tanh is odd."""
+    """Other weights of the same function, since tanh is odd."""
     kernel, bias, head, shift = weights
     return [-kernel, -bias, -head, shift]

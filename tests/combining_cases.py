@@ -1,4 +1,4 @@
-"""Logits and weights for tests of combining members."""
+"""Logits and member weights for tests of combinations."""
 
 import numpy as np
 from keras import ops

@@ -13,8 +13,8 @@ ROWS = RNG.normal(size=(11, 4)).astype("float32")
 LABELS = np.arange(11) * 7 % 3
 
 
-def gathered(ens, x, y=None, sample_weight=None, **how):
-    arguments = PredictArguments(**{"verbose": 0, **how})
+def gathered(ens, x, y=None, sample_weight=None, **options):
+    arguments = PredictArguments(**{"verbose": 0, **options})
     return gather(pool_of(ens), x, y, sample_weight, arguments)
 
 

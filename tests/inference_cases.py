@@ -1,4 +1,4 @@
-"""Ensembles for tests of prediction, and combinations of members written out in float64."""
+"""Ensembles for tests of prediction, and reference combinations in float64."""
 
 import collections
 
@@ -9,7 +9,7 @@ from scipy import special
 
 
 def to_probabilities(outputs, task, logits=True):
-    """What outputs mean, in float64."""
+    """The probabilities (or values) that outputs stand for, in float64."""
     outputs = np.asarray(outputs, "float64")
     if not logits:
         return outputs
@@ -17,7 +17,7 @@ def to_probabilities(outputs, task, logits=True):
 
 
 def log_mean(log_stack, weights=None):
-    """The logarithm of the mean over members."""
+    """The logarithm of the (weighted) mean over members."""
     weights = np.full(len(log_stack), 1 / len(log_stack)) if weights is None else weights
     weights = np.reshape(weights, (-1,) + (1,) * (log_stack.ndim - 1))
     return special.logsumexp(log_stack, axis=0, b=weights)

@@ -1,4 +1,4 @@
-"""Ensembles of weight files with random weights, and what their members must give."""
+"""Ensembles of weight files with random weights, and the expected outputs of their members."""
 
 import functools
 
@@ -30,7 +30,7 @@ def random_weights(model, seed):
 
 
 def ensemble_from_files(model, directory, members=2, **arguments):
-    """An ensemble of random members, and their weights. The model has its own weights again."""
+    """An ensemble of random members, and their weights. The model keeps its own weights."""
     own, paths = model.get_weights(), []
     weights = [random_weights(model, seed) for seed in range(1, members + 1)]
     for index, arrays in enumerate(weights):
@@ -42,7 +42,7 @@ def ensemble_from_files(model, directory, members=2, **arguments):
 
 
 def outputs_with(model, weights, x):
-    """What the model itself predicts if it has these weights, the members on a new first axis."""
+    """The model's own predictions with each member's weights, stacked on a new first axis."""
     own, outputs = model.get_weights(), []
     for arrays in weights:
         model.set_weights(arrays)
@@ -110,7 +110,7 @@ def subclassed_with_config():
 
 
 class WithoutConfig(keras.Model):
-    """Gets what no config can hold."""
+    """Its constructor takes a function, which cannot be stored in a config."""
 
     def __init__(self, function):
         super().__init__()
@@ -144,7 +144,7 @@ def subclassed_with_dicts():
 
 
 class Tuned(keras.Model):
-    """Something is set after it was made, which its config does not know."""
+    """Has an attribute that is set after construction and is not in its config."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Unregistered(layers.Layer):
         return ops.tanh(inputs @ self.kernel)
 
 
-def layer_of_ones_own():
+def custom_layer():
     inputs = keras.Input((4,))
     return compiled(keras.Model(inputs, layers.Dense(2)(Unregistered()(inputs)))), ROWS
 
@@ -273,7 +273,7 @@ KINDS = [
     subclassed_without_config,
     subclassed_with_dicts,
     subclassed_and_tuned,
-    layer_of_ones_own,
+    custom_layer,
     with_lambda,
     with_operations,
     convolutions,

@@ -1,4 +1,4 @@
-"""Models and losses to read off what outputs mean."""
+"""Models and losses for tests of inferred tasks."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ def custom_loss(y_true, y_pred):
 
 
 def ending_in(last, loss, shape=(4,)):
-    """A compiled model whose output is `last` of its input."""
+    """A compiled model with `last` as its only layer."""
     inputs = keras.Input(shape)
     model = keras.Model(inputs, last(inputs))
     model.compile("sgd", loss)
@@ -28,8 +28,8 @@ def meanings(model, task=None):
 
 
 def meaning(last, loss, task=None, shape=(4,)):
-    [only] = meanings(ending_in(last, loss, shape), task)
-    return only
+    [output] = meanings(ending_in(last, loss, shape), task)
+    return output
 
 
 def two_outputs(losses, structure=list, activations=("softmax", None)):
@@ -44,4 +44,4 @@ def two_outputs(losses, structure=list, activations=("softmax", None)):
 
 
 IN_LISTS = [MULTICLASS, Output("regression")]
-IN_DICTS = IN_LISTS[::-1]  # `keras.tree.flatten` goes by sorted keys.
+IN_DICTS = IN_LISTS[::-1]  # `keras.tree.flatten` sorts by key.

@@ -1,4 +1,4 @@
-"""What reports must say, written out, and ensembles to report on."""
+"""Reference scores for tests of reports, and checks of their text, HTML and JSON."""
 
 import collections
 import json
@@ -35,16 +35,16 @@ def multiclass_brier(p, y):
 
 
 def calibration_error(p, y, bins=15):
-    """Over as many bins with as many rows each; rows of equal confidence are alike."""
+    """The expected calibration error; rows of equal confidence share their accuracy."""
     confidence = np.round(p.max(axis=1), 12)
     right = (p.argmax(axis=1) == y).astype("float64")
     for level in np.unique(confidence):
         right[confidence == level] = right[confidence == level].mean()
     order = np.argsort(confidence, kind="stable")
-    which = np.floor((np.arange(len(y)) + 0.5) / len(y) * bins)
+    bin_of = np.floor((np.arange(len(y)) + 0.5) / len(y) * bins)
     total = 0.0
     for number in range(bins):
-        rows = order[which == number]
+        rows = order[bin_of == number]
         if len(rows):
             total += len(rows) / len(y) * abs(confidence[rows].mean() - right[rows].mean())
     return total
@@ -55,19 +55,19 @@ def tempered(p, temperature):
 
 
 def calibrated_nll(*outputs):
-    """Each half of the rows, the even and the odd, with the temperature of the other.
+    """The loss of even rows at the temperature fitted on odd rows, plus the reverse.
 
-    Of each output its probabilities, labels, and weight in the fit of one temperature for all.
+    Each output is a tuple of probabilities, labels and the loss weight in the shared fit.
     """
     totals = np.zeros(len(outputs))
     for side in (0, 1):
 
-        def fitted(temperature, rows=slice(side, None, 2)):
+        def loss_at(temperature, rows=slice(side, None, 2)):
             return sum(w * nll(tempered(p[rows], temperature), y[rows]) for p, y, w in outputs)
 
         options = {"xatol": 1e-9}
         temperature = optimize.minimize_scalar(
-            fitted, bounds=(0.05, 20), method="bounded", options=options
+            loss_at, bounds=(0.05, 20), method="bounded", options=options
         ).x
         scored = slice(1 - side, None, 2)
         for i, (p, y, _) in enumerate(outputs):
@@ -77,27 +77,27 @@ def calibrated_nll(*outputs):
 
 
 def shares_of_votes(stack):
-    """The share of members for each class; of those drawn the one with the higher mean wins."""
+    """The share of votes for each class; ties go to the class with the higher mean."""
     shares = np.mean(stack.argmax(axis=-1)[..., None] == np.arange(stack.shape[-1]), axis=0)
-    first = shares == shares.max(axis=1, keepdims=True)
-    winner = np.where(first, stack.mean(axis=0), -1).argmax(axis=1)
-    drawn = np.flatnonzero(first.sum(axis=1) > 1)
-    shares[drawn, winner[drawn]] *= 1 + 1e-6
+    at_top = shares == shares.max(axis=1, keepdims=True)
+    winner = np.where(at_top, stack.mean(axis=0), -1).argmax(axis=1)
+    tied = np.flatnonzero(at_top.sum(axis=1) > 1)
+    shares[tied, winner[tied]] *= 1 + 1e-6
     return normalized(shares)
 
 
 def worth(losses):
-    """The first whose mean is within a paired standard error of the least; `losses`: by row."""
+    """The smallest count within a paired standard error of the lowest loss; `losses` are by row."""
     best = int(np.argmin(losses.mean(axis=1)))
     for k in range(best):
-        apart = losses[k] - losses[best]
-        if apart.mean() <= apart.std(ddof=1) / math.sqrt(len(apart)):
+        difference = losses[k] - losses[best]
+        if difference.mean() <= difference.std(ddof=1) / math.sqrt(len(difference)):
             return k + 1
     return best + 1
 
 
 def assert_curves(report, stack, error, losses):
-    """`error` and `losses` of a mean: one number, and one for each row."""
+    """Checks the curves; `error(mean)` is one number, `losses(mean)` one for each row."""
     for curves, ordered in (
         (report.added_from_last, stack[::-1]),
         (report.added_from_first, stack),
@@ -114,7 +114,7 @@ Digits = collections.namedtuple("Digits", "ens y plain shown p evaluated")
 
 
 def table_of(text):
-    """The lines of the table, and those below it."""
+    """The lines of the table, and the lines below it."""
     lines = text.split("\n")
     end = lines.index("")
     return lines[:end], lines[end + 1 :]
@@ -139,7 +139,7 @@ def assert_aligned(report):
 
 
 def cells_of(html_text):
-    """The table of a report in HTML, which must be well-formed; and the paragraphs below it."""
+    """The cells of the table and the paragraphs below it, from well-formed HTML."""
     root = ElementTree.fromstring(f"<div>{html_text}</div>")
     table, *paragraphs = root
     assert [table.tag, *(p.tag for p in paragraphs)] == ["table"] + ["p"] * len(paragraphs)
@@ -151,7 +151,7 @@ NAME = 'a<b> & "c"'
 
 
 def through_json(report):
-    """Strictly: NaN is not JSON."""
+    """The report after a round trip through strict JSON, which has no NaN."""
     return json.loads(json.dumps(report.to_dict(), allow_nan=False))
 
 

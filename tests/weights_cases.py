@@ -1,4 +1,4 @@
-"""Problems with known best weights, and members to weigh."""
+"""Problems with known optimal weights, and members of different quality."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from snapshot_ensemble.evaluation.member_weights import (
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What members gave to what was true, and by how much they missed values."""
+    """The members' likelihoods of the true classes, and their residuals for values."""
 
     likelihoods: np.ndarray
     counts: np.ndarray
@@ -44,7 +44,7 @@ class Problem:
         return 2 * self.residuals @ (weights @ self.residuals) - shares @ self.likelihoods
 
     def above_the_optimum(self, weights):
-        """At most that much: a convex function lies above its tangents."""
+        """An upper bound on the distance to the optimum: convex functions lie above tangents."""
         slope = self.slope(weights)
         return slope @ weights - slope.min()
 
@@ -61,22 +61,22 @@ def values(residuals):
 
 
 def least_by_scipy(problem, starts=3, also=()):
-    """The lowest of what SLSQP finds from the middle and from random starts."""
+    """The lowest loss that SLSQP reaches from the centre and from random starting points."""
     rng, size = np.random.default_rng(1), problem.scale or 1
-    begin = [np.full(problem.members, 1 / problem.members), *also]
-    begin += list(rng.dirichlet(np.ones(problem.members), starts))
+    starting_points = [np.full(problem.members, 1 / problem.members), *also]
+    starting_points += list(rng.dirichlet(np.ones(problem.members), starts))
     minima = [
         optimize.minimize(
             lambda w: problem.loss(w) / size,
             start,
             jac=lambda w: problem.slope(w) / size,
             method="SLSQP",
-            # A weight of 0 would have the logarithm of a ruled out class jump.
+            # At a weight of 0 the logarithm of an excluded class would diverge.
             bounds=[(1e-11, 1)] * problem.members,
             constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
             options={"ftol": 1e-15, "maxiter": 300},
         ).x
-        for start in begin
+        for start in starting_points
     ]
     return min(problem.loss(np.maximum(x, 0) / np.maximum(x, 0).sum()) for x in minima)
 
@@ -97,8 +97,8 @@ def greedy_by_hand(problem):
 
     for _ in range(25):
         losses = [problem.loss(weights_of([*bag, m])) for m in range(problem.members)]
-        alike = [m for m, loss in enumerate(losses) if loss <= min(losses) + slack]
-        chosen = next((m for m in alike if m in bag), alike[0])
+        tied = [m for m, loss in enumerate(losses) if loss <= min(losses) + slack]
+        chosen = next((m for m in tied if m in bag), tied[0])
         bag.append(chosen)
         if losses[chosen] < best_loss - slack:
             best, best_loss = weights_of(bag), losses[chosen]
@@ -114,7 +114,7 @@ def by_least_squares(x, targets, rows, penalty, sharpness):
 
 
 def members_by_least_squares(x, targets, sharpness=(14, 4, 8, 6)):
-    """Trained on more and more rows, more and less sure of it, and one without any use."""
+    """Members fitted to ever more rows, with different confidence, and one random member."""
     rng, rows = np.random.default_rng(6), len(x)
     sizes = [rows // 8, rows // 4, rows // 2, rows]
     members = [
@@ -133,7 +133,7 @@ KINDS = {
 
 
 def targets_of(kind, digit):
-    """Labels as Keras takes them, and what least squares aim at."""
+    """Labels as Keras takes them, and the targets of least squares."""
     if kind == "multiclass":
         return digit, np.eye(10)[digit] - 0.1
     columns = [digit >= 5, digit % 2 == 0, digit == 3]
@@ -151,7 +151,7 @@ def log_probabilities(kind, outputs, logits):
 
 
 def picked(logs, labels):
-    """The log-probability of what is true, of each member and item."""
+    """The log-probability of the true class, for each member and item."""
     return np.take_along_axis(logs, np.broadcast_to(labels, logs.shape[:-1])[..., None], -1)[..., 0]
 
 
@@ -161,7 +161,7 @@ FEATURES, PAIRS = one_batch(SOME), one_batch(SOME, LABELS)
 
 
 def best_temperature(outputs):
-    """Where the loss is stationary: it is convex in the inverse of the temperature."""
+    """Where the loss is stationary; it is convex in the inverse temperature."""
 
     def slope(inverse):
         total = 0

@@ -1,4 +1,4 @@
-"""Held-out data: what each member predicts for them and what is true, from one pass over them."""
+"""Held-out data: the members' predictions and the targets, collected in one pass."""
 
 import dataclasses
 import functools
@@ -8,8 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation.metrics import items_of, loss
-from snapshot_ensemble.evaluation.targets import Truth, few, numbers, read_truth
+from snapshot_ensemble.evaluation.targets import Truth, as_numbers, read_truth, shortened
 from snapshot_ensemble.inference.batch_size import batch_size_for
 from snapshot_ensemble.inference.cloning import compile_like, metrics_lent
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
@@ -20,37 +21,37 @@ from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 
 
 class Gatherer(MembersModel):
-    """Predicts each member's outputs, and gives beside them the targets that came with the data."""
+    """Predicts each member's outputs and returns them with the targets that the data yielded."""
 
     def predict_step(self, data: Any) -> Any:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        found = {**self(x), "y": y, "sample_weight": sample_weight}
-        return {name: value for name, value in found.items() if value is not None}
+        gathered = {**self(x), "y": y, "sample_weight": sample_weight}
+        return {name: value for name, value in gathered.items() if value is not None}
 
 
-def lay_side_by_side(outputs: list[Any]) -> dict[str, Any]:
-    """The members' outputs on a new second axis, with the masks of the first."""
-    found = {"outputs": keras.tree.map_structure(lambda *o: keras.ops.stack(o, axis=1), *outputs)}
+def stack_members(outputs: list[Any]) -> dict[str, Any]:
+    """Stacks the members' outputs on a new second axis; the masks are the first member's."""
+    stacked = {"outputs": keras.tree.map_structure(lambda *o: keras.ops.stack(o, axis=1), *outputs)}
     flat = keras.tree.flatten(outputs[0])
     masks = {str(i): mask_of(tensor) for i, tensor in enumerate(flat)}
     if masks := {name: mask for name, mask in masks.items() if mask is not None}:
-        found["masks"] = masks
-    return found
+        stacked["masks"] = masks
+    return stacked
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The members' predictions for data that they did not see, and the truth.
+    """The members' predictions for data that training has not seen, and the targets.
 
     Attributes:
-        model: The wrapped model, whose loss and metrics score.
+        model: The wrapped model, whose compiled loss and metrics are used for scoring.
         outputs: One array for each flat output, the members on the first axis.
         structure: A structure like the model's outputs.
         meanings: What each flat output means.
-        y: The targets as they were given.
-        sample_weight: As it was given, or None.
-        masks: Keras's mask of each output that has one, by its number as a string.
-        batch_size: As for `model.evaluate`, for what is scored later.
+        y: The targets, as they were passed.
+        sample_weight: The sample weights, as they were passed, or None.
+        masks: The Keras mask of each output that has one, by the output's index as a string.
+        batch_size: As for `model.evaluate`, used by `scorer`.
     """
 
     model: keras.Model
@@ -68,7 +69,7 @@ class HeldOut:
 
     @property
     def names(self) -> list[str]:
-        """A name for each flat output; its key, of outputs in a dict."""
+        """A name for each flat output; for outputs in a dict, its key."""
         if isinstance(self.structure, dict) and len(self.structure) == len(self.outputs):
             return sorted(self.structure)
         names = getattr(self.model, "output_names", None)
@@ -86,22 +87,22 @@ class HeldOut:
 
     @functools.cached_property
     def truths(self) -> list[Truth]:
-        """What is true of each flat output; raises an error where the targets cannot be."""
+        """The targets of each flat output; raises an error if they do not fit it."""
         targets = self._flat(self.y, "y")
         weights = [None] * len(targets)
         if self.sample_weight is not None:
             weights = self._flat(self.sample_weight, "sample_weight")
-        found = []
+        truths = []
         for i, (target, weight) in enumerate(zip(targets, weights, strict=True)):
             shape = self.outputs[i].shape[1:]
-            found.append(
+            truths.append(
                 read_truth(target, weight, self.masks.get(str(i)), self.meanings[i], shape)
             )
-        return found
+        return truths
 
     @functools.cached_property
     def items(self) -> list[np.ndarray]:
-        """Of each flat output the members' items: `(members, items, ...)`."""
+        """The members' items of each flat output: `(members, items, ...)`."""
         return [
             np.stack([items_of(member, meaning) for member in output])
             for output, meaning in zip(self.outputs, self.meanings, strict=True)
@@ -109,7 +110,7 @@ class HeldOut:
 
     @functools.cached_property
     def loss_weights(self) -> list[float]:
-        """How much each output counts, as compiled."""
+        """The compiled loss weight of each flat output."""
         given = compile_arguments(self.model).get("loss_weights")
         if given is None:
             return [1.0] * len(self.outputs)
@@ -117,7 +118,7 @@ class HeldOut:
         return [1.0 if weight is None else float(weight) for weight in flat]
 
     def loss(self, combined: Any) -> float:
-        """The summed loss of combined outputs: log-likelihoods and squared errors."""
+        """The loss of combined outputs: negative log-likelihoods and squared errors, summed."""
         total = 0.0
         flat = keras.tree.flatten(combined)
         for output, meaning, truth, weight in zip(
@@ -127,12 +128,12 @@ class HeldOut:
         return total
 
     def scorer(self) -> Callable[[Any], dict[str, float]]:
-        """What gives the compiled loss and metrics of combined outputs, by name."""
-        judge = _Judge(self.model)
+        """A function that returns the compiled loss and metrics of combined outputs, by name."""
+        evaluator = _Scorer(self.model)
 
         def scores(combined: Any) -> dict[str, float]:
             with metrics_lent(self.model):
-                found = judge.evaluate(
+                values = evaluator.evaluate(
                     {"outputs": combined, "masks": self.masks},
                     self.y,
                     sample_weight=self.sample_weight,
@@ -140,16 +141,16 @@ class HeldOut:
                     verbose=0,
                     return_dict=True,
                 )
-            return {"loss": found.pop("loss"), **found}
+            return {"loss": values.pop("loss"), **values}
 
         return scores
 
     def check_for_fitting(self) -> None:
-        """Raises `ValueError` if the data are too few to learn from, or a class is not in them."""
+        """Raises `ValueError` if there are fewer than two rows, or a class does not occur."""
         if self.rows < 2:
             raise ValueError(
-                f"Nothing can be learned from so few data. Received: {self.rows} row. Give at "
-                "least two, better some hundreds, that training has not seen."
+                f"Too few rows to learn from. Received: {counted(self.rows, 'row')}. Pass at least "
+                "two rows, or better some hundreds, that training has not seen."
             )
         for name, meaning, truth in zip(self.names, self.meanings, self.truths, strict=True):
             if not meaning.is_classes:
@@ -157,20 +158,20 @@ class HeldOut:
             missing = np.flatnonzero(truth.weights @ truth.targets == 0).tolist()
             if missing:
                 raise ValueError(
-                    "Each class must be in the data, or nothing would say how much probability "
-                    f"it should have. Received: y without class {few(missing)} of output "
-                    f"'{name}'. Hold out a stratified share."
+                    "Each class must occur in the held-out data: nothing can be learned about a "
+                    f"class without examples. Received: y without class {shortened(missing)} of "
+                    f"output '{name}'. Use a stratified split."
                 )
 
     def _flat(self, given: Any, what: str) -> list[Any]:
-        """One array for each flat output, from whatever structure Keras would take."""
+        """One array for each flat output, from any structure that Keras accepts."""
         count = len(self.outputs)
         if count == 1 and not isinstance(given, dict):
-            only = keras.tree.flatten(given) if _is_pack(given) else [given]
-            flat = only if len(only) == 1 else [np.asarray(given)]
+            leaves = keras.tree.flatten(given) if _is_structure(given) else [given]
+            flat = leaves if len(leaves) == 1 else [np.asarray(given)]
         elif isinstance(given, dict):
             flat = [given.get(name) for name in self.names]
-        elif what == "sample_weight" and not _is_pack(given):
+        elif what == "sample_weight" and not _is_structure(given):
             flat = [given] * count
         else:
             flat = keras.tree.flatten(given)
@@ -179,7 +180,7 @@ class HeldOut:
                 f"`{what}` must have one array for each of the model's {count} outputs "
                 f"{self.names}. Received: {what} of {type(given).__name__} with {len(flat)}"
             )
-        arrays = [numbers(leaf, what) for leaf in flat]
+        arrays = [as_numbers(leaf, what) for leaf in flat]
         for array in arrays:
             if not array.ndim or len(array) != self.rows:
                 raise ValueError(
@@ -189,8 +190,8 @@ class HeldOut:
         return arrays
 
 
-class _Judge(keras.Model):
-    """The compiled loss and metrics of a model, for predictions that are there already."""
+class _Scorer(keras.Model):
+    """Evaluates a model's compiled loss and metrics on outputs that are already combined."""
 
     def __init__(self, model: keras.Model) -> None:
         super().__init__(name=model.name, autocast=False)
@@ -215,7 +216,7 @@ def gather(
     *,
     indices: list[int] | None = None,
 ) -> HeldOut:
-    """Predicts held-out data with members, in one pass over them.
+    """Predicts held-out data with several members, in one pass over the data.
 
     Args:
         pool: The members.
@@ -223,15 +224,15 @@ def gather(
         y: As for `model.evaluate`.
         sample_weight: As for `model.evaluate`.
         arguments: As for `model.predict`.
-        indices: Which members. Defaults to `None`, all.
+        indices: The indices of the members. Defaults to `None`: all of them.
 
     Raises:
-        ValueError: If there are no members or no targets, they do not fit the outputs, or a number
-            is NaN.
-        TypeError: If targets are no numbers.
+        ValueError: If there are no members or no targets, the targets do not fit the outputs, or a
+            prediction or target is NaN.
+        TypeError: If the targets are not numbers.
     """
     indices = pool.indices() if indices is None else indices
-    combiner = Combiner(indices, ("held out",), lay_side_by_side)
+    combiner = Combiner(indices, ("held out",), stack_members)
     gatherer = pool.members_model(combiner, Gatherer)
     return gather_with(gatherer, pool.model, pool.meanings, x, y, sample_weight, arguments)
 
@@ -245,26 +246,27 @@ def gather_with(
     sample_weight: Any,
     arguments: PredictArguments,
 ) -> HeldOut:
-    """The same, with members that a `Gatherer` made with `lay_side_by_side` runs.
+    """Like `gather`, with a `Gatherer` that combines its members by `stack_members`.
 
     Args:
         gatherer: Runs the members.
         model: The wrapped model.
-        read: What gives the meanings of outputs.
+        read: Returns the meaning of each flat output of a structure.
         x: As for `model.evaluate`.
         y: As for `model.evaluate`.
         sample_weight: As for `model.evaluate`.
         arguments: As for `model.predict`.
 
     Raises:
-        ValueError: If there are no targets, they do not fit the outputs, or a number is NaN.
-        TypeError: If targets are no numbers.
+        ValueError: If there are no targets, they do not fit the outputs, or a prediction or target
+            is NaN.
+        TypeError: If the targets are not numbers.
     """
-    run = arguments._asdict()
-    predicted = gatherer.predict(x, **run | batch_size_for(model, x, **run))
+    options = arguments._asdict()
+    predicted = gatherer.predict(x, **options | batch_size_for(model, x, **options))
     if y is not None and "y" in predicted:
         raise ValueError(
-            "`y` must not be given where `x` brings the targets itself. "
+            "`y` must not be passed if `x` already yields the targets. "
             f"Received: x={type(x).__name__}, y={type(y).__name__}"
         )
     y, sample_weight = predicted.get("y", y), predicted.get("sample_weight", sample_weight)
@@ -278,21 +280,29 @@ def gather_with(
     masks = predicted.get("masks", {})
     size = arguments.batch_size
     held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks, size)
-    for output, meaning in zip(outputs, held.meanings, strict=True):
-        wrong = [i for i, member in enumerate(output) if _makes_no_sense(member, meaning)]
-        if len(wrong) == len(output):
-            raise ValueError("A prediction is NaN. Received: NaN from each member. Look at `x`.")
-        if wrong:
-            raise ValueError(
-                f"A prediction is NaN. Received: NaN from member {few(wrong)}. Make an ensemble "
-                "without it."
-            )
-    _ = held.truths  # Checked.
+    _check_predictions(held)
+    _ = held.truths  # Raises an error if the targets do not fit.
     return held
 
 
-def _makes_no_sense(member: np.ndarray, meaning: Output) -> bool:
-    """Whether a NaN is in it, or an infinity that is neither sure nor ruled out."""
+def _check_predictions(held: HeldOut) -> None:
+    """Raises `ValueError` if members predict NaN or infinity."""
+    for output, meaning in zip(held.outputs, held.meanings, strict=True):
+        invalid = [i for i, member in enumerate(output) if _is_invalid(member, meaning)]
+        if len(invalid) == len(output):
+            raise ValueError(
+                "Predictions must not be NaN or infinite. Received: NaN or infinity from every "
+                "member. Check `x`."
+            )
+        if invalid:
+            raise ValueError(
+                "Predictions must not be NaN or infinite. Received: NaN or infinity from member "
+                f"{shortened(invalid)}. Make an ensemble without it."
+            )
+
+
+def _is_invalid(member: np.ndarray, meaning: Output) -> bool:
+    """Whether a prediction is NaN, or infinite without standing for a probability of 0 or 1."""
     if not meaning.is_classes:
         return not np.isfinite(member).all()
     if meaning.task == "multiclass" and meaning.logits:
@@ -300,8 +310,8 @@ def _makes_no_sense(member: np.ndarray, meaning: Output) -> bool:
     return bool(np.isnan(member).any())
 
 
-def _is_pack(given: Any) -> bool:
-    """Whether it is a structure of arrays and not an array, a list of numbers in particular."""
+def _is_structure(given: Any) -> bool:
+    """Whether it is a structure of arrays; a list of numbers is one array."""
     if isinstance(given, dict):
         return True
     return isinstance(given, (list, tuple)) and all(hasattr(leaf, "shape") for leaf in given)

@@ -1,4 +1,4 @@
-"""The loss along the straight line from each member to the next."""
+"""The loss along the line segment from each member's weights to the next member's."""
 
 from typing import Any
 
@@ -12,29 +12,31 @@ from snapshot_ensemble.inference.member_pool import MemberPool
 def losses_between_members(
     pool: MemberPool, x: Any, y: Any, points: int, batch_size: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (member numbers, and shares of the way to the next) and the losses there.
+    """Positions along the path through the members, and the loss at each of them.
 
-    All weights are taken from the line, the statistics of batch normalisation too.
+    Position 1.25 is a quarter of the way from member 1 to member 2.
+
+    All weights are interpolated, including the moving statistics of batch normalisation.
 
     Args:
         pool: At least two members.
         x: As for `model.evaluate`.
         y: As for `model.evaluate`.
-        points: Number of points from one member to the next.
+        points: Number of points for each segment.
         batch_size: As for `model.predict`.
     """
     if len(pool) < 2:
         raise ValueError(
-            "There is no line between fewer than two members. Received: "
-            f"{counted(len(pool), 'member')}."
+            f"Interpolation needs at least two members. Received: {counted(len(pool), 'member')}."
         )
-    judge = Averager(pool, x, y, batch_size)
+    averager = Averager(pool, x, y, batch_size)
     members = pool.weights(range(len(pool)))
     positions = np.linspace(0, len(members) - 1, (len(members) - 1) * points + 1)
     losses = []
     for position in positions:
         first = min(int(position), len(members) - 2)
-        share = position - first
+        fraction = position - first
         pairs = zip(members[first], members[first + 1], strict=True)
-        losses.append(judge.loss([((1 - share) * a + share * b).astype(a.dtype) for a, b in pairs]))
+        weights = [((1 - fraction) * a + fraction * b).astype(a.dtype) for a, b in pairs]
+        losses.append(averager.loss(weights))
     return positions, np.asarray(losses)

@@ -1,4 +1,4 @@
-"""What the mean of the last, or of the first, 1, 2, … members is worth."""
+"""How the score of the mean depends on the number of members, added from either end."""
 
 import math
 
@@ -9,7 +9,15 @@ from snapshot_ensemble.evaluation.held_out import HeldOut
 
 
 def curves_by_members(held: HeldOut, backwards: bool) -> tuple[dict[str, list[float]], np.ndarray]:
-    """Errors of the means of 1, 2, … members, and each row's part of their loss."""
+    """The errors and losses of the means of 1, 2, … members, and each row's share of the losses.
+
+    Args:
+        held: The members' predictions and the targets.
+        backwards: Whether members are added from the last one instead of the first one.
+
+    Returns:
+        The curves by name, and an array `(members, rows)` whose rows sum to the losses.
+    """
     curves: dict[str, list[float]] = {}
     parts = np.zeros((len(held.outputs[0]), held.rows))
     names = ["error"] if len(held.names) == 1 else [f"{name}_error" for name in held.names]
@@ -24,24 +32,28 @@ def curves_by_members(held: HeldOut, backwards: bool) -> tuple[dict[str, list[fl
             means = np.logaddexp.accumulate(ordered, axis=0) - np.log(counts)
         curves[name] = [metrics.error(mean, truth) for mean in means]
         for k, mean in enumerate(means):
-            each = weight * truth.weights * metrics.losses(mean, truth)
-            parts[k] += each.reshape(held.rows, -1).sum(axis=1)
+            losses = weight * truth.weights * metrics.losses(mean, truth)
+            parts[k] += losses.reshape(held.rows, -1).sum(axis=1)
     curves["loss"] = parts.sum(axis=1).tolist()
     return curves, parts
 
 
 def good_counts(parts: np.ndarray) -> list[int]:
-    """The numbers of members whose loss is within a standard error of the least."""
+    """The numbers of members whose loss is within one standard error of the lowest.
+
+    The standard error is that of the paired difference between the rows' losses.
+    """
     best = int(np.argmin(parts.sum(axis=1)))
-    found = []
+    counts = []
     for k, part in enumerate(parts):
-        apart = part - parts[best]
-        error = math.sqrt(len(apart)) * np.std(apart, ddof=1) if len(apart) > 1 else 0.0
-        if k == best or (len(apart) > 1 and apart.sum() <= error):
-            found.append(k + 1)
-    return found
+        difference = part - parts[best]
+        rows = len(difference)
+        error = math.sqrt(rows) * np.std(difference, ddof=1) if rows > 1 else 0.0
+        if k == best or (rows > 1 and difference.sum() <= error):
+            counts.append(k + 1)
+    return counts
 
 
 def most_members(held: HeldOut) -> int:
-    """The largest number of last members whose mean is as good as the best such mean."""
+    """The largest number of last members whose mean is within one standard error of the best."""
     return max(good_counts(curves_by_members(held, backwards=True)[1]))

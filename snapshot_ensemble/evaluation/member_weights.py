@@ -9,22 +9,22 @@ import numpy as np
 from snapshot_ensemble.evaluation.held_out import HeldOut
 
 ROUNDS = 25
-# How far above the optimum the loss may end, as a share of its scale (nats are about 1).
+# How far above the optimum the loss may end, relative to its scale (about 1 for nats).
 TOLERANCE = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The held-out loss of the weighted mean, a convex function of the weights `w`.
+    """The held-out loss of the weighted mean, a convex function of the member weights `w`.
 
     `f(w) = -sum_r c_r log(sum_m w_m p_rm) + w' G w`: the first term is the negative
-    log-likelihood of classes, the second the squared error of values (their residuals' products,
-    since the weights sum to 1).
+    log-likelihood of class outputs, the second the squared error of regression outputs (`G` holds
+    the inner products of the members' residuals, which is exact since the weights sum to 1).
 
     Attributes:
-        likelihoods: `p`, `(rows, members)`: what each member gave to what was true, above 0.
-        counts: `c`, `(rows,)`, above 0.
-        products: `G`, `(members, members)`.
+        likelihoods: `p`, `(rows, members)`: the probability of the true class, above 0.
+        counts: `c`, `(rows,)`: the weight of each row, above 0.
+        products: `G`, `(members, members)`: inner products of the residuals.
     """
 
     likelihoods: np.ndarray
@@ -33,13 +33,13 @@ class Objective:
 
     @classmethod
     def of(cls, held: HeldOut) -> "Objective":
-        """The summed loss of all outputs."""
+        """The objective that sums the losses of all outputs."""
         members = len(held.outputs[0])
         rows, counts, products = [], [], np.zeros((members, members))
         for items, truth, weight in zip(held.items, held.truths, held.loss_weights, strict=True):
             if items.ndim == 2:
-                apart = (items - truth.targets) * np.sqrt(weight * truth.weights)
-                products += apart @ apart.T
+                residuals = (items - truth.targets) * np.sqrt(weight * truth.weights)
+                products += residuals @ residuals.T
                 continue
             count = weight * truth.weights[:, None] * truth.targets
             rows.append(np.exp(items[:, count > 0]).T)
@@ -53,13 +53,13 @@ class Objective:
 
     @property
     def scale(self) -> float:
-        """The size of its values: about 1 nat for classes, the best member's squared error."""
+        """The magnitude of the loss: about 1 nat for classes, plus the best squared error."""
         squares = np.diag(self.products)
-        # Not the mean, which one member that diverged would make as large as it likes.
+        # Not the mean: a single diverged member would dominate it.
         return float(self.counts.sum() + max(squares.min(), 1e-12 * squares.mean()))
 
     def __call__(self, weights: np.ndarray) -> np.ndarray:
-        """The loss of one vector of weights, or of each column of a matrix."""
+        """The loss for one weight vector, or for each column of a matrix."""
         quadratic = np.sum(weights * (self.products @ weights), axis=0)
         return quadratic - self.counts @ np.log(self.likelihoods @ weights)
 
@@ -72,16 +72,16 @@ class Objective:
         return 2 * self.products + rows.T @ rows
 
     def gap(self, weights: np.ndarray) -> float:
-        """How far above the optimum the loss is at most: by convexity `g.w - min g`."""
+        """An upper bound on the distance to the optimum: by convexity `g.w - min g`."""
         gradient = self.gradient(weights)
         return float(gradient @ weights - gradient.min())
 
 
 def likelihood_weights(objective: Objective) -> np.ndarray:
-    """The weights of least loss on the simplex.
+    """The weights with the lowest loss on the simplex.
 
-    By Newton steps along the central path of the logarithmic barrier (Boyd & Vandenberghe 2004,
-    chapter 11). Of members that are alike each gets the same weight.
+    Newton's method follows the central path of the logarithmic barrier (Boyd & Vandenberghe 2004,
+    chapter 11). Identical members get equal weights.
     """
     weights = np.full(objective.members, 1 / objective.members)
     scale = objective.scale
@@ -91,7 +91,7 @@ def likelihood_weights(objective: Objective) -> np.ndarray:
     while barrier * objective.members > TOLERANCE * scale / 10:
         barrier /= 10
         weights = _center(objective, weights, barrier)
-    return _without_dust(objective, weights, scale)
+    return _without_negligible(objective, weights, scale)
 
 
 def _center(objective: Objective, weights: np.ndarray, barrier: float) -> np.ndarray:
@@ -99,57 +99,58 @@ def _center(objective: Objective, weights: np.ndarray, barrier: float) -> np.nda
     count = len(weights)
     system = np.zeros((count + 1, count + 1))
 
-    def value(w: np.ndarray) -> float:
+    def barrier_loss(w: np.ndarray) -> float:
         return float(objective(w) - barrier * np.log(w).sum())
 
     for _ in range(50):
-        # In shares of each weight, where the barrier's curvature is `barrier` for all of them.
+        # Steps are relative to each weight, so the barrier's curvature is `barrier` for all.
         slope = weights * objective.gradient(weights) - barrier
         system[:count, :count] = objective.curvature(weights) * np.outer(weights, weights)
         system[np.arange(count), np.arange(count)] += barrier
         system[count, :count] = system[:count, count] = weights
         try:
-            share = np.linalg.solve(system, np.append(-slope, 0.0))[:count]
-        except np.linalg.LinAlgError:  # Rounding: a flat direction, in which nothing is gained.
+            direction = np.linalg.solve(system, np.append(-slope, 0.0))[:count]
+        except np.linalg.LinAlgError:  # Rounding: the loss is flat in some direction.
             return weights
-        decrement = -float(slope @ share)
+        decrement = -float(slope @ direction)
         if decrement < barrier * 1e-5:
             break
-        step = min(1.0, 0.99 / max(1e-300, -share.min()))
-        before = value(weights)
-        while value(weights * (1 + step * share)) > before - step * decrement / 4:
+        step = min(1.0, 0.99 / max(1e-300, -direction.min()))
+        before = barrier_loss(weights)
+        while barrier_loss(weights * (1 + step * direction)) > before - step * decrement / 4:
             step /= 2
-            if step < 1e-10:  # Rounding: it does not get any better.
+            if step < 1e-10:  # Rounding: no further decrease is possible.
                 return weights
-        weights = weights * (1 + step * share)
+        weights = weights * (1 + step * direction)
         weights /= weights.sum()
     return weights
 
 
-def _without_dust(objective: Objective, weights: np.ndarray, scale: float) -> np.ndarray:
-    """Sets to 0 what the barrier alone keeps above it."""
-    # At the optimum the gradient of a member without weight is above that of the others.
+def _without_negligible(objective: Objective, weights: np.ndarray, scale: float) -> np.ndarray:
+    """Sets the weights to 0 that only the barrier keeps above 0."""
+    # At the optimum, a member of weight 0 has a larger gradient than members with weight.
     gradient = objective.gradient(weights)
-    dust = weights * scale < gradient - gradient @ weights
-    kept = np.where(dust, 0.0, weights)
+    negligible = weights * scale < gradient - gradient @ weights
+    kept = np.where(negligible, 0.0, weights)
     kept /= kept.sum()
     return kept if objective(kept) <= objective(weights) + TOLERANCE * scale else weights
 
 
 def greedy_weights(objective: Objective) -> np.ndarray:
-    """Selection with replacement (Caruana et al., 2004): each round adds whom it helps most.
+    """Greedy selection with replacement (Caruana et al., 2004).
 
-    25 rounds, cut at the best of them; of members that help alike one that was chosen already.
+    Each of 25 rounds adds the member that lowers the loss most, and the weights after the best
+    round are returned. Ties go to members that were chosen before.
     """
     counts = np.zeros(objective.members)
     best, best_value = counts, np.inf
-    for taken in range(1, ROUNDS + 1):
-        values = objective((counts[:, None] + np.eye(objective.members)) / taken)
-        alike = np.flatnonzero(values <= values.min() + 1e-12 * objective.scale)
-        chosen = alike[np.argmax(counts[alike] > 0)]
+    for number in range(1, ROUNDS + 1):
+        values = objective((counts[:, None] + np.eye(objective.members)) / number)
+        tied = np.flatnonzero(values <= values.min() + 1e-12 * objective.scale)
+        chosen = tied[np.argmax(counts[tied] > 0)]
         counts = counts + np.eye(objective.members)[chosen]
         if values[chosen] < best_value - 1e-12 * objective.scale:
-            best, best_value = counts / taken, values[chosen]
+            best, best_value = counts / number, values[chosen]
     return best
 
 
@@ -160,13 +161,13 @@ METHODS: dict[str, Callable[[Objective], np.ndarray]] = {
 
 
 def check_method(method: Any) -> None:
-    """Raises `ValueError` unless `method` names a way to learn weights."""
+    """Raises `ValueError` unless `method` is a key of `METHODS`."""
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"`method` must be one of {tuple(METHODS)}. Received: method={method!r}")
 
 
 def learn_weights(held: HeldOut, method: str) -> np.ndarray:
-    """Weights by a key of `METHODS`: never worse on these data than one member or the mean."""
+    """Learns member weights; on these data never worse than any one member or the plain mean."""
     held.check_for_fitting()
     objective = Objective.of(held)
     alone = np.eye(objective.members)

@@ -1,7 +1,7 @@
-"""How good predictions are: likelihood, Brier score, calibration, diversity.
+"""Scores of predictions: log-likelihood, Brier score, calibration error and diversity.
 
-Classes are scored as log-probabilities with the classes on the last axis, in float64. A unit of a
-binary or multilabel output is two of them, no and yes: one formula does for all.
+Classes are scored as float64 log-probabilities with the classes on the last axis. A unit of a
+binary or multilabel output counts as two classes, no and yes, so that the same formulas apply.
 """
 
 import math
@@ -11,29 +11,29 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.evaluation.targets import Truth
-from snapshot_ensemble.inference.combining import log_of, log_of_rest
+from snapshot_ensemble.inference.combining import log_of, log_of_complement
 from snapshot_ensemble.inference.output_specs import Output
 
 BINS = 15
-# Probabilities below the smallest positive float32 count as that: zero cannot be told from them.
+# Probabilities below the smallest normal float32 are raised to it, so that logarithms are finite.
 LOG_FLOOR = math.log(float(np.finfo("float32").tiny))
 
 
 def class_logs(output: Any, meaning: Output) -> Any:
-    """Log-probabilities of an output, the classes on the last axis; any leading axes.
+    """Log-probabilities of an output with the classes on the last axis; any leading axes.
 
     Args:
-        output: Probabilities or logits, array or tensor.
-        meaning: What they are.
+        output: Probabilities or logits, as an array or tensor.
+        meaning: What the output means.
 
     Returns:
-        Of a multiclass output the same shape, else a new last axis with no and yes.
+        The same shape for a multiclass output; for others with a new last axis of no and yes.
     """
     if meaning.task == "multiclass":
         return ops.log_softmax(output if meaning.logits else log_of(output), axis=-1)
     if meaning.logits:
         return ops.stack([ops.log_sigmoid(-output), ops.log_sigmoid(output)], axis=-1)
-    return ops.stack([log_of_rest(output), log_of(output)], axis=-1)
+    return ops.stack([log_of_complement(output), log_of(output)], axis=-1)
 
 
 def items_of(output: Any, meaning: Output) -> np.ndarray:
@@ -43,7 +43,7 @@ def items_of(output: Any, meaning: Output) -> np.ndarray:
         return output.astype("float64").reshape(-1)
     wide = output.astype("float64")
     if meaning.task != "multiclass" and not meaning.logits:
-        # How close to 1 it can come is a matter of the type that it was worked out in.
+        # The largest value below 1 depends on the dtype in which the sigmoid was computed.
         wide = np.minimum(wide, 1 - float(np.finfo(output.dtype).epsneg) / 2)
     logs = np.asarray(class_logs(wide, meaning))
     return np.maximum(logs.reshape(-1, logs.shape[-1]), LOG_FLOOR)
@@ -64,24 +64,24 @@ def loss(items: np.ndarray, truth: Truth) -> float:
 def brier_score(logs: np.ndarray, truth: Truth, meaning: Output) -> float:
     """The squared distance of probabilities from the truth, summed over the classes.
 
-    Of a yes or no it is `(p - y)^2`, half of that sum, as is the custom.
+    For binary and multilabel outputs it is `(p - y)^2`, half of that sum, as is customary.
     """
     squares = np.sum(np.square(np.exp(logs) - truth.targets), axis=-1)
     return float(truth.weights @ squares) / (1 if meaning.task == "multiclass" else 2)
 
 
-def _right(logs: np.ndarray, truth: Truth) -> np.ndarray:
-    """How right the likeliest class of each item is: 0 or 1, of soft targets between."""
+def _correctness(logs: np.ndarray, truth: Truth) -> np.ndarray:
+    """The target probability of each item's most probable class: 0 or 1 for hard targets."""
     return np.take_along_axis(truth.targets, logs.argmax(-1)[:, None], axis=-1)[:, 0]
 
 
 def item_errors(items: np.ndarray, truth: Truth) -> np.ndarray:
-    """How wrong the most probable class of each item is, 0 or 1; of values the squared error."""
-    return losses(items, truth) if items.ndim == 1 else 1 - _right(items, truth)
+    """Each item's classification error (0 or 1 for hard targets), or its squared error."""
+    return losses(items, truth) if items.ndim == 1 else 1 - _correctness(items, truth)
 
 
 def error(items: np.ndarray, truth: Truth) -> float:
-    """The share of items whose most probable class is wrong; of values the mean squared error."""
+    """The share of items whose most probable class is wrong, or the mean squared error."""
     return float(truth.weights @ item_errors(items, truth))
 
 
@@ -89,29 +89,29 @@ def reliability(logs: np.ndarray, truth: Truth, bins: int = BINS) -> np.ndarray:
     """Mean confidence and accuracy in bins of equal mass.
 
     Returns:
-        `(bins, 3)`: the mean probability of the likeliest class, the share of these that are
-        right, and the share of all items in the bin. There are no more bins than items.
+        `(bins, 3)`: the mean probability of the most probable class, the accuracy, and the share of
+        all items in the bin. There are no more bins than items.
     """
     confidence = np.exp(logs.max(-1))
-    # Items of equal confidence are alike, so that their order does not matter.
-    levels, place = np.unique(confidence, return_inverse=True)
-    mass = np.bincount(place, truth.weights)
-    right = np.bincount(place, truth.weights * _right(logs, truth))
-    right = np.divide(right, mass, out=np.zeros_like(right), where=mass > 0)[place]
-    order = np.lexsort((truth.weights, place))
-    # An item belongs to the bin that the middle of its mass falls into.
+    # Items of equal confidence share their mean accuracy, so their order does not matter.
+    levels, level_of = np.unique(confidence, return_inverse=True)
+    mass = np.bincount(level_of, truth.weights)
+    right = np.bincount(level_of, truth.weights * _correctness(logs, truth))
+    right = np.divide(right, mass, out=np.zeros_like(right), where=mass > 0)[level_of]
+    order = np.lexsort((truth.weights, level_of))
+    # An item belongs to the bin that contains the midpoint of its mass.
     middle = np.cumsum(truth.weights[order]) - truth.weights[order] / 2
     count = min(bins, len(order))
-    which = np.minimum((middle * count).astype(int), count - 1)
+    bin_of = np.minimum((middle * count).astype(int), count - 1)
     weights = truth.weights[order]
-    mass = np.bincount(which, weights, count)
-    sums = [np.bincount(which, weights * v[order], count) for v in (levels[place], right)]
+    mass = np.bincount(bin_of, weights, count)
+    sums = [np.bincount(bin_of, weights * v[order], count) for v in (levels[level_of], right)]
     filled = mass > 0
     return np.stack([*(s[filled] / mass[filled] for s in sums), mass[filled]], axis=1)
 
 
 def calibration_error(logs: np.ndarray, truth: Truth, bins: int = BINS) -> float:
-    """The expected calibration error of the likeliest class, over bins of equal mass.
+    """The expected calibration error of the most probable class, over bins of equal mass.
 
     `sum over bins of mass * |accuracy - mean confidence|` (Naeini et al., 2015; equal mass:
     Nguyen & O'Connor, 2015).
@@ -121,15 +121,15 @@ def calibration_error(logs: np.ndarray, truth: Truth, bins: int = BINS) -> float
 
 
 def disagreement(items: np.ndarray, truth: Truth) -> np.ndarray:
-    """How far each pair of members is apart.
+    """How much each pair of members disagrees.
 
     Args:
         items: `(members, items, classes)` log-probabilities, or `(members, items)` values.
-        truth: Its weights count the items.
+        truth: Its `weights` weigh the items; its targets are not used.
 
     Returns:
-        `(members, members)`: the share of items for which the pair's likeliest classes differ;
-        of values the root of their mean squared difference.
+        `(members, members)`: the share of items whose predicted classes differ; for values the
+        root mean squared difference.
     """
     if items.ndim == 2:
         return np.stack([np.sqrt(np.square(items - one) @ truth.weights) for one in items])

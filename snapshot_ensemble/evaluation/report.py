@@ -1,4 +1,4 @@
-"""The report: what each member and each combination is worth on held-out data."""
+"""The report: scores of each member and each combination on held-out data."""
 
 import dataclasses
 import html
@@ -21,27 +21,28 @@ from snapshot_ensemble.tables import text_table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """Scores on held-out data; prints as a table, in a terminal and in a notebook.
+    """Scores on held-out data; shown as a table, both in a terminal and in a notebook.
 
     Attributes:
         rows: Scores by name, for `"member 0"` …, `"last snapshot"`, `"best member"` (chosen on
-            these data) and each combination. The compiled loss and metrics are those that
-            `evaluate` gives. For classes: `nll`, the mean negative log-likelihood in nats
-            without a temperature; `nll_calibrated`, with one that was fitted on one half of the
-            rows and scored on the other; `brier`; `ece`, the expected calibration error of the
-            likeliest class; of a member `disagreement`, with each of the others on average. For
-            regression: `squared_error`. With several outputs each has the output's name before it.
+            these data) and each combination. The compiled loss and metrics have the values that
+            `evaluate` returns. For classes: `nll`, the mean negative log-likelihood in nats
+            without a temperature; `nll_calibrated`, the same with a temperature that was fitted
+            on one half of the rows and scored on the other; `brier`, the Brier score; `ece`, the
+            expected calibration error of the most probable class. For regression:
+            `squared_error`. For members also `disagreement`, the mean over all other members.
+            With several outputs, the name of the output comes first.
         examples: Number of rows of data.
         bins: Number of bins of equal mass in `ece`; 0 without classes.
         temperature: The temperature of the combinations.
         disagreement: For each output by name, the share of items for which each pair of members
-            differs in the likeliest class; of values the root of their mean squared difference.
+            differs in the predicted class; for values the root mean squared difference.
         added_from_last: For each output by name, the error of the mean of the last 1, 2, …
-            members: the share of wrong classes, or the mean squared error; and their `loss`.
-        added_from_first: The same, from the first.
+            members: the error rate, or the mean squared error; and the `loss` of these means.
+        added_from_first: The same for the first 1, 2, … members.
         worth: The smallest number of last members whose mean is within one standard error (of
             the paired difference) of the best such mean.
-        notes: What should be known, in words.
+        notes: Remarks on the scores, in sentences.
     """
 
     rows: dict[str, dict[str, float]]
@@ -55,13 +56,13 @@ class Report:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers, as what JSON can hold."""
+        """The report as values that JSON can represent."""
         content = dataclasses.asdict(self)
         pairs = self.disagreement.items()
         content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
         means = {name: metrics.mean_of_pairs(matrix) for name, matrix in pairs}
         content["mean_disagreement"] = means
-        # JSON has no word for what is not known.
+        # JSON has no NaN.
         return keras.tree.map_structure(
             lambda v: None if isinstance(v, float) and math.isnan(v) else v, content
         )
@@ -125,9 +126,9 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
     """Scores the members and their combinations.
 
     Args:
-        held: The members' predictions, and the truth.
-        learned: The weights of a weighted combination, the temperature of all combinations, and
-            which members predict by default.
+        held: The members' predictions and the targets.
+        learned: The member weights, the temperature of all combinations, and the members that
+            predict by default.
     """
     weights = None if learned.weights is None else np.asarray(learned.weights)
     temperature = learned.temperature
@@ -146,9 +147,9 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
     rows["last snapshot"] = rows[f"member {len(members) - 1}"]
     rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
     for combine in _combinations(held, weights):
-        by = weights if combine == "weighted" else None
-        plain = combine_outputs(members, combine, held.meanings, by)
-        shown = combine_outputs(members, combine, held.meanings, by, temperature)
+        member_weights = weights if combine == "weighted" else None
+        plain = combine_outputs(members, combine, held.meanings, member_weights)
+        shown = combine_outputs(members, combine, held.meanings, member_weights, temperature)
         rows[combine] = _row(held, compiled, plain, shown)
     from_last, last_rows = curves_by_members(held, backwards=True)
     from_first, _ = curves_by_members(held, backwards=False)
@@ -167,14 +168,14 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
 
 
 def _bins(held: HeldOut) -> int:
-    """The number of bins of the calibration error; 0 where there are no classes."""
+    """The number of bins of the calibration error; 0 if no output has classes."""
     pairs = zip(held.truths, held.meanings, strict=True)
     items = [len(truth.weights) for truth, meaning in pairs if meaning.is_classes]
     return min([metrics.BINS, *items]) if items else 0
 
 
 def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
-    """Those that make sense for all outputs."""
+    """The names of the combinations that are defined for all outputs."""
     names = ["mean"]
     if all(meaning.is_classes for meaning in held.meanings):
         names += ["vote", "geometric"]
@@ -184,28 +185,28 @@ def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
 
 
 def _columns(held: HeldOut, name: str) -> list[str]:
-    """The name of a column for each output."""
+    """The column name of a score for each output."""
     return [name] if len(held.names) == 1 else [f"{output}_{name}" for output in held.names]
 
 
 def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, float]:
-    """The scores of one prediction; `plain` is what `shown` is without a temperature."""
+    """The scores of one prediction: `shown`, and `plain`, the same without a temperature."""
     row = dict(compiled(keras.tree.map_structure(np.asarray, shown)))
-    before = _items(held, plain)
-    calibrated = _calibrated(held, before)
+    untempered = _items(held, plain)
+    calibrated = _calibrated(held, untempered)
     for i, (meaning, truth, items) in enumerate(
         zip(held.meanings, held.truths, _items(held, shown), strict=True)
     ):
         scores = {"squared_error": metrics.loss(items, truth)}
         if meaning.is_classes:
             scores = {
-                "nll": metrics.loss(before[i], truth),
+                "nll": metrics.loss(untempered[i], truth),
                 "nll_calibrated": calibrated[i],
                 "brier": metrics.brier_score(items, truth, meaning),
                 "ece": metrics.calibration_error(items, truth),
             }
         named = {_columns(held, name)[i]: value for name, value in scores.items()}
-        # A metric of the user's keeps its name.
+        # If a compiled metric has the same name, its value is kept.
         row |= {name: value for name, value in named.items() if name not in row}
     return row
 
@@ -216,7 +217,7 @@ def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
 
 
 def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
-    """The negative log-likelihood of each output with the temperature of the other half."""
+    """Each output's negative log-likelihood; each half with the other half's temperature."""
     from scipy import special  # noqa: PLC0415  Loaded where it is used.
 
     chosen = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
@@ -230,15 +231,15 @@ def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
         shares = [held.loss_weights[i] for i in chosen]
         temperature = learn_temperature([items[i] for i in chosen], fitted, shares) if chosen else 1
         for i, truth in zip(chosen, scored, strict=True):
-            cooled = special.log_softmax(items[i] / temperature, axis=-1)
-            totals[i] += metrics.loss(cooled, truth)
+            tempered = special.log_softmax(items[i] / temperature, axis=-1)
+            totals[i] += metrics.loss(tempered, truth)
     return totals
 
 
 def _half(truth: Truth, rows: int, side: int) -> Truth:
-    """Every other row; what is not in it counts nothing. Both halves sum to 1 together."""
-    of_row = np.arange(len(truth.weights)) // (len(truth.weights) // rows)
-    return Truth(truth.targets, np.where(of_row % 2 == side, truth.weights, 0.0))
+    """Every other row; the others get weight 0. The weights of both halves sum to 1."""
+    row_of = np.arange(len(truth.weights)) // (len(truth.weights) // rows)
+    return Truth(truth.targets, np.where(row_of % 2 == side, truth.weights, 0.0))
 
 
 def _notes(alone: list[float], from_last: list[float], worth: int, learned: Learned) -> list[str]:
@@ -247,17 +248,17 @@ def _notes(alone: list[float], from_last: list[float], worth: int, learned: Lear
         f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
         "one standard error of the best such mean."
     ]
-    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # More than by rounding.
+    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # Worse by more than rounding.
         k = int(np.argmin(from_last)) + 1
-        tries = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
+        advice = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
         is_weighted = learned.weights is not None
-        tries.append("combine='weighted'" if is_weighted else "fit_weights on held-out data")
+        advice.append("combine='weighted'" if is_weighted else "fit_weights on held-out data")
         notes.append(
             f"The mean of all members (loss {from_last[-1]:.4f}) is worse than member {best} "
-            f"alone ({alone[best]:.4f}). Try {' or '.join(tries)}."
+            f"alone ({alone[best]:.4f}). Try {' or '.join(advice)}."
         )
     if learned.members is not None:
-        some = isinstance(learned.members, list)
-        which = f"members {learned.members}" if some else f"the last {learned.members} members"
+        is_list = isinstance(learned.members, list)
+        which = f"members {learned.members}" if is_list else f"the last {learned.members} members"
         notes.append(f"By default, predictions combine {which}.")
     return notes

@@ -1,4 +1,4 @@
-"""How unsure an ensemble is, and how much of it is that its members disagree."""
+"""The uncertainty of an ensemble, split into an aleatoric and an epistemic part."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from snapshot_ensemble.inference.output_specs import Output
 
 
 def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: PredictArguments) -> Any:
-    """What `SnapshotEnsemble.predict_uncertainty` returns; see there."""
+    """Implements `SnapshotEnsemble.predict_uncertainty`."""
 
     def combine(outputs: list[Any]) -> Any:
         meanings = pool.meanings(outputs[0])
@@ -34,14 +34,14 @@ def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: Predi
 
 
 def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The error among the items that remain as the least sure ones are set aside.
+    """The error on the remaining items as the most uncertain ones are set aside.
 
     Args:
-        held: The members' predictions, and the truth. The first output counts.
+        held: The members' predictions and the targets; only the first output is used.
 
     Returns:
-        For each kind of uncertainty the shares that are set aside, and the error of the mean of the
-        members on the rest: the share of wrong classes, or the mean squared error.
+        For each kind of uncertainty the shares that are set aside, and the error of the members'
+        mean on the rest: the error rate, or the mean squared error.
     """
     members, meaning, truth = held.members(), held.meanings[0], held.truths[0]
     mean = keras.tree.flatten(combine_outputs(members, "mean", held.meanings))[0]
@@ -58,24 +58,24 @@ def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.nd
 
 
 def uncertainty(members: list[Any], meanings: list[Output]) -> Any:
-    """What the members' spread says, for arrays and in the graph.
+    """The uncertainty that follows from the members' outputs, for arrays and graph tensors.
 
     With the members' probabilities `p_m` and `H(p) = -sum p log p` in nats:
     `total = H(mean p_m)`, `aleatoric = mean H(p_m)`, `epistemic = total - aleatoric`, which is
-    the mutual information of the class and the member.
+    the mutual information between the class and the member.
 
     Args:
         members: Each member's outputs, all of one structure.
         meanings: What each flat output means.
 
     Returns:
-        In that structure a dict for each output: `total`, `aleatoric`, `epistemic`; of a
-        regression `std`.
+        A dict for each output, in the same structure: `total`, `aleatoric` and `epistemic` for
+        classes, `std` for regression.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
     spreads = []
     for i, meaning in enumerate(meanings):
-        # In float64: the epistemic part is a small difference.
+        # In float64, since the epistemic part is a small difference of two entropies.
         stack = ops.stack([ops.cast(outputs[i], "float64") for outputs in flat])
         spreads.append(_spread(stack, meaning))
     return keras.tree.pack_sequence_as(members[0], spreads)
@@ -87,7 +87,7 @@ def _spread(stack: Any, meaning: Output) -> dict[str, Any]:
     logs = class_logs(stack, meaning)
     of_mean = ops.logsumexp(logs, axis=0) - math.log(logs.shape[0])
     aleatoric = ops.mean(_entropy(logs), axis=0)
-    # Never below 0, by Jensen; only rounding would have it so.
+    # Non-negative by Jensen's inequality; rounding can make it slightly negative.
     epistemic = ops.maximum(_entropy(of_mean) - aleatoric, 0)
     parts = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
     return {name: ops.cast(part, "float32") for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""A Keras model into a file that is served without Keras, checked by the runtime that serves it."""
+"""Exports to files that run without Keras, each checked in the runtime that will serve it."""
 
 import contextlib
 import dataclasses
@@ -24,15 +24,15 @@ from snapshot_ensemble.storage.snapshot import Weights
 
 Outputs = dict[str, np.ndarray]
 
-# How far a runtime's numbers may be from Keras's, relative to the largest: they order the
-# arithmetic differently.
+# How far a runtime's outputs may differ from Keras's, relative to the largest output: runtimes
+# evaluate sums in different orders.
 _TOLERANCE = {"tf_saved_model": 1e-5, "onnx": 1e-4, "litert": 1e-4, "openvino": 1e-4}
 _ENDINGS = {"onnx": ".onnx", "litert": ".tflite", "openvino": ".xml"}
 _PACKAGES = {"onnx": ("tf2onnx", "onnx"), "openvino": ("openvino",)}
 
 
 def check_format(filepath: Any, format: str) -> pathlib.Path:
-    """The path, or `ValueError` or `ImportError` if nothing can be exported to it so."""
+    """The path; raises `ValueError` or `ImportError` if the format cannot be exported to it."""
     path = pathlib.Path(filepath)
     if format not in _TOLERANCE:
         raise ValueError(
@@ -54,12 +54,12 @@ def check_format(filepath: Any, format: str) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What is exported, and what it is compared with.
+    """What is exported, and what the exported file is compared with.
 
     Attributes:
-        model: A model whose output is a dict by name.
-        signature: A `keras.layers.InputSpec` with a name for each input, in their structure.
-        expected: Gives the right outputs by name for a batch of inputs in that structure.
+        model: A model whose output is a dict with output names as keys.
+        signature: A named `keras.layers.InputSpec` for each input, in the inputs' structure.
+        expected: Returns the expected outputs by name for a batch in the inputs' structure.
     """
 
     model: keras.Model
@@ -68,7 +68,7 @@ class Served:
 
 
 class _NamedOutputs(keras.Model):
-    """Members that cannot be laid out as a graph, with their combined outputs under names."""
+    """Combines members that are not graphs of layers; the outputs are a dict by name."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class _NamedOutputs(keras.Model):
         combine: Callable[[list[Any]], Any],
     ) -> None:
         super().__init__(name=model.name, autocast=False)
-        self._resources = model  # Such as lookup tables, which the file must hold.
+        self._resources = model  # Tracked, so that its lookup tables are saved, too.
         self._members = [Member(model) for _ in members]
         for member, weights in zip(self._members, members, strict=True):
             member.set_weights(weights)
@@ -89,7 +89,7 @@ class _NamedOutputs(keras.Model):
 
 
 def by_name(outputs: Any, names: Sequence[str] | None) -> dict[str, Any]:
-    """Outputs as a dict: by its own keys, by the layers' names, or as Keras numbers them."""
+    """Outputs as a dict, named by their keys, by `names`, or `output_0`, `output_1` and so on."""
     flat = keras.tree.flatten(outputs)
     if isinstance(outputs, dict) and len(outputs) == len(flat):
         return dict(zip(sorted(outputs), flat, strict=True))
@@ -104,7 +104,7 @@ def export_members(
     overwrite: bool,
     arguments: dict[str, Any],
 ) -> None:
-    """Exports one model that combines members: their graph, or if there is none, their code.
+    """Exports one model that combines members: as a merged graph or, for subclasses, as traced.
 
     Args:
         pool: The members.
@@ -124,7 +124,7 @@ def export_members(
 
 
 def serving_graph(merged: keras.Model, reference: keras.Model) -> Served:
-    """A Functional model for export, with its outputs under their names."""
+    """A Functional model for export, whose output is a dict by output name."""
     names = merged.output_names
     inputs = merged.input
     named = keras.Model(inputs, by_name(merged.output, names), name=merged.name)
@@ -140,7 +140,7 @@ def serving_function(
     combine: Callable[[list[Any]], Any],
     reference: keras.Model,
 ) -> Served:
-    """Members of a subclassed model for export; their inputs are those that it was built with."""
+    """Members of a subclassed model for export, with the input signature it was built with."""
     signature = input_signature(model)
     if isinstance(signature, dict):
         signature = {key: _named(spec, key) for key, spec in signature.items()}
@@ -164,36 +164,36 @@ def export_model(
     overwrite: bool,
     **arguments: Any,
 ) -> None:
-    """Exports, opens what was written in its own runtime, compares, and moves it into place.
+    """Exports to a temporary folder, checks the file in its runtime, and moves it into place.
 
     Args:
         served: What to export.
         filepath: A path that `check_format` has passed.
         format: A Keras export format.
-        overwrite: Whether what lies at the path may be replaced.
+        overwrite: Whether an existing file or folder at the path may be replaced.
         **arguments: For `keras.Model.export`.
 
     Raises:
-        ValueError: If something lies at the path and `overwrite` is `False`, or if the runtime
-            refuses the file or computes something else; then nothing is left behind.
+        ValueError: If the path exists and `overwrite` is `False`, or if the runtime cannot run the
+            file or its outputs differ. No new file is left behind in these cases.
     """
-    taken = [path for path in _files_of(filepath, format) if path.exists()]
-    if taken and not overwrite:
+    existing = [path for path in _files_of(filepath, format) if path.exists()]
+    if existing and not overwrite:
         raise ValueError(
-            f"There is something at the path already. Received: filepath='{taken[0]}'. Choose "
-            "another path, or pass `overwrite=True` to replace it."
+            f"The path already exists. Received: filepath='{existing[0]}'. Choose another path, "
+            "or pass `overwrite=True` to replace it."
         )
     with _written_beside(filepath) as folder:
         written = folder / filepath.name
         _write(served, written, format, arguments)
         _compare(served, written, format)
-        for path in taken:
+        for path in existing:
             path.rename(folder / f"replaced-{path.name}")
         try:
             for path in _files_of(filepath, format):
                 (folder / path.name).rename(path)
         except OSError:
-            for path in taken:
+            for path in existing:
                 (folder / f"replaced-{path.name}").rename(path)
             raise
 
@@ -204,7 +204,7 @@ def _files_of(filepath: pathlib.Path, format: str) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder on the same file system, so that moving from it is one step."""
+    """A temporary folder on the same file system, so that moving a file out of it is atomic."""
     filepath.parent.mkdir(parents=True, exist_ok=True)
     folder = filepath.parent / f"writing-{uuid.uuid4().hex}"
     folder.mkdir()
@@ -217,23 +217,23 @@ def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
 def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:
     arguments = {"verbose": False, "input_signature": [served.signature], **arguments}
     try:
-        # Keras probes NumPy for a name that it would mend for tf2onnx.
+        # Keras looks up `np.object` to patch it for tf2onnx, and NumPy warns.
         probe = warnings_ignored("In the future `np.object`", FutureWarning)
         with probe, _quiet(not arguments["verbose"]):
             served.model.export(str(path), format=format, **arguments)
     except Exception as error:
         raise ValueError(
             f"The ensemble cannot be exported as {format!r}: {error}\nA SavedModel "
-            "(format='tf_saved_model') takes every TensorFlow operation."
+            "(format='tf_saved_model') supports every TensorFlow operation."
         ) from error
 
 
 @contextlib.contextmanager
-def _quiet(wanted: bool) -> Iterator[None]:
-    """Keeps TensorFlow from telling where it writes, which is not where the file ends up."""
+def _quiet(enabled: bool) -> Iterator[None]:
+    """Hides TensorFlow's log of where it writes, since the file is moved afterwards."""
     logger = tf.get_logger()
     level = logger.level
-    if wanted:
+    if enabled:
         logger.setLevel(max(level, logging.WARNING))
     try:
         yield
@@ -246,37 +246,37 @@ def _compare(served: Served, path: pathlib.Path, format: str) -> None:
     batch = {spec.name: random_array(spec) for spec in specs}
     expected = served.expected(keras.tree.pack_sequence_as(served.signature, list(batch.values())))
     try:
-        found = _RUNTIMES[format](path, batch)
+        actual = _RUNTIMES[format](path, batch)
     except ModuleNotFoundError:
-        return  # Its runtime is not installed: there is nothing to open it with.
+        return  # Without its runtime, the file cannot be checked.
     except Exception as error:
         raise ValueError(
-            f"The exported file is refused by its own runtime. Received: format={format!r}: "
+            f"The runtime cannot run the exported file. Received: format={format!r}: "
             f"{error}\n{_advice(error)}"
         ) from error
-    for name, right in expected.items():
-        scale = max(1.0, float(np.max(np.abs(right), initial=0.0)))
-        if name not in found or not np.allclose(
-            found[name], right, rtol=0, atol=_TOLERANCE[format] * scale, equal_nan=True
+    for name, output in expected.items():
+        scale = max(1.0, float(np.max(np.abs(output), initial=0.0)))
+        if name not in actual or not np.allclose(
+            actual[name], output, rtol=0, atol=_TOLERANCE[format] * scale, equal_nan=True
         ):
             raise ValueError(
-                f"The exported file computes something else than the ensemble in output "
-                f"{name!r}. Received: format={format!r}. Export a SavedModel instead."
+                f"The exported file and the ensemble disagree on output {name!r}. "
+                f"Received: format={format!r}. Export a SavedModel instead."
             )
 
 
 def _advice(error: Exception) -> str:
     if "Erfc" in str(error):
         return (
-            "This is the exact GELU, which tf2onnx writes as an operator that ONNX does not have: "
-            "use `keras.activations.gelu(x, approximate=True)`, or export a SavedModel."
+            "The cause is the exact GELU, which tf2onnx converts to an operator that ONNX does not "
+            "have: use `keras.activations.gelu(x, approximate=True)`, or export a SavedModel."
         )
     if "Select TensorFlow op" in str(error):
         return (
-            "LiteRT alone does not have all of its operations. A recurrent layer is one of the "
-            "common reasons: make it with `unroll=True`, or export a SavedModel."
+            "The model uses operations that LiteRT does not support. A common cause is a recurrent "
+            "layer: make it with `unroll=True`, or export a SavedModel."
         )
-    return "A SavedModel (format='tf_saved_model') takes every TensorFlow operation."
+    return "A SavedModel (format='tf_saved_model') supports every TensorFlow operation."
 
 
 def _run_saved_model(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
@@ -291,7 +291,7 @@ def _run_onnx(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
     if importlib.util.find_spec("onnxruntime") is None:
         import onnx  # noqa: PLC0415
 
-        # It knows at least which operators there are.
+        # The checker does not run the file, but it rejects unknown operators.
         onnx.checker.check_model(str(path), full_check=True)
     import onnxruntime  # noqa: PLC0415
 
@@ -309,10 +309,10 @@ def _run_litert(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
 def _run_openvino(path: pathlib.Path, inputs: dict[str, np.ndarray]) -> Outputs:
     import openvino  # noqa: PLC0415
 
-    # On some processors the default is bfloat16, which has three digits.
+    # On some processors the default is bfloat16, which has about three significant digits.
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
-    found = openvino.Core().compile_model(str(path), "CPU", precise)(inputs)
-    return {name: array for output, array in found.items() for name in output.get_names()}
+    results = openvino.Core().compile_model(str(path), "CPU", precise)(inputs)
+    return {name: array for output, array in results.items() for name in output.get_names()}
 
 
 _RUNTIMES: dict[str, Callable[[pathlib.Path, dict[str, np.ndarray]], Outputs]] = {
@@ -324,9 +324,9 @@ _RUNTIMES: dict[str, Callable[[pathlib.Path, dict[str, np.ndarray]], Outputs]] =
 
 
 def random_array(spec: Any, rows: int = 2) -> Any:
-    """A random batch of one input.
+    """A random batch for one input.
 
-    Open dimensions are given 16; integers are 0 or 1, which every vocabulary has.
+    Unknown dimensions are set to 16; integers are 0 or 1, which are valid in every vocabulary.
     """
     rng = np.random.default_rng(0)
     shape = (rows, *(16 if size is None else size for size in spec.shape[1:]))

@@ -1,4 +1,4 @@
-"""Many members -> one Functional model, in which what members share is computed once."""
+"""Merges all members into one Functional model; what they share is computed once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,23 +19,23 @@ from snapshot_ensemble.storage.weight_files import set_weights
 
 
 class Merger:
-    """Lays the graphs of all members over each other.
+    """Merges the graphs of all members into one.
 
-    Every layer whose weights are equal in all members is made once, and called once for the same
-    inputs: what depends on shared layers alone is one computation. From the first layer that
-    differs on, each member has its own.
+    A layer whose weights are equal in all members is created once, and called once for the same
+    inputs, so that computations which depend on shared layers alone are not repeated. After the
+    first layer that differs, each member has its own computation.
 
     Args:
         model: A Functional or Sequential model.
         members: The weights of each member, in the order of `model.weights`.
-        reserved: Names that no layer may take.
+        reserved: Names that layers must not have.
     """
 
     def __init__(
         self, model: keras.Model, members: Sequence[Weights], reserved: Sequence[str]
     ) -> None:
         self._members = members
-        self._place = {id(variable): i for i, variable in enumerate(model.weights)}
+        self._index = {id(variable): i for i, variable in enumerate(model.weights)}
         first = members[0]
         self._equal = [
             all(member[i] is first[i] or np.array_equal(member[i], first[i]) for member in members)
@@ -59,8 +59,8 @@ class Merger:
         return run_graph(graph, inputs, call)
 
     def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
-        places = [self._place[id(v)] for v in getattr(operation, "weights", ())]
-        owner = None if all(self._equal[i] for i in places) else member
+        indices = [self._index[id(v)] for v in getattr(operation, "weights", ())]
+        owner = None if all(self._equal[i] for i in indices) else member
         key = (id(operation), owner, identity((args, kwargs)))
         if key in self._called:
             return self._called[key][0]
@@ -70,12 +70,12 @@ class Merger:
             made = clone_operation(operation, self._free_name(prefix + operation.name))
             self._made[id(operation), owner] = made
             result = made(*args, **kwargs)
-            if places:
-                set_weights(made, [self._members[member][i] for i in places])
+            if indices:
+                set_weights(made, [self._members[member][i] for i in indices])
             copy_assets(operation, made)
         else:
             result = made(*args, **kwargs)
-        # The arguments are kept, so that no other object takes their identity.
+        # The arguments are kept alive, so that no new object can get the same id.
         self._called[key] = (result, args, kwargs)
         return result
 
@@ -93,25 +93,25 @@ def merge(
     members: Sequence[Weights],
     combine: Callable[[list[Any]], Any],
 ) -> keras.Model:
-    """One Functional model, of stock layers and operations, that combines the members.
+    """One Functional model of Keras's own layers and operations that combines the members.
 
     Args:
-        model: The model whose weights the members are; Functional or Sequential, and built.
+        model: The model that the weights belong to; Functional or Sequential, and built.
         members: The weights of each member.
-        combine: Takes the list of the members' symbolic outputs, returns the combined ones.
+        combine: Takes the list of the members' symbolic outputs and returns the combined ones.
 
     Returns:
-        A `keras.Model` with the inputs' structure and names and the outputs' structure and
-        names of `model`, compiled as it is.
+        A `keras.Model` with the structure and names of the inputs and outputs of `model`,
+        compiled with its loss and metrics.
 
     Raises:
-        ValueError: If the model is no graph of layers.
+        ValueError: If the model is not a graph of layers.
     """
     graph = graph_of(model)
     if graph is None:
         raise ValueError(
-            "Only a Functional or Sequential model can be laid out as one Keras model, since a "
-            f"subclass runs code of its own. Received: model={model.name!r} of class "
+            "Only a Functional or Sequential model can be merged into one Keras model, because a "
+            f"subclassed model runs its own code. Received: model={model.name!r} of class "
             f"{type(model).__name__}. `export(filepath)` to a SavedModel works for every model."
         )
     inputs = keras.tree.map_structure(
@@ -123,23 +123,23 @@ def merge(
     names = [tensor.name for tensor in keras.tree.flatten(inputs)]
     merger = Merger(model, members, [*names, *graph.output_names])
     combined = combine([merger.outputs(graph, inputs, k) for k in range(len(members))])
-    # The last layer of an output gives it its name.
+    # An output is named after its last layer.
     named = [
         keras.layers.Identity(name=name, dtype=output.dtype)(output)
         for name, output in zip(graph.output_names, keras.tree.flatten(combined), strict=True)
     ]
     outputs = keras.tree.pack_sequence_as(graph.output, named)
     merged = keras.Model(inputs, outputs, name=model.name)
-    # With plain SGD, which adds no slots to its file.
+    # With plain SGD, which has no slot variables to save.
     compile_like(merged, model)
     return merged
 
 
 def clone_operation(operation: Any, name: str) -> Any:
-    """A layer or operation of its own with the same configuration, under another name."""
+    """A new layer or operation with the same configuration and another name."""
     config = operation.get_config()
     config["name"] = name
     if isinstance(operation, keras.layers.Lambda):
-        # In this process its function is the user's own: nothing is read from a file.
+        # Safe: the function is the user's own object and is not read from a file.
         return type(operation).from_config(config, safe_mode=False)
     return type(operation).from_config(config)

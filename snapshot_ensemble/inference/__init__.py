@@ -1,6 +1,5 @@
-"""From members to outputs.
+"""Prediction with the members.
 
-`x` comes in through `ensemble.predict` and goes to `member_pool`, which picks the members and the
-graph that runs them; `members_model` is that graph, and `combining` makes one output of theirs.
-May import `storage` and `keras_compat`.
+`member_pool` selects the members and the graph that runs them, `members_model` is that graph, and
+`combining` combines the members' outputs into one. May import `storage` and `keras_compat`.
 """

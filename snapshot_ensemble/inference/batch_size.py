@@ -1,4 +1,4 @@
-"""How many rows to predict at once where the user did not say."""
+"""The default batch size of predictions."""
 
 import math
 from typing import Any
@@ -10,15 +10,15 @@ import tensorflow as tf
 from snapshot_ensemble.keras_compat.layer_graph import all_layers, calls_of, graph_of
 from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step, is_stock_layer
 
-# What Keras takes, and the most that is worth it: entering the graph costs nothing any more.
+# Keras's default, and the largest useful size: beyond it the overhead per batch is negligible.
 KERAS, MOST = 32, 1024
-# In bytes: the largest tensor of a batch, so that what one layer leaves for the next stays in the
-# processor's cache.
+# In bytes: an upper bound on the largest tensor of a batch, so that what one layer passes to the
+# next stays in the processor's cache.
 CACHE = 2**20
 
 
 def are_arrays(x: Any) -> bool:
-    """Whether data can be gone through again and again, in the same order and any batches."""
+    """Whether data can be read repeatedly, in the same order and in batches of any size."""
     return all(isinstance(leaf, (np.ndarray, tf.Tensor)) for leaf in keras.tree.flatten(x))
 
 
@@ -31,22 +31,21 @@ def batch_size_for(
     callbacks: Any = None,
     **_: Any,
 ) -> dict[str, int]:
-    """What to add to the arguments of `predict`: nothing where the user counts in batches."""
+    """The arguments to add to `predict`; none if the user depends on the size of batches."""
     if batch_size is not None or steps is not None or callbacks or not are_arrays(x):
         return {}
-    # TensorFlow warns where graphs are traced and then hardly used: so in eight batches or more.
-    share = len(keras.tree.flatten(x)[0]) // 8
-    return {"batch_size": max(KERAS, min(rows_at_once(model), share))}
+    # At least eight batches: TensorFlow warns of retracing if a traced graph is hardly used.
+    eighth = len(keras.tree.flatten(x)[0]) // 8
+    return {"batch_size": max(KERAS, min(rows_at_once(model), eighth))}
 
 
 def rows_at_once(model: keras.Model) -> int:
-    """The number of rows in a batch that a model predicts with the least cost a row.
+    """The batch size with the lowest cost per row.
 
-    Entering a graph costs as much as a small dense layer's work on hundreds of rows, so small
-    layers take more rows than the 32 of Keras: a power of two up to 1024, as long as the largest
-    tensor between layers fits a cache. It is 32 for models in which a row's output might
-    depend on its batch, and that is whatever is not known to be otherwise: all but graphs of
-    Keras's own layers, run in inference mode.
+    Running a graph once costs as much as a small dense layer's work on hundreds of rows, so models
+    of small layers get more rows than Keras's 32: a power of two up to 1024, as long as the largest
+    tensor between layers fits into a cache. It stays 32 if a row's output might depend on the other
+    rows of its batch, that is, for all models but graphs of Keras's own layers in inference mode.
 
     Args:
         model: A built model of any kind.
@@ -55,12 +54,12 @@ def rows_at_once(model: keras.Model) -> int:
     if graph is None or has_own_predict_step(model):
         return KERAS
     layers = all_layers(model)
-    if not all(map(_keeps_rows_apart, layers)):
+    if not all(map(_treats_rows_independently, layers)):
         return KERAS
     largest = 1
     for inner in (graph, *filter(None, map(graph_of, layers))):
         for operation in inner.operations:
-            if not _keeps_rows_apart(operation):
+            if not _treats_rows_independently(operation):
                 return KERAS
             for arguments, outputs in calls_of(operation):
                 if arguments.get("training"):
@@ -69,12 +68,12 @@ def rows_at_once(model: keras.Model) -> int:
                     if tensor.shape[:1] != (None,) or None in tensor.shape[1:]:
                         return KERAS
                     largest = max(largest, 4 * math.prod(tensor.shape[1:]))  # Bytes of float32.
-    fitting = 2 ** int(math.log2(max(CACHE / largest, 1)))
-    return min(max(fitting, KERAS), MOST)
+    rows_in_cache = 2 ** int(math.log2(max(CACHE / largest, 1)))
+    return min(max(rows_in_cache, KERAS), MOST)
 
 
-def _keeps_rows_apart(operation: Any) -> bool:
-    """Whether it is one of Keras's own layers, of a kind that treats each row by itself."""
+def _treats_rows_independently(operation: Any) -> bool:
+    """Whether it is a Keras layer whose output for a row does not depend on other rows."""
     if isinstance(operation, keras.Model):
         return graph_of(operation) is not None
     if isinstance(operation, keras.layers.Lambda) or getattr(operation, "stateful", False):

@@ -1,4 +1,4 @@
-"""Models like the user's: one member as a model of its own, and what it is compiled with."""
+"""Clones of the user's model: one member as a separate model, compiled like the original."""
 
 import contextlib
 import tempfile
@@ -17,7 +17,7 @@ from snapshot_ensemble.storage.weight_files import set_weights
 
 
 class Member(keras.Model):
-    """One member of an ensemble whose model cannot be cloned: the model with other weights."""
+    """One member of an ensemble whose model cannot be cloned: runs the model with other weights."""
 
     def __init__(self, model: keras.Model) -> None:
         super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
@@ -30,7 +30,7 @@ class Member(keras.Model):
             return member_outputs(model, own, inputs)
 
         self._run = run
-        # Keras lists trainable weights first; arrays come in the model's order.
+        # Keras lists trainable weights first; arrays are in the order of `model.weights`.
         self.in_model_order = own
         self.built = True
 
@@ -46,16 +46,16 @@ class Member(keras.Model):
 
 
 def blank_member(model: keras.Model) -> keras.Model:
-    """A model of its own with the architecture of `model` and weights to be set, not compiled."""
+    """A new model with the architecture of `model`, not compiled, whose weights are to be set."""
     try:
-        # Numbers for weights that are given anyway would take time, and memory for a while.
+        # Drawing initial weights that are overwritten anyway would cost time and memory.
         with random_initializers_replaced(lambda _: keras.initializers.Zeros()):
-            # Not through `clone_model`, which stumbles over losses and metrics without a config.
+            # Not with `clone_model`, which fails if a loss or metric has no config.
             member = type(model).from_config(model.get_config())
             if not member.built:
                 member.build_from_config(model.get_build_config())
         if [v.shape for v in member.weights] != [v.shape for v in model.weights]:
-            raise ValueError("Its config does not say what it is.")
+            raise ValueError("The config does not describe the model.")
         copy_assets(model, member)
     except Exception:
         member = Member(model)
@@ -63,7 +63,7 @@ def blank_member(model: keras.Model) -> keras.Model:
 
 
 def build_member(model: keras.Model, weights: Weights) -> keras.Model:
-    """A model of its own with the architecture of `model` and these weights, compiled alike."""
+    """A new model with the architecture of `model` and these weights, compiled like it."""
     member = blank_member(model)
     set_weights(member, weights)
     compile_like(member, model, optimizer=_copy(compile_arguments(model)["optimizer"]))
@@ -71,46 +71,46 @@ def build_member(model: keras.Model, weights: Weights) -> keras.Model:
 
 
 def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd") -> None:
-    """Compiles `target` with the loss and metrics of `model`, and an optimizer of its own."""
+    """Compiles `target` with the loss and metrics of `model`, and its own optimizer."""
     arguments = {**compile_arguments(model), "optimizer": optimizer}
     for name in ("metrics", "weighted_metrics"):
         arguments[name] = keras.tree.map_structure(_copy, arguments[name])
     keras.Model.compile(target, **arguments)
 
 
-def _copy(thing: Any) -> Any:
-    """A new optimizer or metric like the one given, with a state of its own where it can."""
-    if not isinstance(thing, (keras.Optimizer, keras.Metric)):
-        return thing
+def _copy(original: Any) -> Any:
+    """A copy of an optimizer or metric with its own state; if that fails, the original."""
+    if not isinstance(original, (keras.Optimizer, keras.Metric)):
+        return original
     try:
-        # A lambda in it, such as a rate, is not read from a file but used as it is.
+        # Keras warns of lambdas in a config, but this one is not read from a file.
         with warnings_ignored():
-            return type(thing).from_config(thing.get_config())
+            return type(original).from_config(original.get_config())
     except Exception:
-        return thing
+        return original
 
 
 @contextlib.contextmanager
 def metrics_lent(model: keras.Model) -> Iterator[None]:
-    """Lends a model's metrics and gives them back as they were.
+    """Resets a model's metrics for the duration of a block and then restores their state.
 
-    For those that cannot be made anew from a config, which are shared with the user's model.
+    This matters for metrics that cannot be copied and are shared with the user's model.
     """
     config = compile_arguments(model)
     leaves = keras.tree.flatten([config["metrics"], config["weighted_metrics"]])
     metrics = [leaf for leaf in leaves if isinstance(leaf, keras.Metric)]
-    state = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
+    saved = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
     for metric in metrics:
         metric.reset_state()
     try:
         yield
     finally:
-        for variable, value in state:
+        for variable, value in saved:
             variable.assign(value)
 
 
 def copy_assets(layer: Any, clone: Any) -> None:
-    """Carries over what is neither configuration nor weights, such as an adapted vocabulary."""
+    """Copies what is neither configuration nor weights, such as an adapted vocabulary."""
     if not isinstance(layer, keras.layers.Layer):
         return
     for own, other in zip(all_layers(layer), all_layers(clone), strict=True):

@@ -1,8 +1,8 @@
-"""Many members' outputs into one: the same functions for arrays and for the graph.
+"""Combinations of the members' outputs, for arrays and graph tensors alike.
 
 Every function takes a stack with the members on its first axis. Classes are combined in
-probability space; an output of logits goes there and comes back as log-probabilities (for
-sigmoids: log-odds), through log-sums of exponentials, so that nothing is lost at either end.
+probability space. Logits are combined as log-probabilities (for sigmoids: log-odds) by log-sum-exp,
+which is the same without loss of precision near 0 and 1.
 """
 
 import math
@@ -17,14 +17,14 @@ from keras import ops
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 
-# Lifts the winner of a drawn vote above its equals: enough to show in float32, also in a
-# logarithm, and far below one vote.
+# Raises the winner of a tied vote above the other tied classes: large enough to be visible in
+# float32, also in a logarithm, and far less than one vote.
 _TIE = 1e-6
 _TINY = float(np.finfo("float32").tiny)
 
 
-def _beside(weights: Any, stack: Any) -> np.ndarray:
-    """Weights in the stack's type and rank: plain arrays, which every exporter takes."""
+def _broadcastable(weights: Any, stack: Any) -> np.ndarray:
+    """Weights in the stack's dtype and rank: plain arrays, which every exporter supports."""
     dtype = keras.backend.standardize_dtype(stack.dtype)
     return np.asarray(weights, dtype).reshape([-1] + [1] * (len(stack.shape) - 1))
 
@@ -32,7 +32,7 @@ def _beside(weights: Any, stack: Any) -> np.ndarray:
 def _mean(stack: Any, weights: Any) -> Any:
     if weights is None:
         return ops.mean(stack, axis=0)
-    return ops.sum(stack * _beside(weights, stack), axis=0)
+    return ops.sum(stack * _broadcastable(weights, stack), axis=0)
 
 
 def _log_mean(log_stack: Any, weights: Any) -> Any:
@@ -40,14 +40,14 @@ def _log_mean(log_stack: Any, weights: Any) -> Any:
     if weights is None:
         return ops.logsumexp(log_stack, axis=0) - math.log(log_stack.shape[0])
     with np.errstate(divide="ignore"):
-        # A weight of 0 gives -inf, which the log-sum takes as a term that is not there.
-        log_weights = np.log(_beside(weights, log_stack))
+        # A weight of 0 becomes -inf, which contributes nothing to the log-sum.
+        log_weights = np.log(_broadcastable(weights, log_stack))
     return ops.logsumexp(log_stack + log_weights, axis=0)
 
 
 def _one_hot_of_largest(scores: Any, classes: int) -> Any:
-    """1 for the largest on the last axis (of equals, the first), 0 for the others."""
-    # Not by `argmax`, for which Keras reads bits that exporters have no operator for.
+    """1 for the largest value on the last axis (the first one of a tie), 0 for the others."""
+    # Not with `argmax`: Keras implements it with bit casts, which exporters do not support.
     largest = ops.top_k(scores, 1)[1]
     return ops.one_hot(ops.squeeze(largest, axis=-1), classes, dtype=scores.dtype)
 
@@ -66,30 +66,30 @@ def _vote_classes(stack: Any, logits: bool) -> Any:
     classes = stack.shape[-1]
     votes = _one_hot_of_largest(stack, classes)
     share = ops.mean(votes, axis=0)
-    # Log-probabilities are in the order of probabilities, which is all that a tie asks for.
+    # Only the order matters for breaking ties, so log-probabilities will do.
     order = mean(stack, "multiclass", logits)
-    first = share >= ops.max(share, axis=-1, keepdims=True)
+    at_top = share >= ops.max(share, axis=-1, keepdims=True)
     lowest = ops.min(order, axis=-1, keepdims=True) - 1
-    winner = _one_hot_of_largest(ops.where(first, order, lowest), classes)
-    drawn = ops.sum(ops.cast(first, stack.dtype), axis=-1, keepdims=True) > 1
-    lifted = share * (1 + _TIE * winner)
-    lifted = lifted / ops.sum(lifted, axis=-1, keepdims=True)
-    return ops.where(drawn, lifted, share)
+    winner = _one_hot_of_largest(ops.where(at_top, order, lowest), classes)
+    tied = ops.sum(ops.cast(at_top, stack.dtype), axis=-1, keepdims=True) > 1
+    raised = share * (1 + _TIE * winner)
+    raised = raised / ops.sum(raised, axis=-1, keepdims=True)
+    return ops.where(tied, raised, share)
 
 
 def _vote_yes(stack: Any, logits: bool) -> Any:
-    """The share of members that vote yes, each unit for itself."""
+    """The share of members that vote yes, for each unit separately."""
     threshold = 0.0 if logits else 0.5
     share = ops.mean(ops.cast(stack > threshold, stack.dtype), axis=0)
-    drawn_yes = ops.logical_and(ops.equal(share, 0.5), mean(stack, "binary", logits) > threshold)
-    return ops.where(drawn_yes, share * (1 + _TIE), share)
+    tied_yes = ops.logical_and(ops.equal(share, 0.5), mean(stack, "binary", logits) > threshold)
+    return ops.where(tied_yes, share * (1 + _TIE), share)
 
 
 def vote(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
     """The share of members that vote for each class.
 
-    Equal shares at the top are settled by the members' mean: the winner's share is raised by
-    one millionth of itself, so that `argmax` finds it (`> 0.5` for a yes or no).
+    Ties are broken by the members' mean: the winner's share is raised by one millionth of itself,
+    so that `argmax` (for binary and multilabel outputs, `> 0.5`) selects it.
     """
     if task == "multiclass":
         share = _vote_classes(stack, logits)
@@ -105,8 +105,9 @@ def _log(probabilities: Any) -> Any:
 def geometric(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
     """The geometric mean of the members' probabilities, normalised.
 
-    The mean of log-probabilities (of log-odds for binary and multilabel). Probabilities of 0
-    are taken as the smallest positive number, yes-or-no ones within Keras's epsilon of 0 and 1.
+    This is the mean of log-probabilities (of log-odds for binary and multilabel). Probabilities of
+    0 are raised to the smallest normal float32; those of binary and multilabel outputs are clipped
+    to Keras's epsilon from 0 and 1.
     """
     if task == "multiclass":
         logs = ops.log_softmax(stack, axis=-1) if logits else log_of(stack)
@@ -120,7 +121,7 @@ def geometric(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
 
 
 def median(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
-    """The middle value, of an even number of members the mean of the two middle ones."""
+    """The middle value; for an even number of members, the mean of the two middle ones."""
     ordered = ops.sort(stack, axis=0)
     count = stack.shape[0]
     return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
@@ -129,34 +130,34 @@ def median(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
 def temper(combined: Any, task: str, logits: bool, temperature: float) -> Any:
     """Combined probabilities with their logarithms divided by the temperature, normalised.
 
-    For binary and multilabel it divides the log-odds. The largest class stays the largest, also
-    where rounding would make it equal to another.
+    For binary and multilabel, the log-odds are divided. The most probable class stays the same,
+    even if rounding would make it equal to another one.
     """
     if task == "multiclass":
         logs = combined if logits else log_of(combined)
-        cooled = (ops.log_softmax if logits else ops.softmax)(logs / temperature, axis=-1)
+        tempered = (ops.log_softmax if logits else ops.softmax)(logs / temperature, axis=-1)
         classes = combined.shape[-1]
         winner = _one_hot_of_largest(combined, classes)
-        kept = ops.sum(winner * _one_hot_of_largest(cooled, classes), axis=-1, keepdims=True)
-        top = ops.max(cooled, axis=-1, keepdims=True)
-        lifted = ops.where(winner > 0, top + _TIE if logits else top * (1 + _TIE), cooled)
-        return ops.where(kept > 0, cooled, lifted)
+        kept = ops.sum(winner * _one_hot_of_largest(tempered, classes), axis=-1, keepdims=True)
+        top = ops.max(tempered, axis=-1, keepdims=True)
+        raised = ops.where(winner > 0, top + _TIE if logits else top * (1 + _TIE), tempered)
+        return ops.where(kept > 0, tempered, raised)
     if logits:
         return combined / temperature
-    cooled = ops.sigmoid((log_of(combined) - log_of_rest(combined)) / temperature)
-    no_more = ops.where(combined < 0.5, ops.minimum(cooled, 0.5 - _TIE), cooled)
-    return ops.where(combined > 0.5, ops.maximum(cooled, 0.5 + _TIE), no_more)
+    tempered = ops.sigmoid((log_of(combined) - log_of_complement(combined)) / temperature)
+    at_most = ops.where(combined < 0.5, ops.minimum(tempered, 0.5 - _TIE), tempered)
+    return ops.where(combined > 0.5, ops.maximum(tempered, 0.5 + _TIE), at_most)
 
 
 def log_of(probabilities: Any) -> Any:
-    """The logarithm, of 0 that of the smallest positive number of float32."""
+    """The logarithm; values below the smallest normal float32 are raised to it."""
     return ops.log(ops.maximum(probabilities, _TINY))
 
 
-def log_of_rest(probabilities: Any) -> Any:
-    """The logarithm of one minus each, of 1 that of half the step below it.
+def log_of_complement(probabilities: Any) -> Any:
+    """The logarithm of `1 - p`; for `p = 1`, of half the spacing of floats below 1.
 
-    A float32 sigmoid that shows 1 may be that much below.
+    A sigmoid that is rounded to 1 may have been smaller by that much.
     """
     half_step = float(np.finfo(keras.backend.standardize_dtype(probabilities.dtype)).epsneg) / 2
     return ops.log(ops.maximum(1 - probabilities, half_step))
@@ -182,7 +183,7 @@ def check_combine(combine: Any) -> None:
 
 
 def check_meanings(combine: str, meanings: Sequence[Any]) -> None:
-    """Raises `ValueError` if the combination makes no sense for the task of an output."""
+    """Raises `ValueError` if the combination is not defined for the task of an output."""
     for i, meaning in enumerate(meanings):
         if combine in _CLASSES_ONLY and not meaning.is_classes:
             raise ValueError(
@@ -204,50 +205,50 @@ def combine_outputs(
     weights: Any = None,
     temperature: float = 1.0,
 ) -> Any:
-    """Combines whole structures of outputs.
+    """Combines the members' outputs, which may be nested structures.
 
     Args:
-        members: Each member's outputs, all of one structure.
+        members: Each member's outputs, all in the same structure.
         combine: A key of `COMBINATIONS`.
         meanings: An `Output` (with `task` and `logits`) for each flat output.
-        weights: For `"weighted"`: one a member, summing to 1.
+        weights: For `"weighted"`: one per member, summing to 1.
         temperature: What the logarithms of combined probabilities are divided by.
 
     Returns:
-        The combined outputs, float32 or better, in the structure of one member's.
+        The combined outputs, at least float32, in the structure of one member's outputs.
 
     Raises:
-        ValueError: If the combination makes no sense for the task of an output.
+        ValueError: If the combination is not defined for the task of an output.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
     check_meanings(combine, meanings)
     combined = []
     for i, meaning in enumerate(meanings):
-        stack = ops.stack([_wide(outputs[i]) for outputs in flat])
+        stack = ops.stack([_at_least_float32(outputs[i]) for outputs in flat])
         combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
         if temperature != 1 and meaning.is_classes:
             combined[-1] = temper(combined[-1], meaning.task, meaning.logits, temperature)
-        # What is padding in the members' outputs is left out of the scores.
+        # The mask keeps padding out of losses and metrics.
         if (mask := mask_of(flat[0][i])) is not None:
             set_mask(combined[-1], mask)
     return keras.tree.pack_sequence_as(members[0], combined)
 
 
-def _wide(output: Any) -> Any:
-    """float32 at least: half precision loses digits in a mean."""
+def _at_least_float32(output: Any) -> Any:
+    """Casts half precision to float32, since a mean in half precision loses digits."""
     output = ops.convert_to_tensor(output)
     dtype = keras.backend.standardize_dtype(output.dtype)
     return output if dtype == "float64" else ops.cast(output, "float32")
 
 
 def check_members(members: Any, count: int) -> list[int]:
-    """The indices that `members` means among `count` members, or an error."""
+    """The indices that `members` selects out of `count` members, or an error."""
     if members is None:
         return list(range(count))
     if isinstance(members, (list, tuple, range, np.ndarray)):
         try:
             if any(isinstance(member, (bool, np.bool_)) for member in members):
-                raise TypeError  # A mask, which would be read as 0 and 1.
+                raise TypeError  # A boolean mask would be read as the indices 0 and 1.
             chosen = [range(count)[operator.index(member)] for member in members]
         except (IndexError, TypeError):
             raise ValueError(
@@ -255,7 +256,7 @@ def check_members(members: Any, count: int) -> list[int]:
             ) from None
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(
-                "`members` must name at least one member, and none twice. "
+                "`members` must contain at least one index and no duplicates. "
                 f"Received: members={members!r}"
             )
         return chosen
@@ -269,7 +270,7 @@ def check_members(members: Any, count: int) -> list[int]:
 
 
 def check_weights(weights: Any, count: int) -> np.ndarray:
-    """`weights` as float64 that sum to 1, or an error."""
+    """`weights` as float64, normalised to sum to exactly 1, or an error."""
     try:
         array = np.asarray(weights, "float64")
     except (TypeError, ValueError):
@@ -289,12 +290,12 @@ def check_weights(weights: Any, count: int) -> np.ndarray:
 
 
 def weights_of(weights: np.ndarray | None, chosen: list[int]) -> np.ndarray:
-    """The weights of chosen members, summing to 1 again, or an error."""
+    """The weights of the chosen members, rescaled to sum to 1, or an error."""
     if weights is None:
         raise ValueError(
             "`combine='weighted'` needs weights. Received: weights=None. Call "
-            "`fit_weights(x, y)` on held-out data, or set `weights` to one number a member, at "
-            "least 0 and summing to 1."
+            "`fit_weights(x, y)` on held-out data, or set `weights` to one number per member, "
+            "at least 0 and summing to 1."
         )
     weights = weights[chosen]
     if weights.sum() == 0:

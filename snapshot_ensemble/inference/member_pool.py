@@ -1,4 +1,4 @@
-"""The members of an ensemble, and the graphs that run them: all in one, or one after another."""
+"""The members of an ensemble, run in one graph or one after another."""
 
 import dataclasses
 import weakref
@@ -33,7 +33,7 @@ MEMORY_LIMIT = 2**28
 
 
 class PredictArguments(NamedTuple):
-    """The arguments that all methods share which run over data, as for `model.predict`."""
+    """The arguments of `model.predict` that all methods that run over data share."""
 
     batch_size: int | None = None
     verbose: Any = "auto"
@@ -42,13 +42,13 @@ class PredictArguments(NamedTuple):
 
 
 class Combiner(NamedTuple):
-    """Which members run, and what becomes of their outputs.
+    """Which members run, and how their outputs are combined.
 
     Attributes:
         members: The indices of the members.
-        name: Equal names of equal members mean equal results, so that graphs can be kept; its
-            first item says what kind of result.
-        combine: Takes the list of the members' outputs: arrays, tensors or symbols.
+        name: The cache key of the graph, together with the members: equal names mean equal
+            results. Its first item is the kind of result.
+        combine: Takes the list of the members' outputs: arrays, tensors or symbolic tensors.
     """
 
     members: list[int]
@@ -57,12 +57,12 @@ class Combiner(NamedTuple):
 
 
 class MemberPool:
-    """Members of one model, kept in a store, that run together.
+    """The members of one model, whose weights are in a store.
 
     Args:
         model: The compiled model whose weights the members are.
         task: As for `SnapshotEnsemble`.
-        store: Where the members are.
+        store: Holds the members' weights.
         memory_limit: As for `SnapshotEnsemble`.
     """
 
@@ -79,24 +79,24 @@ class MemberPool:
         self.model, self.task, self.store = model, task, store
         self._forget()
 
-    def _forget(self, state: Any = None) -> None:
-        """Drops all graphs, and remembers for which state new ones will be."""
+    def _forget(self, built_for: Any = None) -> None:
+        """Drops all graphs; `built_for` identifies the members and metrics of the next ones."""
         self._tensors: dict[int, list[Any]] = {}
-        # The first array at each place in a model, and the tensor that was made of it.
+        # For each index in `model.weights`, the first array and the tensor made from it.
         self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}
         self._models: dict[Any, MembersModel] = {}
-        self._built_for: Any = state
+        self._built_for: Any = built_for
 
     def __len__(self) -> int:
         return len(self.store.snapshots)
 
     @property
     def learned(self) -> Learned:
-        """What was learned about the members that there are."""
+        """What was learned about the present members."""
         return self.store.record.learned
 
     def learn(self, **changes: Any) -> None:
-        """Changes what was learned, and keeps it where the snapshots are."""
+        """Changes what was learned and saves it with the snapshots."""
         record, before = self.store.record, self.learned
         record.learned = dataclasses.replace(before, **changes)
         try:
@@ -105,13 +105,13 @@ class MemberPool:
             record.learned = before
             raise
 
-    # Which members
+    # Selecting members
 
     def indices(self, members: Any = None) -> list[int]:
-        """The members that an argument `members` means; None: all.
+        """The indices that an argument `members` selects; `None` selects all.
 
         Raises:
-            ValueError: If there are no members, or the argument makes no sense.
+            ValueError: If there are no members, or the argument is invalid.
         """
         if not len(self):
             raise ValueError(
@@ -121,7 +121,7 @@ class MemberPool:
         return check_members(members, len(self))
 
     def default_indices(self, members: Any = None) -> list[int]:
-        """The same, but None means the members that predict by default."""
+        """Like `indices`, but `None` selects the members that predict by default."""
         return self.indices(self.learned.members if members is None else members)
 
     def weights(self, indices: Sequence[int]) -> list[Weights]:
@@ -129,22 +129,22 @@ class MemberPool:
         return [self.store.weights(self.model, index) for index in indices]
 
     def member(self, index: int) -> keras.Model:
-        """One member as a model of its own."""
+        """One member as a separate model."""
         return build_member(self.model, self.store.weights(self.model, index))
 
-    # What becomes of their outputs
+    # Combining their outputs
 
     def meanings(self, outputs: Any) -> list[Output]:
-        """What each of the outputs means."""
+        """The meaning of each flat output."""
         return read_outputs(self.model, self.task, outputs)
 
     def combination(self, combine: str, members: Any) -> tuple[list[int], np.ndarray | None]:
-        """The members of a combination and, if it is weighted, their weights; all checked."""
+        """Checks a combination; returns its members and, if it is weighted, their weights."""
         check_combine(combine)
         indices = self.indices(members) if combine == "weighted" else self.default_indices(members)
         graph = graph_of(self.model)
         if graph is not None:
-            # Of a subclass, the outputs are known only when it runs.
+            # The outputs of a subclassed model are known only once it runs.
             check_meanings(combine, self.meanings(graph.output))
         if combine != "weighted":
             return indices, None
@@ -155,7 +155,7 @@ class MemberPool:
         return indices, weights[weights > 0]
 
     def combiner(self, combine: str, members: Any) -> Combiner:
-        """What combines members by one of the combinations."""
+        """A combiner for one of the named combinations."""
         indices, weights = self.combination(combine, members)
         temperature = self.learned.temperature
         name = (combine, None if weights is None else tuple(weights), temperature)
@@ -168,7 +168,7 @@ class MemberPool:
         return Combiner(indices, name, combined)
 
     def side_by_side(self, members: Any) -> Combiner:
-        """What stacks the members' outputs, the members on the second axis."""
+        """A combiner that stacks the members' outputs on the second axis."""
 
         def stack(outputs: list[Any]) -> Any:
             return keras.tree.map_structure(lambda *o: ops.stack(o, axis=1), *outputs)
@@ -178,18 +178,18 @@ class MemberPool:
     # Running them
 
     def predict(self, x: Any, combiner: Combiner, arguments: PredictArguments) -> Any:
-        """Predicts with all members at once or, where they are too large, one after another."""
-        run = arguments._asdict()
-        run |= batch_size_for(self.model, x, **run)
+        """Predicts with all members at once or, if they are too large, one after another."""
+        options = arguments._asdict()
+        options |= batch_size_for(self.model, x, **options)
         if not self.is_too_large(combiner.members) or not are_arrays(x):
-            return self.members_model(combiner).predict(x, **run)
+            return self.members_model(combiner).predict(x, **options)
         self._forget()
         with self.model.distribute_strategy.scope():
             member = blank_member(self.model)
         outputs = []
         for index in combiner.members:
             self.store.put(member, self.model, index)
-            outputs.append(member.predict(x, **run))
+            outputs.append(member.predict(x, **options))
         combined = combiner.combine(outputs)
         return keras.tree.map_structure(ops.convert_to_numpy, combined)
 
@@ -199,11 +199,11 @@ class MemberPool:
         return len(indices) * trained + frozen > self.memory_limit
 
     def members_model(self, combiner: Combiner, kind: type[MembersModel] = MembersModel) -> Any:
-        """A model that runs members; built once for equal members and names."""
-        # A new `compile` brings other metrics, and maybe another loss.
-        state = (self.store.version, compilation(self.model))
-        if self._built_for != state:
-            self._forget(state)
+        """A model that runs the members; cached by the members and the combiner's name."""
+        # A new `compile` changes the metrics and perhaps the loss.
+        built_for = (self.store.version, compilation(self.model))
+        if self._built_for != built_for:
+            self._forget(built_for)
         key = (tuple(combiner.members), combiner.name)
         if key not in self._models:
             for index in sorted(set(combiner.members) - set(self._tensors)):
@@ -220,20 +220,20 @@ class MemberPool:
         return self._models[key]
 
     def _as_tensors(self, arrays: Weights) -> list[Any]:
-        """Arrays as tensors; one that members share becomes one tensor, by which that is seen."""
+        """Arrays as tensors; an array that members share becomes one and the same tensor."""
         tensors = []
-        for place, array in enumerate(arrays):
-            known, tensor = self._first.get(place, (None, None))
+        for i, array in enumerate(arrays):
+            known, tensor = self._first.get(i, (None, None))
             if known is None or known() is not array:
                 tensor = ops.convert_to_tensor(array)
-                if isinstance(array, np.ndarray):  # And no number.
-                    self._first.setdefault(place, (weakref.ref(array), tensor))
+                if isinstance(array, np.ndarray):  # NumPy scalars have no weak references.
+                    self._first.setdefault(i, (weakref.ref(array), tensor))
             tensors.append(tensor)
         return tensors
 
 
 def check_model(model: Any) -> None:
-    """Raises an error unless it is a compiled Keras model."""
+    """Raises an error unless `model` is a compiled Keras model."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: model={model!r}")
     if not model.compiled or model.optimizer is None:

@@ -1,4 +1,4 @@
-"""Many members, one Keras model: a model is a function, and a member its weights."""
+"""All members as one Keras model, which calls the user's model with each member's weights."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step
 
 
 def identity(structure: Any) -> Any:
-    """A key that is equal for the same tensors and equal plain values."""
+    """A hashable key, equal for identical tensors and equal plain values."""
     return tuple(
         id(leaf) if isinstance(leaf, keras.KerasTensor) or keras.ops.is_tensor(leaf) else repr(leaf)
         for leaf in keras.tree.flatten(structure)
@@ -25,13 +25,13 @@ def identity(structure: Any) -> Any:
 
 
 class SharedCalls:
-    """The calls that members have in common, so that each is made once for all of them.
+    """The layer calls that all members have in common, so that each is made only once.
 
-    These are the calls of layers whose weights are the very same objects in all members, on inputs
-    that such layers gave: a frozen backbone, preprocessing.
+    A call is shared if the layer's weights are the same objects in all members and its inputs come
+    from shared calls: a frozen backbone, for example, or preprocessing.
 
     Args:
-        model: A model of any kind; in one that is no graph there is nothing to find.
+        model: A model of any kind; only graphs of layers have shared calls.
         members: The weights of each member, in the order of `model.weights`.
     """
 
@@ -40,7 +40,7 @@ class SharedCalls:
         equal = [all(m[i] is first[i] for m in rest) for i in range(len(first))]
         self._differs = {id(v) for v, e in zip(model.weights, equal, strict=True) if not e}
         self._top = graph_of(model)
-        # A prediction step of the user's own may do anything with its inputs.
+        # A custom `predict_step` may do anything with its inputs.
         is_plain_graph = self._top is not None and not has_own_predict_step(model)
         can_share = rest and any(equal) and is_plain_graph
         inside = all_layers(model) if can_share else ()
@@ -49,17 +49,17 @@ class SharedCalls:
 
     @contextlib.contextmanager
     def made_once(self) -> Iterator[None]:
-        """Lets the layers of the graphs remember meanwhile what they returned for which tensors."""
+        """Within the block, shared layers return the same outputs for the same inputs."""
         results: dict[Any, Any] = {}
 
-        def remembering(graph: Any, inputs: Any, call_of: Callable[[Any], Any]) -> tuple[Any, Any]:
+        def with_cache(graph: Any, inputs: Any, call_of: Callable[[Any], Any]) -> tuple[Any, Any]:
             if not any(graph is known for known in self._graphs):
                 return inputs, call_of
-            if graph is self._top:  # What each member receives are casts of the same inputs.
+            if graph is self._top:  # Each member receives its own cast of the same inputs.
                 inputs = results.setdefault("inputs", inputs)
             return inputs, lambda operation: self._once(operation, call_of(operation), results)
 
-        with operations_replaced(remembering) if self._graphs else contextlib.nullcontext():
+        with operations_replaced(with_cache) if self._graphs else contextlib.nullcontext():
             yield
 
     def _once(
@@ -69,21 +69,21 @@ class SharedCalls:
         if any(id(variable) in self._differs for variable in weights):
             return call
 
-        def remembered(*args: Any, **kwargs: Any) -> Any:
+        def cached(*args: Any, **kwargs: Any) -> Any:
             key = (id(operation), identity((args, kwargs)))
             if key not in results:
-                # With its arguments, so that no other object takes their identity.
+                # The arguments are kept alive, so that no new object can get the same id.
                 results[key] = (call(*args, **kwargs), args, kwargs)
             return results[key][0]
 
-        return remembered
+        return cached
 
 
 def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> Any:
-    """What the model predicts for a batch if it has these weights.
+    """What the model predicts for a batch with the given weights.
 
     Args:
-        model: A built model of any kind. Its `predict_step` does the work.
+        model: A built model of any kind; its `predict_step` is called.
         weights: Arrays, tensors or variables, in the order of `model.weights`.
         inputs: One batch.
 
@@ -95,10 +95,10 @@ def member_outputs(model: keras.Model, weights: Sequence[Any], inputs: Any) -> A
 
 
 class MembersModel(keras.Model):
-    """A `keras.Model` that runs every member on each batch and puts their outputs together.
+    """A `keras.Model` that runs every member on each batch and combines their outputs.
 
-    Being one, it takes from Keras all kinds of data, callbacks, the progress bar and distribution
-    over devices, and goes through the data once.
+    As a Keras model, it supports all kinds of data, callbacks, the progress bar and distribution
+    strategies, and reads the data once for all members.
 
     Args:
         model: The model whose weights the members are. It is neither tracked nor changed.
@@ -112,12 +112,12 @@ class MembersModel(keras.Model):
         weights: Sequence[Sequence[Any]],
         combine: Callable[[list[Any]], Any],
     ) -> None:
-        # Inputs reach the members as they are: each casts them by its own policy.
+        # No autocast here: each member casts the inputs by its own dtype policy.
         super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
 
         shared = SharedCalls(model, weights)
 
-        # In a closure, so that Keras takes no variables (nor weight penalties) from the model.
+        # A closure, so that Keras tracks neither the model's variables nor its weight penalties.
         def run(inputs: Any) -> Any:
             with shared.made_once():
                 outputs = [member_outputs(model, member, inputs) for member in weights]

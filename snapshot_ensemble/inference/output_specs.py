@@ -1,4 +1,4 @@
-"""What each output of a model means: which task, and whether it is logits."""
+"""What each output of a model means: its task, and whether it is logits or probabilities."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ _FAMILY = {
     for function in names
     for name in (function, "".join(word.title() for word in function.split("_")))
 }
-# Layers that move values about and leave each as it is: the activation stands before them.
+# Layers that rearrange values without changing them: the activation comes before them.
 _PASS_ON = (
     keras.layers.Reshape,
     keras.layers.Flatten,
@@ -49,11 +49,11 @@ class Output:
     """The meaning of one output.
 
     Attributes:
-        task: `"multiclass"` (the classes lie on the last axis and exclude each other),
+        task: `"multiclass"` (mutually exclusive classes on the last axis),
             `"binary"`, `"multilabel"` or `"regression"`.
-        logits: Whether a classifier gives logits (log-odds for binary and multilabel) rather
+        logits: Whether a classifier outputs logits (log-odds for binary and multilabel) rather
             than probabilities.
-        ignored: The label of what the compiled loss leaves out (`ignore_class`), or None.
+        ignored: The label that the compiled loss ignores (`ignore_class`), or None.
     """
 
     task: str
@@ -66,7 +66,7 @@ class Output:
 
 
 def _loss_family(loss: Any) -> tuple[str | None, bool | None]:
-    """The family of a loss, and its `from_logits` where it has one."""
+    """The family of a loss, and its `from_logits`, or None if it has none."""
     if isinstance(loss, functools.partial):
         family, logits = _loss_family(loss.func)
         return family, loss.keywords.get("from_logits", logits)
@@ -82,7 +82,7 @@ def _loss_family(loss: Any) -> tuple[str | None, bool | None]:
 
 
 def _activation(tensor: Any) -> str | None:
-    """The name of the activation that a Functional model's output tensor went through last."""
+    """The name of the last activation before an output tensor of a Functional model."""
     operation, node, index = source_of(tensor)
     if isinstance(operation, keras.Model):
         outputs = getattr(operation, "outputs", None)
@@ -113,24 +113,24 @@ def _classify(
             task = "regression"
         else:
             raise ValueError(
-                f"The task of {where} cannot be read off the model. Received: loss={loss!r} with "
-                f"last activation {activation!r}. Pass `task=` with one of {TASKS}."
+                f"The task of {where} cannot be inferred from the model. Received: loss={loss!r} "
+                f"with last activation {activation!r}. Pass `task=` with one of {TASKS}."
             )
     if task == "regression" or activation in ("softmax", "sigmoid"):
         return Output(task)
     if from_logits is None:
         if activation is None:
             raise ValueError(
-                f"Whether {where} gives probabilities or logits cannot be read off the model. "
-                f"Received: task={task!r}, loss={loss!r}. End the model in a softmax or sigmoid "
-                "layer, or compile it with a Keras loss, which says so by `from_logits`."
+                f"It cannot be inferred from the model whether {where} is probabilities or logits. "
+                f"Received: task={task!r}, loss={loss!r}. End the model with a softmax or sigmoid "
+                "layer, or compile it with a Keras loss that has `from_logits`."
             )
         from_logits = activation in ("linear", "log_softmax")
     return Output(task, from_logits)
 
 
 def per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) -> list[Any]:
-    """One loss for each flat output, from whatever structure `compile` took."""
+    """One loss for each flat output, from any structure that `compile` accepts."""
     if not isinstance(losses, (list, tuple, dict)):
         return [losses] * count
     if isinstance(losses, dict) and not isinstance(outputs, dict) and names is not None:
@@ -144,7 +144,7 @@ def per_output(losses: Any, outputs: Any, names: list[str] | None, count: int) -
 
 
 def check_task(model: keras.Model, task: Any) -> None:
-    """Raises `ValueError` if it shows before training that the outputs' tasks cannot be told."""
+    """Raises `ValueError` if it is known before training that a task cannot be inferred."""
     for leaf in keras.tree.flatten(task):
         if leaf is not None and leaf not in TASKS:
             raise ValueError(f"`task` must be one of {TASKS}. Received: task={task!r}")
@@ -153,7 +153,7 @@ def check_task(model: keras.Model, task: Any) -> None:
         graph = graph_of(model)
         read_outputs(model, task, model.output if graph is None else graph.output)
     elif len(losses := keras.tree.flatten(model.loss)) == 1:
-        # A model that is not built shows no outputs, and a subclassed one no activations.
+        # Outputs are unknown before a model is built, and activations in a subclassed one.
         layers = model.layers if isinstance(model, keras.Sequential) else ()
         activation = _own_activation(layers[-1]) if layers else None
         for leaf in keras.tree.flatten(task):
@@ -161,18 +161,18 @@ def check_task(model: keras.Model, task: Any) -> None:
 
 
 def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
-    """What each of a model's outputs means.
+    """The meaning of each of a model's flat outputs.
 
     Args:
         model: A compiled model.
         task: `None`, one task for all outputs, or a structure of tasks like the outputs'.
-        outputs: The structure of (symbolic or real) outputs of a call of the model.
+        outputs: The structure of outputs of a call of the model, symbolic or not.
 
     Returns:
         A list of `Output`, in the order of `keras.tree.flatten(outputs)`.
 
     Raises:
-        ValueError: If the task of an output cannot be told, or `task` has another structure.
+        ValueError: If the task of an output cannot be inferred, or `task` has another structure.
     """
     flat = keras.tree.flatten(outputs)
     tasks = keras.tree.flatten(task)
@@ -187,7 +187,7 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
     names = getattr(model, "output_names", None)
     losses = per_output(model.loss, outputs, names, len(flat))
     symbolic = getattr(model, "outputs", None) or [None] * len(flat)
-    found = []
+    specs = []
     for i, tensor in enumerate(flat):
         where = "the model's output" if len(flat) == 1 else f"output {i} of the model"
         activation = None if symbolic[i] is None else _activation(symbolic[i])
@@ -195,10 +195,10 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
         if axis not in (-1, len(tensor.shape) - 1):
             raise ValueError(
                 f"The classes of {where} must lie on the last axis. Received: axis={axis} in "
-                f"loss={losses[i]!r}. End the model in a `Permute` layer."
+                f"loss={losses[i]!r}. End the model with a `Permute` layer."
             )
         units = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         output = _classify(tasks[i], activation, losses[i], units, where)
         ignored = getattr(losses[i], "ignore_class", None) if output.is_classes else None
-        found.append(dataclasses.replace(output, ignored=ignored))
-    return found
+        specs.append(dataclasses.replace(output, ignored=ignored))
+    return specs

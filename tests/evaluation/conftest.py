@@ -1,4 +1,4 @@
-"""Seeds for each test, and ensembles that the tests in this folder share."""
+"""A seed for each test, and ensembles that the tests in this folder share."""
 
 import types
 
@@ -42,13 +42,13 @@ from snapshot_ensemble import SnapshotEnsemble
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    # Clearing the session takes longer than most of these tests, and would break what they share.
+    # No `clear_session`: it is slower than most of these tests and would break shared fixtures.
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="module")
 def digits_report():
-    """Reports without and with weights and a temperature, and what they must agree with."""
+    """Reports without and with member weights and a temperature, and the expected scores."""
     keras.utils.set_random_seed(0)
     x, y = scaled_digits(450)
     model = keras.Sequential(
@@ -82,7 +82,7 @@ def digits_report():
 
 @pytest.fixture(scope="module")
 def diabetes_report():
-    """Four linear models about the one of least squares."""
+    """Four linear models near the least-squares solution, and their report."""
     x, y = load_diabetes(return_X_y=True)
     x, y = 10 * x[:101], ((y[:101] - y.mean()) / y.std())[:, None]
     fitted = np.linalg.lstsq(x, y, rcond=None)[0]
@@ -118,10 +118,10 @@ def convolutional_ensemble():
 
 @pytest.fixture(scope="module")
 def digits_members():
-    """For each kind and form an ensemble, rows it has not seen, and the members' logarithms."""
+    """For each kind an ensemble, held-out data and the members' log-probabilities."""
     pixels, digit = scaled_digits()
     order = np.random.default_rng(7).permutation(len(pixels))
-    train, held = order[:400], order[400:900]
+    train, held_out = order[:400], order[400:900]
     made = {}
 
     def case(kind, logits=False):
@@ -130,31 +130,31 @@ def digits_members():
             outputs = layers.Dense(units, None if logits else activation, name="answer")
             model = keras.Sequential([keras.Input((64,), name="pixels"), outputs])
             model.compile("sgd", loss(from_logits=logits))
-            y, aims = targets_of(kind, digit)
-            members = members_by_least_squares(pixels[train], aims[train])
+            y, targets = targets_of(kind, digit)
+            members = members_by_least_squares(pixels[train], targets[train])
             ens = ensemble_with(eager(model), *members)
-            x = pixels[held]
+            x = pixels[held_out]
             odds = np.stack([x.astype("float64") @ kernel + bias for kernel, bias in members])
             logs = log_probabilities(kind, odds, True)
-            problem = classes(np.exp(picked(logs, y[held])).reshape(len(ens), -1).T)
+            problem = classes(np.exp(picked(logs, y[held_out])).reshape(len(ens), -1).T)
             made[kind, logits] = types.SimpleNamespace(
                 ens=ens,
                 rows=one_batch(x),
-                data=one_batch(x, y[held]),
-                y=y[held],
+                data=one_batch(x, y[held_out]),
+                y=y[held_out],
                 logs=logs,
                 problem=problem,
             )
-        asked = made[kind, logits]
-        asked.ens.weights, asked.ens.temperature = None, 1.0
-        return asked
+        requested = made[kind, logits]
+        requested.ens.weights, requested.ens.temperature = None, 1.0
+        return requested
 
     return case
 
 
 @pytest.fixture(scope="module")
 def informed():
-    """Three members that know something of three classes; traced once."""
+    """Three members whose predictions are better than chance."""
     rng = np.random.default_rng(11)
     members = [
         [

@@ -1,4 +1,4 @@
-"""Averaged models get statistics of batch normalisation of their own, computed from data."""
+"""Averaged models get batch-normalisation statistics that are recomputed from data."""
 
 import keras
 import numpy as np
@@ -34,7 +34,7 @@ def test_statistics_are_those_of_all_rows(batch_size, momentum):
     assert_close(mean, ROWS.mean(axis=0, dtype="float64"))
     assert_close(variance, ROWS.var(axis=0, dtype="float64"))
     assert normalization(averaged).momentum == momentum
-    # All else is the mean of the members.
+    # All other weights are the mean of the members'.
     others = [0, 1, 4, 5]
     expected = mean_by_hand(member_weights(ens))
     assert_all_close(
@@ -54,7 +54,7 @@ def test_statistics_are_those_of_all_rows(batch_size, momentum):
 )
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_statistics_from_all_kinds_of_data(x, normalized_ensemble):
-    # Of one member too, though there is no mean to take.
+    # Also for a single member, whose weights need no averaging.
     mean, variance = statistics(normalized_ensemble.average_weights([0], x=x))
     assert_close(mean, ROWS.mean(axis=0))
     assert_close(variance, ROWS.var(axis=0))
@@ -70,8 +70,8 @@ def test_statistics_from_a_dict_of_inputs():
     assert_close(variance, ROWS.var(axis=0))
 
 
-def reaching(weights, x, batch_size):
-    """What reaches each of the two normalisations of the convolutional net, batch by batch."""
+def normalization_inputs(weights, x, batch_size):
+    """The inputs of the two normalisation layers of the convolutional model, batch by batch."""
     kernel, bias, gamma, beta, _, _, next_kernel, next_bias = weights[:8]
     first, second = [], []
     for start in range(0, len(x), batch_size):
@@ -85,20 +85,22 @@ def reaching(weights, x, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [10, 4])
-def test_later_layers_see_what_earlier_ones_normalise_by_the_batch(
+def test_later_layers_see_outputs_that_are_normalised_by_the_batch(
     batch_size, convolutional_ensemble
 ):
-    # Written out without dropout, which must not be at work.
+    # The reference has no dropout, which must be inactive.
     averaged = convolutional_ensemble.average_weights(x=IMAGES, batch_size=batch_size)
     weights = mean_by_hand(member_weights(convolutional_ensemble))
     for layer, values in zip(
-        (averaged.layers[1], averaged.layers[4]), reaching(weights, IMAGES, batch_size), strict=True
+        (averaged.layers[1], averaged.layers[4]),
+        normalization_inputs(weights, IMAGES, batch_size),
+        strict=True,
     ):
         assert_close(layer.moving_mean.numpy(), values.mean(axis=(0, 1, 2)))
         assert_close(layer.moving_variance.numpy(), values.var(axis=(0, 1, 2)))
 
 
-def test_nested_layers_are_found_and_frozen_ones_left_alone():
+def test_nested_layers_are_recomputed_and_frozen_ones_are_not():
     inner = keras.Input((4,))
     nested = keras.Model(inner, layers.BatchNormalization(name="nested")(inner))
     inputs = keras.Input((4,))
@@ -119,7 +121,7 @@ def test_nested_layers_are_found_and_frozen_ones_left_alone():
 
 
 class WithoutConfig(keras.Model):
-    """Cannot be made anew; its backbone is kept in inference, as for fine-tuning."""
+    """Cannot be cloned; its backbone runs in inference mode, as in fine-tuning."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +156,7 @@ def test_a_subclass_that_cannot_be_cloned(subclassed):
     assert_close(actual[position(id(ens.model.norm.moving_variance))], ROWS.var(axis=0))
 
 
-def test_layers_that_always_work_in_inference_keep_their_statistics(subclassed):
+def test_layers_that_always_run_in_inference_mode_keep_their_statistics(subclassed):
     ens, averaged = subclassed
     position = [id(variable) for variable in ens.model.weights].index
     layer = normalization(ens.model.backbone)

@@ -1,4 +1,4 @@
-"""`calibrate`: the temperature of least loss, and that it changes no decision."""
+"""`calibrate` fits the temperature with the lowest loss; predicted classes do not change."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from snapshot_ensemble.inference.output_specs import Output
 # The temperature
 
 
-def cooled(kind, probabilities, temperature):
+def tempered(kind, probabilities, temperature):
     """`p^(1/T)`, normalised."""
     powers = np.asarray(probabilities, "float64") ** (1 / temperature)
     if kind == "multiclass":
@@ -31,18 +31,18 @@ def cooled(kind, probabilities, temperature):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_temperature_is_that_of_least_loss(kind, digits_members):
+def test_the_temperature_minimises_the_loss(kind, digits_members):
     case = digits_members(kind)
     ens, y = case.ens, case.y
     mean = special.logsumexp(case.logs, axis=0) - np.log(len(ens))
     expected = best_temperature([(1, mean, y)])
-    assert abs(np.log(expected)) > 0.1  # There is something to learn.
+    assert abs(np.log(expected)) > 0.1  # Otherwise there is nothing to fit.
     before = ens.predict(case.rows, verbose=0)
     first = ens.calibrate(case.data, verbose=0)
     assert first == pytest.approx(expected, rel=1e-5)
     assert ens.temperature == first
     after = ens.predict(case.rows, verbose=0)
-    np.testing.assert_allclose(after, cooled(kind, before, first), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(after, tempered(kind, before, first), rtol=1e-4, atol=1e-7)
     assert ens.calibrate(case.data, verbose=0) == first
     by_keras = ens.evaluate(case.data, verbose=0)
     expected_loss = -picked(special.log_softmax(mean / expected, axis=-1), y).mean()
@@ -59,13 +59,13 @@ def test_the_temperature_is_that_of_least_loss(kind, digits_members):
 def test_the_temperature_of_a_combination_of_some_members(digits_members):
     case = digits_members("multiclass")
     case.ens.weights = [0.1, 0.2, 0.3, 0.4, 0]
-    how = {"combine": "weighted", "members": [0, 2]}
+    arguments = {"combine": "weighted", "members": [0, 2]}
     mean = special.logsumexp(case.logs[[0, 2]], axis=0, b=np.array([0.25, 0.75])[:, None, None])
-    actual = case.ens.calibrate(case.data, verbose=0, **how)
+    actual = case.ens.calibrate(case.data, verbose=0, **arguments)
     assert actual == pytest.approx(best_temperature([(1, mean, case.y)]), rel=1e-5)
     mean = special.log_softmax(case.logs[1:3].mean(axis=0), axis=-1)
-    how = {"combine": "geometric", "members": [1, 2]}
-    actual = case.ens.calibrate(case.data, verbose=0, **how)
+    arguments = {"combine": "geometric", "members": [1, 2]}
+    actual = case.ens.calibrate(case.data, verbose=0, **arguments)
     assert actual == pytest.approx(best_temperature([(1, mean, case.y)]), rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def learned(probabilities, labels):
     return learn_temperature([items_of(probabilities, Output("multiclass"))], [truth], [1.0])
 
 
-def test_the_temperature_ends_at_its_bounds():
+def test_the_temperature_stays_within_its_bounds():
     sure = np.array([[0.9, 0.1], [0.2, 0.8]])
     assert learned(sure, [0, 1]) == pytest.approx(0.05, abs=1e-12)
     assert learned(sure, [1, 0]) == pytest.approx(20, abs=1e-12)
@@ -83,16 +83,16 @@ def test_the_temperature_ends_at_its_bounds():
     assert learned(sure, [1, 0]) <= 20
 
 
-def test_probabilities_that_are_all_equal_need_no_temperature():
+def test_uniform_probabilities_keep_the_temperature_1():
     assert learned(np.full((4, 2), 0.5), [0, 1, 1, 0]) == 1
 
 
-def test_temperature_and_weights_are_in_models_exports_and_directories(tmp_path, informed):
+def test_temperature_and_weights_are_exported_and_saved(tmp_path, informed):
     model = eager(dense())
     ens = ensemble_with(model, *member_weights(informed))
     ens.weights, ens.temperature = [0.25, 0, 0.75], 2.5
     probabilities = ens.predict_members(FEATURES, verbose=0)
-    expected = cooled("multiclass", 0.25 * probabilities[0] + 0.75 * probabilities[2], 2.5)
+    expected = tempered("multiclass", 0.25 * probabilities[0] + 0.75 * probabilities[2], 2.5)
     actual = {
         "predict": ens.predict(FEATURES, combine="weighted", verbose=0),
         "to_keras": ens.to_keras("weighted").predict(FEATURES, verbose=0),
@@ -106,12 +106,12 @@ def test_temperature_and_weights_are_in_models_exports_and_directories(tmp_path,
     actual["load"] = loaded.predict(FEATURES, combine="weighted", verbose=0)
     for name, outputs in actual.items():
         np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6, err_msg=name)
-    # Two members' weights are in it, not the third's.
-    held = sum(np.size(variable.numpy()) for variable in served.variables)
-    assert held == 2 * model.count_params()
+    # It contains the weights of two members; the third has weight 0.
+    exported = sum(np.size(variable.numpy()) for variable in served.variables)
+    assert exported == 2 * model.count_params()
 
 
-def test_what_was_learned_goes_when_another_fit_adds_members(informed):
+def test_weights_and_temperature_are_reset_when_a_fit_adds_members(informed):
     model = eager(dense())
     ens = ensemble_of(model, 2, cycles=1, lr_init=0.1)
     ens.weights, ens.temperature = [0.25, 0.75], 2.5
@@ -138,7 +138,7 @@ def test_what_was_learned_goes_when_another_fit_adds_members(informed):
         ([1, 2], TypeError, "`temperature` must be a number. Received: temperature=[1, 2]"),
     ],
 )
-def test_what_is_no_temperature(temperature, error, message, informed):
+def test_invalid_temperatures_are_refused(temperature, error, message, informed):
     informed.weights, informed.temperature = [0.2, 0.3, 0.5], 1.7
     with pytest.raises(error) as caught:
         informed.temperature = temperature
@@ -147,7 +147,7 @@ def test_what_is_no_temperature(temperature, error, message, informed):
     np.testing.assert_allclose(informed.weights, [0.2, 0.3, 0.5])
 
 
-# The likeliest class stays the same at any temperature
+# The predicted class is the same at any temperature
 
 
 TEMPERATURES = st.floats(0.05, 20)
@@ -156,7 +156,7 @@ DTYPES = st.sampled_from(["float32", "float64"])
 
 @st.composite
 def near_ties(draw, highest):
-    """Rows whose largest numbers lie some steps of the type apart, or are equal."""
+    """Rows whose largest numbers are equal or differ by a few floating-point steps."""
     dtype = draw(DTYPES)
     shape = (8, draw(st.integers(2, 6)))
     top = draw(arrays.arrays(dtype, (8, 1), elements=highest))
@@ -170,7 +170,7 @@ def near_ties(draw, highest):
 
 @settings(deadline=None, max_examples=40)
 @given(near_ties(st.floats(0.125, 0.5, width=32)), TEMPERATURES)
-def test_the_likeliest_of_probabilities_stays(drawn, temperature):
+def test_the_most_probable_class_stays_for_probabilities(drawn, temperature):
     near, down, far = drawn
     probabilities = np.where(far, near.min(axis=-1, keepdims=True) * down, near)
     after = np.asarray(temper(probabilities, "multiclass", False, temperature))
@@ -178,7 +178,7 @@ def test_the_likeliest_of_probabilities_stays(drawn, temperature):
     np.testing.assert_array_equal(after.argmax(axis=-1), probabilities.argmax(axis=-1))
     np.testing.assert_allclose(
         after,
-        cooled("multiclass", np.maximum(probabilities, np.finfo("float32").tiny), temperature),
+        tempered("multiclass", np.maximum(probabilities, np.finfo("float32").tiny), temperature),
         rtol=1e-3,
         atol=1e-6,
     )
@@ -186,7 +186,7 @@ def test_the_likeliest_of_probabilities_stays(drawn, temperature):
 
 @settings(deadline=None, max_examples=40)
 @given(near_ties(st.floats(0.125, 0.5, width=32)), TEMPERATURES)
-def test_the_likeliest_of_log_probabilities_stays(drawn, temperature):
+def test_the_most_probable_class_stays_for_log_probabilities(drawn, temperature):
     near, down, far = drawn
     logs = np.log(np.where(far, near.min(axis=-1, keepdims=True) * np.maximum(down, 1e-30), near))
     logs = logs - special.logsumexp(logs, axis=-1, keepdims=True)
@@ -199,13 +199,13 @@ def test_the_likeliest_of_log_probabilities_stays(drawn, temperature):
 
 @settings(deadline=None, max_examples=40)
 @given(near_ties(st.just(0.5)), TEMPERATURES)
-def test_the_side_of_one_half_stays(drawn, temperature):
+def test_binary_probabilities_stay_on_their_side_of_one_half(drawn, temperature):
     near, down, far = drawn
     probabilities = np.where(far, down, near)
     after = np.asarray(temper(probabilities, "binary", False, temperature))
     np.testing.assert_array_equal(np.sign(after - 0.5), np.sign(probabilities - 0.5))
     clear = np.clip(probabilities, 1e-6, 1 - 1e-6)
-    expected = cooled("binary", clear, temperature)
+    expected = tempered("binary", clear, temperature)
     inside = probabilities == clear
     np.testing.assert_allclose(after[inside], expected[inside], rtol=2e-2, atol=2e-6)
     assert ((after >= 0) & (after <= 1)).all()

@@ -1,4 +1,4 @@
-"""Which members predict where nobody says."""
+"""`choose_members`: which members predict by default."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ VALUES = (X[:, :1] * [1, -1]).astype("float32")
 
 
 def ensemble_around(noise, model=None):
-    """Members around one trained net; `noise`: how far from it each is, oldest first."""
+    """Members near one trained model; `noise` is each one's distance, oldest first."""
     model = dense() if model is None else model
     target = VALUES if model.output_shape[-1] == 2 else Y
     model.fit(X, target, epochs=30, verbose=0)
@@ -28,12 +28,13 @@ def ensemble_around(noise, model=None):
 
 
 def by_hand(losses):
-    """The rule written out, of each row's losses for the last 1, 2, … members."""
+    """The reference rule, from each row's losses for the last 1, 2, … members."""
     best = int(np.argmin(losses.mean(axis=1)))
     counts = []
     for k, row in enumerate(losses):
-        apart = row - losses[best]
-        if k == best or apart.mean() <= np.std(apart, ddof=1) / np.sqrt(len(apart)):
+        difference = row - losses[best]
+        error = np.std(difference, ddof=1) / np.sqrt(len(difference))
+        if k == best or difference.mean() <= error:
             counts.append(k + 1)
     return max(counts)
 
@@ -41,7 +42,7 @@ def by_hand(losses):
 @pytest.mark.parametrize(
     "noise", [(2, 1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1), (3, 2, 1, 0), (0, 1, 2, 3), (0.6, 0.4, 0.3)]
 )
-def test_the_most_whose_mean_is_within_a_standard_error_of_the_best(noise):
+def test_it_chooses_the_most_members_within_a_standard_error_of_the_best(noise):
     ens = ensemble_around(noise)
     members = ens.predict_members(X, verbose=0).astype("float64")
     means = [members[-k:].mean(axis=0) for k in range(1, len(noise) + 1)]
@@ -51,12 +52,12 @@ def test_the_most_whose_mean_is_within_a_standard_error_of_the_best(noise):
     np.testing.assert_allclose(ens.predict(X, verbose=0), means[expected - 1], atol=1e-6)
 
 
-def test_early_members_far_away_are_left_out_and_members_alike_are_not():
+def test_poor_early_members_are_left_out_and_identical_ones_are_kept():
     assert ensemble_around((3, 3, 0, 0)).choose_members(X, Y, verbose=0) == 2
     assert ensemble_around((0, 0, 0, 0)).choose_members(X, Y, verbose=0) == 4
 
 
-def test_of_values_the_squared_error_counts():
+def test_regression_is_judged_by_the_squared_error():
     ens = ensemble_around((3, 0.2, 0.1), dense("mse", 2, None))
     members = ens.predict_members(X, verbose=0).astype("float64")
     means = [members[-k:].mean(axis=0) for k in (1, 2, 3)]
@@ -64,7 +65,7 @@ def test_of_values_the_squared_error_counts():
     assert ens.choose_members(X, VALUES, verbose=0) == expected < 3
 
 
-def test_where_it_holds_and_where_not():
+def test_methods_that_use_the_chosen_members_and_those_that_do_not():
     ens = ensemble_around((3, 0.1, 0.1))
     everyone = ens.predict_members(X, verbose=0)
     ens.members = 2
@@ -77,7 +78,7 @@ def test_where_it_holds_and_where_not():
     assert ens.evaluate(X, Y, verbose=0) == pytest.approx(
         -np.mean(np.log(chosen[np.arange(200), Y])), rel=1e-4
     )
-    # Who names members gets them; each member's own output is each member's.
+    # Explicit `members` take precedence, and `predict_members` returns all members.
     np.testing.assert_allclose(ens.predict(X, members=3, verbose=0), everyone.mean(0), atol=1e-6)
     assert len(ens.predict_members(X, verbose=0)) == 3
     ens.weights = [0.5, 0.25, 0.25]
@@ -90,7 +91,7 @@ def test_where_it_holds_and_where_not():
 
 
 @pytest.mark.parametrize("members", [2, [0, 2], None])
-def test_it_is_kept_and_goes_when_the_members_change(members, tmp_path):
+def test_it_is_saved_and_reset_when_the_members_change(members, tmp_path):
     ens = ensemble_around((1, 0.1, 0.1))
     ens.members = members
     ens.save(tmp_path / "run")
@@ -102,7 +103,7 @@ def test_it_is_kept_and_goes_when_the_members_change(members, tmp_path):
     assert len(again) == 8
 
 
-def test_a_damaged_member_leaves_the_others_all(tmp_path):
+def test_all_remaining_members_predict_if_one_is_damaged(tmp_path):
     ens = ensemble_around((1, 0.1, 0.1))
     ens.members = 3
     ens.save(tmp_path / "run")
@@ -140,7 +141,7 @@ def test_fit_chooses_by_its_validation_data(kind, monkeypatch):
         return counts[-1]
 
     monkeypatch.setattr(SnapshotEnsemble, "choose_members", counting)
-    # It learns so slowly that each member is far better than the one before.
+    # The rate is so low that each member is far better than the previous one.
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.02)
     ens.fit(X, Y, epochs=4, batch_size=10, verbose=0, **KINDS[kind]())
     rows = slice(100, None) if kind == "a split" else slice(None)
@@ -149,7 +150,7 @@ def test_fit_chooses_by_its_validation_data(kind, monkeypatch):
     assert count == choose(ens, X[rows], Y[rows], verbose=0)
 
 
-def test_fit_leaves_all_where_nothing_can_tell(monkeypatch):
+def test_fit_keeps_all_members_without_usable_validation_data(monkeypatch):
     ens = SnapshotEnsemble(dense(), cycles=3, lr_init=0.02)
     ens.fit(X, Y, epochs=3, verbose=0)
     assert ens.members is None
@@ -163,7 +164,7 @@ def test_fit_leaves_all_where_nothing_can_tell(monkeypatch):
     assert len(ens) == 6
 
 
-def test_what_cannot_be_chosen():
+def test_invalid_choices_are_refused():
     ens = ensemble_around((1, 1))
     with pytest.raises(ValueError, match=r"at most 2"):
         ens.members = 3

@@ -1,4 +1,4 @@
-"""`fit_weights` on real data and on data as Keras takes them; members without weight."""
+"""`fit_weights` on real data and on every kind of data that Keras takes; members of weight 0."""
 
 import types
 
@@ -27,7 +27,7 @@ from weights_cases import (
     values,
 )
 
-# Real data: digits and diabetes, by members of different quality
+# Real data: digits and diabetes, with members of different quality
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def test_weighted_is_not_worse_than_the_mean_or_the_best_member(data, request):
     ens, problem = case.ens, case.problem
     alone = [problem.loss(one) for one in np.eye(len(ens))]
     mean = problem.loss(np.full(len(ens), 1 / len(ens)))
-    assert min(alone) < 0.7 * max(alone)  # Of different quality, as they should be.
+    assert min(alone) < 0.7 * max(alone)  # The members must differ in quality.
 
-    def scored(**how):
-        return ens.evaluate(case.data, verbose=0, **how)
+    def scored(**arguments):
+        return ens.evaluate(case.data, verbose=0, **arguments)
 
     by_keras = [scored(), scored(members=[int(np.argmin(alone))])]
     np.testing.assert_allclose(by_keras, [mean, min(alone)], rtol=1e-5)
@@ -70,9 +70,9 @@ def test_weighted_is_not_worse_than_the_mean_or_the_best_member(data, request):
         else:
             np.testing.assert_allclose(weights, greedy_by_hand(problem), atol=1e-12)
         assert actual <= min(*alone, mean) * (1 + 1e-6)
-        by_keras_too = scored(combine="weighted")
-        assert by_keras_too == pytest.approx(actual, rel=1e-5)
-        assert by_keras_too <= min(by_keras) * (1 + 1e-6)
+        weighted_by_keras = scored(combine="weighted")
+        assert weighted_by_keras == pytest.approx(actual, rel=1e-5)
+        assert weighted_by_keras <= min(by_keras) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +97,7 @@ def test_probabilities_and_logits_get_the_same_weights_and_temperature(kind, dig
 # Data as Keras takes them
 
 
-def test_arrays_datasets_and_generators_teach_the_same(informed):
+def test_arrays_datasets_and_generators_have_the_same_result(informed):
     importance = np.random.default_rng(9).uniform(0, 2, len(SOME))
     columns = (SOME, LABELS, importance)
     batches = Batches(*columns, size=8)
@@ -115,13 +115,15 @@ def test_arrays_datasets_and_generators_teach_the_same(informed):
         (lambda: batches, {}),
         (forever, {"steps": len(batches)}),
     ]
-    for data, how in kinds:
-        actual = informed.fit_weights(data(), verbose=0, **how)
+    for data, options in kinds:
+        actual = informed.fit_weights(data(), verbose=0, **options)
         np.testing.assert_allclose(actual, weights, rtol=1e-5)
-        assert informed.calibrate(data(), verbose=0, **how) == pytest.approx(temperature, rel=1e-5)
+        assert informed.calibrate(data(), verbose=0, **options) == pytest.approx(
+            temperature, rel=1e-5
+        )
 
 
-def test_whole_sample_weights_count_like_rows_that_come_again(informed):
+def test_integer_sample_weights_count_like_repeated_rows(informed):
     times = np.arange(len(SOME)) % 4
     weighted = one_batch(SOME, LABELS, times)
     repeated = one_batch(np.repeat(SOME, times, axis=0), np.repeat(LABELS, times))
@@ -136,7 +138,7 @@ def test_whole_sample_weights_count_like_rows_that_come_again(informed):
     assert informed.calibrate(PAIRS, verbose=0) != pytest.approx(temperature, rel=1e-3)
 
 
-def test_neither_weights_nor_temperature_from_before_matter(informed):
+def test_previous_weights_and_temperature_do_not_matter(informed):
     informed.weights, informed.temperature = None, 1.0
     weights = informed.fit_weights(PAIRS, verbose=0)
     temperature = informed.calibrate(PAIRS, verbose=0)
@@ -167,13 +169,13 @@ def three_outputs():
     return model
 
 
-def test_several_outputs_count_by_their_compiled_loss_weights():
+def test_several_outputs_are_weighted_by_their_compiled_loss_weights():
     ens, rng = ensemble_of(three_outputs(), 4), np.random.default_rng(10)
     own = {
         name: array.astype("float64")
         for name, array in ens.predict_members(FEATURES, verbose=0).items()
     }
-    # Near to what the members say, so that there is something to learn.
+    # Targets near the members' predictions, so that there is something to learn.
     kind = np.where(rng.random(31) < 0.7, own["kind"][1].argmax(axis=-1), LABELS)
     marks = (own["marks"][2] + rng.logistic(size=(31, 2)) > 0).astype(int)
     amount = own["amount"][:2].mean(axis=0) + rng.normal(size=(31, 2))
@@ -189,7 +191,7 @@ def test_several_outputs_count_by_their_compiled_loss_weights():
     actual = ens.evaluate(data, combine="weighted", verbose=0, return_dict=True)
     assert actual["loss"] == pytest.approx(problem.loss(weights), rel=1e-4)
 
-    # One temperature for the outputs of classes, each by its loss weight; none for values.
+    # One temperature for all class outputs, fitted with their loss weights; none for values.
     before = ens.predict(FEATURES, verbose=0)
     temperature = ens.calibrate(data, verbose=0)
     of_mean = [special.logsumexp(logs, axis=0) - np.log(4) for logs in (of_kind, of_marks)]
@@ -200,10 +202,10 @@ def test_several_outputs_count_by_their_compiled_loss_weights():
     np.testing.assert_allclose(after["marks"], before["marks"] / temperature, rtol=1e-6)
 
 
-# Members without weight
+# Members of weight 0
 
 
-def test_who_has_no_weight_is_not_run_nor_part_of_the_model(tmp_path):
+def test_members_of_weight_0_are_neither_run_nor_exported(tmp_path):
     model = eager(dense())
     ens = ensemble_of(model, 3)
     sound = ens.predict(FEATURES, members=[0, 2], verbose=0)
@@ -219,10 +221,10 @@ def test_who_has_no_weight_is_not_run_nor_part_of_the_model(tmp_path):
     assert ens.to_keras("mean").count_params() == 3 * model.count_params()
 
 
-def test_a_fit_leaves_out_who_does_not_help():
+def test_members_that_do_not_help_get_weight_0():
     model = eager(dense())
     own = member_weights(ensemble_of(model, 2))
-    # Gives each row the class that it has, with certainty.
+    # Predicts the true class of each row with certainty.
     perfect = [0.1 * np.eye(6)[:4], np.zeros(6), 3000 * np.eye(6)[:, :3], np.zeros(3)]
     ens = ensemble_with(model, own[0], perfect, own[1])
     y = SOME[:, :3].argmax(axis=1)

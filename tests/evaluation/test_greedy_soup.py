@@ -1,4 +1,4 @@
-"""The greedy soup, and what averages are worth on digits."""
+"""The greedy soup, and the quality of averaged models on digits."""
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 from snapshot_ensemble import SnapshotEnsemble
 
-# What averages are worth, on digits
+# The quality of averaged models on digits
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def normal_features(kernel, x, gamma=1.0, beta=0.0):
     return np.maximum((hidden - hidden.mean(axis=0)) / spread * gamma + beta, 0)
 
 
-def loss_by_hand(weights, x, y, renewed):
-    """The loss of the digits' model; `renewed`: with the statistics of `x`, else with its own."""
+def loss_by_hand(weights, x, y, recomputed):
+    """The loss of the digits model; `recomputed`: with the statistics of `x`, not its own."""
     kernel, gamma, beta, mean, variance, head, bias = (np.asarray(w, "float64") for w in weights)
-    if renewed:
+    if recomputed:
         features = normal_features(kernel, x, gamma, beta)
     else:
         features = np.maximum((x @ kernel - mean) / np.sqrt(variance + 1e-3) * gamma + beta, 0)
@@ -62,7 +62,7 @@ def digits_model():
 
 @pytest.fixture(scope="module")
 def good(digits):
-    """Weights that do well on the digits: random features, and scikit-learn's head on them."""
+    """Accurate weights for the digits: random features with a head fitted by scikit-learn."""
     x, y = digits
     kernel = np.random.default_rng(0).normal(0, 0.5, (64, 20)).astype("float32")
     head = LogisticRegression(max_iter=1000).fit(normal_features(kernel, x), y)
@@ -73,21 +73,19 @@ def good(digits):
     return [array.astype("float32") for array in weights]
 
 
-def test_members_that_are_one_function_average_to_it_only_with_statistics_of_their_own(
-    digits, good
-):
-    # What comes before a normalisation can be of any scale.
+def test_members_that_are_one_function_average_to_it_only_with_recomputed_statistics(digits, good):
+    # Normalisation cancels the scale of its inputs.
     members = []
     for scale in (1.0, 1.0, 1.0, 9.0):
         kernel, gamma, beta, mean, variance, *head = good
         members.append([scale * kernel, gamma, beta, scale * mean, scale**2 * variance, *head])
     ens = ensemble_with(digits_model(), *members)
     x, y = digits
-    expected = loss_by_hand(good, x, y, renewed=False)
+    expected = loss_by_hand(good, x, y, recomputed=False)
     assert expected < 0.5
-    renewed = ens.average_weights(x=x, y=y, batch_size=len(x))
-    assert_close(renewed.evaluate(x, y, verbose=0), expected, 2e-3)
-    with pytest.warns(UserWarning, match="batch normalisation"):
+    recomputed = ens.average_weights(x=x, y=y, batch_size=len(x))
+    assert_close(recomputed.evaluate(x, y, verbose=0), expected, 2e-3)
+    with pytest.warns(UserWarning, match="batch-normalisation layers"):
         stale = ens.average_weights()
     assert stale.evaluate(x, y, verbose=0) > expected + 0.1
 
@@ -99,26 +97,26 @@ def test_snapshots_of_one_basin_average_to_a_model_as_good(digits, good):
     ens = SnapshotEnsemble(model, cycles=3, lr_init=0.02)
     ens.fit(x, y, epochs=3, verbose=0)
     averaged = ens.average_weights(x=x, y=y, batch_size=100)
-    members = [loss_by_hand(weights, x, y, renewed=False) for weights in member_weights(ens)]
+    members = [loss_by_hand(weights, x, y, recomputed=False) for weights in member_weights(ens)]
     loss = averaged.evaluate(x, y, verbose=0)
     assert loss < max(members) + 0.02
-    assert_close(loss, loss_by_hand(averaged.get_weights(), x, y, renewed=False), 1e-4)
+    assert_close(loss, loss_by_hand(averaged.get_weights(), x, y, recomputed=False), 1e-4)
 
 
 # The greedy soup
 
 
 def soup_by_hand(members, loss):
-    """Which members a greedy soup is made of; `loss` takes weights and how many they are of."""
+    """The members of a greedy soup; `loss` takes weights and how many members they average."""
     alone = [loss(member, 1) for member in members]
     order = sorted(range(len(members)), key=lambda i: alone[i])
-    taken, best = [order[0]], alone[order[0]]
+    chosen, best = [order[0]], alone[order[0]]
     for number in order[1:]:
-        tried = [*taken, number]
+        tried = [*chosen, number]
         tried_loss = loss(mean_by_hand([members[i] for i in tried]), len(tried))
         if tried_loss < best:
-            taken, best = tried, tried_loss
-    return taken, best
+            chosen, best = tried, tried_loss
+    return chosen, best
 
 
 def disturbed(weights, scales, seed=0):
@@ -129,27 +127,27 @@ def disturbed(weights, scales, seed=0):
     ]
 
 
-def test_the_soup_on_digits_is_the_one_written_out(digits, good):
+def test_the_soup_on_digits_equals_the_reference(digits, good):
     x, y = digits
     members = disturbed(good, [0.25, 0.2, 0.2, 0.9])
     for member in members:
         member[4] = np.abs(member[4])  # A variance.
-    taken, least = soup_by_hand(
-        members, lambda weights, count: loss_by_hand(weights, x, y, renewed=count > 1)
+    chosen, least = soup_by_hand(
+        members, lambda weights, count: loss_by_hand(weights, x, y, recomputed=count > 1)
     )
-    assert 1 < len(taken) < len(members)
+    assert 1 < len(chosen) < len(members)
     soup = ensemble_with(digits_model(), *members).average_weights(
         "greedy", x, y, batch_size=len(x)
     )
-    expected = mean_by_hand([members[i] for i in taken])
+    expected = mean_by_hand([members[i] for i in chosen])
     expected[3:5] = (x @ expected[0]).mean(axis=0), (x @ expected[0]).var(axis=0)
     assert_all_close(soup.get_weights(), expected, 1e-4)
     actual = soup.evaluate(x, y, verbose=0)
     assert_close(actual, least, 1e-4)
-    assert actual < min(loss_by_hand(member, x, y, renewed=False) for member in members)
+    assert actual < min(loss_by_hand(member, x, y, recomputed=False) for member in members)
 
 
-def test_the_soup_of_a_regression_is_the_one_written_out():
+def test_the_soup_of_a_regression_equals_the_reference():
     x, y = load_diabetes(return_X_y=True)
     x, y = (10 * x).astype("float32"), ((y - y.mean()) / y.std()).astype("float32")
     fitted = np.linalg.lstsq(x, y, rcond=None)[0][:, None].astype("float32")
@@ -158,18 +156,18 @@ def test_the_soup_of_a_regression_is_the_one_written_out():
     def loss(weights, count):
         return np.square(x @ weights[0] + weights[1] - y[:, None]).mean()
 
-    taken, least = soup_by_hand(members, loss)
-    assert 1 < len(taken) < len(members)
-    # In the order of time it would be another.
-    assert taken == [2, 0, 3]
+    chosen, least = soup_by_hand(members, loss)
+    assert 1 < len(chosen) < len(members)
+    # Adding members in order of time would give a different soup.
+    assert chosen == [2, 0, 3]
     model = keras.Sequential([keras.Input((10,)), layers.Dense(1)])
     ens = ensemble_with(compiled(model, "mse"), *members)
     soup = ens.average_weights("greedy", x, y, batch_size=len(x))
-    assert_all_close(soup.get_weights(), mean_by_hand([members[i] for i in taken]), 1e-6)
+    assert_all_close(soup.get_weights(), mean_by_hand([members[i] for i in chosen]), 1e-6)
     assert_close(loss(soup.get_weights(), 1), least)
 
 
-def test_the_soup_is_the_best_member_alone_where_mixing_hurts():
+def test_the_soup_is_the_best_member_alone_if_averaging_hurts():
     weights, y = teacher()
     worse = [weights[0], weights[1], 0.5 * weights[2], weights[3]]
     ens = ensemble_with(dense(), turned(worse), weights)

@@ -1,4 +1,4 @@
-"""Held-out data: one pass over them, targets in all their shapes, what is left out."""
+"""Held-out data: one pass over the data, targets of every shape, and items that are left out."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def classifier():
     return ensemble_of(eager(dense(), "sparse_categorical_crossentropy"), 3)
 
 
-def test_data_are_gone_through_as_often_as_for_one_model(classifier):
+def test_data_are_read_as_often_as_for_one_model(classifier):
     alone, together = Batches(ROWS, LABELS, size=4), Batches(ROWS, LABELS, size=4)
     classifier.model.predict(alone, verbose=0)
     held = gathered(classifier, together)
@@ -39,7 +39,7 @@ def test_data_are_gone_through_as_often_as_for_one_model(classifier):
     assert held.sample_weight is None
 
 
-def test_data_that_come_only_once_are_enough(classifier):
+def test_data_that_can_be_read_only_once_are_enough(classifier):
     weights = RNG.uniform(0.5, 1.5, len(ROWS))
     columns = (ROWS, LABELS, weights)
     stream = ([column[i : i + 4] for column in columns] for i in range(0, len(ROWS), 4))
@@ -50,7 +50,7 @@ def test_data_that_come_only_once_are_enough(classifier):
     np.testing.assert_allclose(held.outputs[0], whole.outputs[0], rtol=1e-5, atol=1e-7)
 
 
-def test_targets_stay_beside_their_rows_where_data_are_shuffled(classifier):
+def test_targets_stay_with_their_rows_if_data_are_shuffled(classifier):
     ordered = tf.data.Dataset.from_tensor_slices((ROWS, LABELS))
     shuffled = gathered(classifier, ordered.shuffle(11, seed=1).batch(4))
     assert not np.array_equal(shuffled.y, LABELS)
@@ -60,7 +60,7 @@ def test_targets_stay_beside_their_rows_where_data_are_shuffled(classifier):
         assert actual == pytest.approx(plain.loss(plain.outputs[0][member]), rel=1e-5)
 
 
-def test_arrays_and_what_surrounds_them(classifier):
+def test_attributes_for_arrays(classifier):
     given = LABELS[:, None].tolist()
     held = gathered(classifier, ROWS, given, np.ones(11), batch_size=4)
     assert held.y is given
@@ -72,7 +72,7 @@ def test_arrays_and_what_surrounds_them(classifier):
     np.testing.assert_allclose(held.items[0], np.log(held.outputs[0]), rtol=1e-5, atol=1e-6)
 
 
-# Targets of every shape that Keras takes
+# Targets of every shape that Keras accepts
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def model():
 
 
 def held_of(model, shape, y, meaning, sample_weight=None, masks=None):
-    """What two members may predict; what exactly does not matter to the truth."""
+    """Held-out data of two members, whose predictions do not matter for the targets."""
     output = np.full((2, *shape), 1 / shape[-1], "float32")
     return HeldOut(model, [output], None, [meaning], y, sample_weight, masks or {})
 
@@ -100,7 +100,7 @@ VALUES = RNG.normal(size=(6, 3, 2))
 SOFT = RNG.dirichlet(np.ones(3), 11)
 
 
-def sides(yes):
+def no_and_yes(yes):
     yes = np.reshape(yes, -1)
     return np.stack([1 - yes, yes], axis=1)
 
@@ -140,7 +140,7 @@ def test_labels_of_pixels(y, model):
     check_truth(held_of(model, (2, 4, 5, 3), y, MULTICLASS), np.eye(3)[PIXELS.reshape(-1)])
 
 
-def test_labels_of_steps_of_which_there_are_as_many_as_classes(model):
+def test_labels_of_as_many_steps_as_classes(model):
     labels = RNG.integers(0, 3, (4, 3))
     expected = np.eye(3)[labels.reshape(-1)]
     for y in (labels, labels[..., None], np.eye(3)[labels]):
@@ -149,19 +149,19 @@ def test_labels_of_steps_of_which_there_are_as_many_as_classes(model):
 
 @pytest.mark.parametrize("shape", [(11, 1), (11,)])
 @pytest.mark.parametrize("y", [YES[:, 0], YES[:, :1], YES[:, 0] > 0, YES[:, 0].tolist()])
-def test_yes_and_no_of_rows(y, shape, model):
-    check_truth(held_of(model, shape, y, BINARY), sides(YES[:, 0]))
+def test_binary_labels_of_rows(y, shape, model):
+    check_truth(held_of(model, shape, y, BINARY), no_and_yes(YES[:, 0]))
 
 
 @pytest.mark.parametrize("y", [SPOTS, SPOTS[..., None], SPOTS.astype(bool)])
-def test_yes_and_no_of_pixels(y, model):
-    check_truth(held_of(model, (2, 4, 5, 1), y, BINARY), sides(SPOTS))
+def test_binary_labels_of_pixels(y, model):
+    check_truth(held_of(model, (2, 4, 5, 1), y, BINARY), no_and_yes(SPOTS))
 
 
-def test_several_labels_of_rows(model):
+def test_multilabel_targets_of_rows(model):
     for y in (YES, YES.astype(bool), YES.tolist()):
-        check_truth(held_of(model, (11, 3), y, MULTILABEL), sides(YES))
-    check_truth(held_of(model, (11, 3), 0.25 * YES, MULTILABEL), sides(0.25 * YES))
+        check_truth(held_of(model, (11, 3), y, MULTILABEL), no_and_yes(YES))
+    check_truth(held_of(model, (11, 3), 0.25 * YES, MULTILABEL), no_and_yes(0.25 * YES))
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 2), (6, 3), (6, 1), (6,)])
@@ -194,7 +194,7 @@ def test_targets_of_another_shape(shape, y, meaning, message, model):
     assert message in str(caught.value)
 
 
-# Sample weights, masks and classes that are left out
+# Sample weights, masks and ignored classes
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 1, 1), (2, 4, 5), (2, 4, 5, 1)])
@@ -210,7 +210,7 @@ def test_sample_weights_of_labels(shape, model):
     weights = RNG.uniform(0.1, 1, shape)
     held = held_of(model, (11, 3), YES, MULTILABEL, weights)
     expected = np.broadcast_to(weights.reshape(11, -1), (11, 3))
-    check_truth(held, sides(YES), expected)
+    check_truth(held, no_and_yes(YES), expected)
 
 
 @pytest.mark.parametrize("weights", [np.arange(11), (np.arange(11) > 3).tolist(), [np.ones(11)]])
@@ -225,27 +225,27 @@ def test_masked_steps_do_not_count(model):
     held = held_of(model, (2, 4, 5, 3), PIXELS, MULTICLASS, weights, {"0": mask})
     check_truth(held, np.eye(3)[PIXELS.reshape(-1)], mask * weights[:, None, None])
     held = held_of(model, (2, 4, 5, 3), np.eye(3)[PIXELS], MULTILABEL, None, {"0": mask})
-    check_truth(held, sides(np.eye(3)[PIXELS]), np.repeat(mask.reshape(-1), 3))
+    check_truth(held, no_and_yes(np.eye(3)[PIXELS]), np.repeat(mask.reshape(-1), 3))
 
 
 @pytest.mark.parametrize("ignored", [-1, 255, 2])
-def test_labels_to_be_ignored_do_not_count(ignored, model):
-    out = RNG.random(PIXELS.shape) < 0.3
-    labels = np.where(out, ignored, PIXELS % 2)
+def test_ignored_labels_do_not_count(ignored, model):
+    is_ignored = RNG.random(PIXELS.shape) < 0.3
+    labels = np.where(is_ignored, ignored, PIXELS % 2)
     meaning = Output("multiclass", ignored=ignored)
-    [seen] = held_of(model, (2, 4, 5, 3), PIXELS % 2, MULTICLASS).truths
+    [plain] = held_of(model, (2, 4, 5, 3), PIXELS % 2, MULTICLASS).truths
     for y in (labels, labels[..., None], labels.astype("float32")):
         held = held_of(model, (2, 4, 5, 3), y, meaning)
         [truth] = held.truths
-        np.testing.assert_allclose(truth.weights, ~out.reshape(-1) / (~out).sum())
+        np.testing.assert_allclose(truth.weights, ~is_ignored.reshape(-1) / (~is_ignored).sum())
         counted = truth.weights > 0
-        np.testing.assert_array_equal(truth.targets[counted], seen.targets[counted])
+        np.testing.assert_array_equal(truth.targets[counted], plain.targets[counted])
 
 
-def test_nothing_left_that_counts(model):
-    for how in ({"sample_weight": np.zeros(11)}, {"masks": {"0": np.zeros(11, bool)}}):
+def test_weights_or_masks_of_all_zeros_are_refused(model):
+    for arguments in ({"sample_weight": np.zeros(11)}, {"masks": {"0": np.zeros(11, bool)}}):
         with pytest.raises(ValueError, match="at least 0 and not 0 everywhere"):
-            _ = held_of(model, (11, 3), LABELS, MULTICLASS, **how).truths
+            _ = held_of(model, (11, 3), LABELS, MULTICLASS, **arguments).truths
 
 
 # Several outputs
@@ -253,7 +253,7 @@ def test_nothing_left_that_counts(model):
 
 @pytest.fixture(scope="module")
 def heads():
-    """By structure: a held-out set without targets, and its meanings by name."""
+    """For each structure a model, its outputs, their structure and their meanings."""
     made = {}
     for structure in (list, dict):
         model = two_headed(structure)
@@ -266,7 +266,7 @@ def heads():
     return made
 
 
-HOW_MUCH = {"kind": np.arange(11.0), "amount": np.arange(11.0) % 3}
+ROW_WEIGHTS = {"kind": np.arange(11.0), "amount": np.arange(11.0) % 3}
 
 
 @pytest.mark.parametrize(
@@ -279,18 +279,20 @@ HOW_MUCH = {"kind": np.arange(11.0), "amount": np.arange(11.0) % 3}
         (dict, {"amount": AMOUNTS, "kind": np.eye(3)[LABELS]}),
     ],
 )
-@pytest.mark.parametrize("weights", [None, "one for all", "by place", "by name"])
+@pytest.mark.parametrize("weights", [None, "one for all", "by position", "by name"])
 def test_targets_of_several_outputs(structure, y, weights, heads):
     model, outputs, pattern, meanings = heads[structure]
-    each = HOW_MUCH
+    each = ROW_WEIGHTS
     if weights in (None, "one for all"):
-        each = dict.fromkeys(HOW_MUCH, np.ones(11) if weights is None else HOW_MUCH["kind"])
+        each = dict.fromkeys(ROW_WEIGHTS, np.ones(11) if weights is None else ROW_WEIGHTS["kind"])
     given = {
         None: None,
-        "one for all": HOW_MUCH["kind"],
-        # In the order of the outputs, which for a dict is that of its sorted keys.
-        "by place": [HOW_MUCH[name] for name in sorted(HOW_MUCH, reverse=structure is list)],
-        "by name": HOW_MUCH,
+        "one for all": ROW_WEIGHTS["kind"],
+        # In the order of the outputs; for a dict, that of its sorted keys.
+        "by position": [
+            ROW_WEIGHTS[name] for name in sorted(ROW_WEIGHTS, reverse=structure is list)
+        ],
+        "by name": ROW_WEIGHTS,
     }[weights]
     held = HeldOut(model, outputs, pattern, meanings, y, given, {})
     for meaning, truth in zip(meanings, held.truths, strict=True):

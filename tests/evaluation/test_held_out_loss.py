@@ -1,4 +1,4 @@
-"""The loss on held-out data, which is what Keras would give."""
+"""The loss on held-out data equals the loss that Keras computes."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_loss_is_what_keras_gives(task):
+def test_loss_equals_that_of_keras(task):
     loss, units, activation = TASKS[task]
     metric = "accuracy" if TARGETS[task] is LABELS else "mae"
     ens = ensemble_of(eager(dense(loss, units, activation), loss, metrics=[metric]), 3)
@@ -41,24 +41,24 @@ def test_loss_is_what_keras_gives(task):
 
 
 @pytest.mark.parametrize("structure", [list, dict])
-def test_loss_of_several_outputs_by_their_weights(structure):
-    share = {"kind": 0.5, "amount": 3.0}
-    shares = share if structure is dict else [0.5, 3.0]
-    ens = ensemble_of(two_headed(structure, loss_weights=shares), 3)
-    # Keras divides by the number of rows, and not by the sum of their weights.
+def test_loss_of_several_outputs_with_loss_weights(structure):
+    by_name = {"kind": 0.5, "amount": 3.0}
+    loss_weights = by_name if structure is dict else [0.5, 3.0]
+    ens = ensemble_of(two_headed(structure, loss_weights=loss_weights), 3)
+    # Keras divides by the number of rows, not by the sum of their weights.
     weights = RNG.uniform(0.2, 1.8, 11)
     weights *= 11 / weights.sum()
     y = BY_NAME if structure is dict else (LABELS, AMOUNTS)
     data = one_batch(ROWS, y, weights)
     held = gathered(ens, data)
-    assert dict(zip(held.names, held.loss_weights, strict=True)) == share
+    assert dict(zip(held.names, held.loss_weights, strict=True)) == by_name
     expected = ens.evaluate(data, verbose=0, return_dict=True)
     assert held.loss(mean_of(held)) == pytest.approx(expected["loss"], rel=1e-5)
     assert held.scorer()(mean_of(held)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ignored", [-1, 0])
-def test_loss_without_what_is_to_be_ignored(ignored):
+def test_ignored_classes_are_not_in_the_loss(ignored):
     model = keras.Sequential([keras.Input((4, 5, 2)), layers.Conv2D(3, 1)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=ignored)
     ens = ensemble_of(eager(model, loss), 2)
@@ -73,14 +73,14 @@ def test_loss_without_what_is_to_be_ignored(ignored):
     assert by_keras == pytest.approx(expected, rel=1e-5)
 
 
-def test_loss_without_what_is_masked():
+def test_masked_steps_are_not_in_the_loss():
     tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [1, 1, 1, 1, 0]])
     tags = RNG.integers(0, 2, tokens.shape)
     inputs = keras.Input((5,), dtype="int32")
     hidden = layers.Embedding(7, 4, mask_zero=True)(inputs)
     model = keras.Model(inputs, layers.Dense(2, "softmax")(hidden))
     ens = ensemble_of(eager(model, "sparse_categorical_crossentropy", metrics=["accuracy"]), 2)
-    # In batches of their own, as masks come.
+    # In several batches, since masks are computed for each batch.
     data = tf.data.Dataset.from_tensor_slices((tokens, tags)).batch(2)
     held = gathered(ens, data)
     np.testing.assert_array_equal(held.masks["0"], tokens != 0)

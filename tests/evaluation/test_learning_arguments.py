@@ -1,4 +1,4 @@
-"""What `fit_weights` and `calibrate` refuse, leaving what was learned before."""
+"""Arguments that `fit_weights` and `calibrate` refuse without changing what was learned before."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from snapshot_ensemble import SnapshotEnsemble
 
 @pytest.fixture(scope="module")
 def refusing():
-    """Ensembles by task, with weights and a temperature."""
+    """Ensembles by task, with member weights and a temperature."""
     made = {
         "multiclass": ensemble_of(eager(dense()), 3),
         "binary": ensemble_of(eager(dense("binary_crossentropy", 1, "sigmoid")), 3),
@@ -19,7 +19,7 @@ def refusing():
     }
     own = member_weights(made["multiclass"])
     own[1] = [np.full(array.shape, np.nan) for array in own[1]]
-    made["one broken"] = ensemble_with(made["multiclass"].model, *own)
+    made["one diverged"] = ensemble_with(made["multiclass"].model, *own)
     for ens in made.values():
         ens.weights, ens.temperature = [0.2, 0.3, 0.5], 1.7
     return made
@@ -56,12 +56,12 @@ WRONG_TARGETS = [
     (
         "multiclass",
         changed(LABELS, 4, 3),
-        "`y` must be whole numbers from 0 to 2, the model's classes. Received: y from 0.0 to 3.0",
+        "`y` must be integer class labels from 0 to 2. Received: y from 0.0 to 3.0",
     ),
-    ("multiclass", changed(LABELS, 4, -1), "from 0 to 2, the model's classes. Received: y from -1"),
-    ("multiclass", changed(LABELS, 4, 0.5), "`y` must be whole numbers from 0 to 2"),
-    ("multiclass", SHARES * 2, "`y` must have for each row probabilities that sum to 1. Received"),
-    ("multiclass", changed(SHARES, (slice(None), 0), -1), "`y` must have for each row probabil"),
+    ("multiclass", changed(LABELS, 4, -1), "class labels from 0 to 2. Received: y from -1"),
+    ("multiclass", changed(LABELS, 4, 0.5), "`y` must be integer class labels from 0 to 2"),
+    ("multiclass", SHARES * 2, "Each row of `y` must hold probabilities that sum to 1. Received"),
+    ("multiclass", changed(SHARES, (slice(None), 0), -1), "Each row of `y` must hold probabil"),
     (
         "multiclass",
         SHARES[:, :2],
@@ -71,11 +71,15 @@ WRONG_TARGETS = [
     (
         "binary",
         ODDS + 1,
-        "`y` of a binary output must lie from 0 to 1. Received: y from 1.0 to 2.0",
+        "`y` of a binary output must lie between 0 and 1. Received: y from 1.0 to 2.0",
     ),
-    ("binary", 2 * ODDS - 1, "`y` of a binary output must lie from 0 to 1. Received: y from -1.0"),
+    (
+        "binary",
+        2 * ODDS - 1,
+        "`y` of a binary output must lie between 0 and 1. Received: y from -1.0",
+    ),
     ("binary", np.zeros((31, 1)), "y without class 1 of output 'answer'"),
-    ("multilabel", MARKS * 2, "`y` of a multilabel output must lie from 0 to 1"),
+    ("multilabel", MARKS * 2, "`y` of a multilabel output must lie between 0 and 1"),
     ("multilabel", MARKS[:, 0], "`y` does not fit the model's output. Received: y of shape (31,)"),
     ("regression", SOME[:, :3], "y of shape (31, 3), where (31, 2) is needed"),
     ("regression", changed(SOME[:, :2], 0, np.nan), "`y` must be finite"),
@@ -83,19 +87,19 @@ WRONG_TARGETS = [
 
 
 @pytest.mark.parametrize(("task", "y", "message"), WRONG_TARGETS)
-def test_targets_that_cannot_be(task, y, message, refusing):
+def test_invalid_targets_are_refused(task, y, message, refusing):
     ens = refusing[task]
     check_refusal(lambda: ens.fit_weights(FEATURES, y, verbose=0), ens, ValueError, message)
 
 
 @pytest.mark.parametrize("case", [0, 3, 4, 9, 13])
-def test_calibrating_on_targets_that_cannot_be(case, refusing):
+def test_calibrating_on_invalid_targets_is_refused(case, refusing):
     task, y, message = WRONG_TARGETS[case]
     ens = refusing[task]
     check_refusal(lambda: ens.calibrate(FEATURES, y, verbose=0), ens, ValueError, message)
 
 
-def test_targets_that_are_no_numbers(refusing):
+def test_targets_that_are_not_numbers_are_refused(refusing):
     ens = refusing["multiclass"]
     names = np.array(["cat", "dog", "eel"])[LABELS]
     for call in (ens.fit_weights, ens.calibrate):
@@ -121,7 +125,7 @@ def test_targets_that_are_no_numbers(refusing):
         ((LABELS != 1).astype(float), "y without class 1 of output 'answer'"),
     ],
 )
-def test_sample_weights_that_cannot_be(sample_weight, message, refusing):
+def test_invalid_sample_weights_are_refused(sample_weight, message, refusing):
     ens = refusing["multiclass"]
     check_refusal(
         lambda: ens.fit_weights(FEATURES, LABELS, sample_weight=sample_weight, verbose=0),
@@ -131,12 +135,12 @@ def test_sample_weights_that_cannot_be(sample_weight, message, refusing):
     )
 
 
-def test_data_that_cannot_be(refusing):
+def test_invalid_data_are_refused(refusing):
     ens = refusing["multiclass"]
     for call in (ens.fit_weights, ens.calibrate):
         for x, y, message in (
-            (SOME[:1], LABELS[:1], "Nothing can be learned from so few data. Received: 1 row."),
-            (changed(SOME, 2, np.nan), LABELS, "Received: NaN from each member. Look at `x`."),
+            (SOME[:1], LABELS[:1], "Too few rows to learn from. Received: 1 row."),
+            (changed(SOME, 2, np.nan), LABELS, "NaN or infinity from every member. Check `x`."),
         ):
             data = one_batch(x, y)
             check_refusal(lambda c=call, data=data: c(data, verbose=0), ens, ValueError, message)
@@ -144,23 +148,23 @@ def test_data_that_cannot_be(refusing):
             lambda call=call: call(PAIRS, LABELS, verbose=0),
             ens,
             ValueError,
-            "`y` must not be given where `x` brings the targets itself. Received: x=",
+            "`y` must not be passed if `x` already yields the targets. Received: x=",
         )
 
 
-def test_a_member_that_gives_nan_is_named(refusing):
-    ens = refusing["one broken"]
+def test_a_member_that_predicts_nan_is_named(refusing):
+    ens = refusing["one diverged"]
     for call in (ens.fit_weights, ens.calibrate):
         check_refusal(
             lambda call=call: call(FEATURES, LABELS, verbose=0),
             ens,
             ValueError,
-            "A prediction is NaN. Received: NaN from member 1. Make an ensemble without it.",
+            "Received: NaN or infinity from member 1. Make an ensemble without it.",
         )
 
 
 @pytest.mark.parametrize("task", ["regression", "logits"])
-def test_a_member_that_gives_infinity_is_named(task):
+def test_a_member_that_predicts_infinity_is_named(task):
     loss, units, activation = TASKS[task]
     model = eager(dense(loss, units, activation))
     own = member_weights(ensemble_of(model, 3))
@@ -178,7 +182,7 @@ def test_a_member_that_gives_infinity_is_named(task):
 
 
 @pytest.mark.parametrize("method", ["Greedy", "mean", None, 3])
-def test_unknown_methods(method, refusing):
+def test_unknown_methods_are_refused(method, refusing):
     ens = refusing["multiclass"]
     check_refusal(
         lambda: ens.fit_weights(FEATURES, LABELS, method=method, verbose=0),
@@ -194,7 +198,7 @@ def test_a_regression_has_no_temperature(refusing):
         lambda: ens.calibrate(FEATURES, SOME[:, :2], verbose=0),
         ens,
         ValueError,
-        "A temperature is for classes: it sharpens or flattens probabilities, and values have none",
+        "A temperature applies only to class probabilities. Received: a model whose outputs",
     )
 
 

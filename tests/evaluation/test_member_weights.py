@@ -1,4 +1,4 @@
-"""Weights of least loss, by numbers alone, against SciPy and written out."""
+"""The weights with the lowest loss, on arrays alone, against SciPy and closed forms."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from snapshot_ensemble.evaluation.member_weights import (
 )
 from snapshot_ensemble.inference.output_specs import Output
 
-TINY = 1.2e-38  # What a float32 softmax shows for a class that it rules out.
+TINY = 1.2e-38  # About the smallest normal float32, for a class that a member excludes.
 
 
-# The problem: numbers alone
+# The optimisation problem, without models
 
 
-def both(problem, other):
+def with_residuals(problem, other):
     return Problem(problem.likelihoods, problem.counts, other.residuals)
 
 
@@ -32,47 +32,49 @@ def spread(rng, rows, members):
     return np.clip(rng.beta(0.5, 0.5, (rows, members)), TINY, 1)
 
 
-def ruled_out_by_some(rng):
+def excluded_by_some(rng):
     likelihoods = rng.uniform(0.05, 1, (60, 5))
     likelihoods[rng.random(likelihoods.shape) < 0.3] = TINY
     return likelihoods
 
 
-def owned(owners, members, given=0.9):
-    """Only one member gives anything to what is true of a row."""
-    return np.where(owners[:, None] == np.arange(members), given, TINY)
+def owned(owners, members, likelihood=0.9):
+    """Only one member gives the true class of a row any probability."""
+    return np.where(owners[:, None] == np.arange(members), likelihood, TINY)
 
 
-def misses(rng, scales=(1, 1.3, 0.8, 1.1), rows=200):
+def residuals_of(rng, scales=(1, 1.3, 0.8, 1.1), rows=200):
     shared = 0.5 * rng.normal(size=rows)
     return np.stack([scale * (rng.normal(size=rows) + shared) for scale in scales])
 
 
 def problems():
     rng = np.random.default_rng(0)
-    alike = spread(rng, 80, 3)[:, [0, 1, 0, 2, 1, 0]]
+    identical = spread(rng, 80, 3)[:, [0, 1, 0, 2, 1, 0]]
     with_a_perfect_one = np.insert(spread(rng, 80, 3), 1, 1, axis=1)
-    without_error = misses(rng)
+    without_error = residuals_of(rng)
     without_error[2] = 0
     return {
         "random": classes(spread(rng, 120, 5)),
-        "counts apart": classes(rng.uniform(0.01, 1, (70, 4)), rng.exponential(1e-2, 70)),
-        "some alike": classes(alike),
-        "all alike": classes(np.repeat(spread(rng, 60, 1), 4, axis=1)),
-        "some rule it out": classes(ruled_out_by_some(rng)),
-        "one owner a row": classes(owned(rng.integers(0, 4, 90), 4)),
-        "all rule it out": classes(np.full((30, 3), TINY)),
+        "unequal counts": classes(rng.uniform(0.01, 1, (70, 4)), rng.exponential(1e-2, 70)),
+        "some identical": classes(identical),
+        "all identical": classes(np.repeat(spread(rng, 60, 1), 4, axis=1)),
+        "excluded by some": classes(excluded_by_some(rng)),
+        "one owner per row": classes(owned(rng.integers(0, 4, 90), 4)),
+        "excluded by all": classes(np.full((30, 3), TINY)),
         "one perfect": classes(with_a_perfect_one),
         "few rows, many members": classes(spread(rng, 4, 15)),
         "one row": classes(spread(rng, 1, 6)),
-        "values": values(misses(rng)),
-        "large values": values(1e3 * misses(rng)),
-        "small values": values(1e-4 * misses(rng)),
+        "values": values(residuals_of(rng)),
+        "large values": values(1e3 * residuals_of(rng)),
+        "small values": values(1e-4 * residuals_of(rng)),
         "values without error": values(without_error),
-        "values, all alike": values(np.repeat(misses(rng, (1,)), 4, axis=0)),
+        "values, all identical": values(np.repeat(residuals_of(rng, (1,)), 4, axis=0)),
         "few values, many members": values(rng.normal(size=(30, 3))),
-        "both": both(classes(spread(rng, 100, 4)), values(misses(rng))),
-        "both, values small": both(classes(spread(rng, 100, 4)), values(1e-4 * misses(rng))),
+        "both": with_residuals(classes(spread(rng, 100, 4)), values(residuals_of(rng))),
+        "both, values small": with_residuals(
+            classes(spread(rng, 100, 4)), values(1e-4 * residuals_of(rng))
+        ),
     }
 
 
@@ -80,7 +82,7 @@ PROBLEMS = problems()
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_no_weights_are_better_by_scipy_and_by_the_tangent(name):
+def test_weights_are_optimal_by_scipy_and_by_the_tangent_bound(name):
     problem = PROBLEMS[name]
     weights = likelihood_weights(problem.objective)
     check_simplex(weights, problem.members)
@@ -90,14 +92,14 @@ def test_no_weights_are_better_by_scipy_and_by_the_tangent(name):
     assert problem.above_the_optimum(weights) <= 1e-7 * problem.scale
 
 
-def test_no_weights_of_hundreds_of_members_are_better_by_the_tangent():
+def test_weights_of_hundreds_of_members_are_optimal_by_the_tangent_bound():
     problem = classes(spread(np.random.default_rng(2), 500, 300))
     weights = likelihood_weights(problem.objective)
     check_simplex(weights, 300)
     assert problem.above_the_optimum(weights) <= 1e-7
 
 
-def test_each_member_gets_the_share_of_what_only_it_has_seen_coming():
+def test_each_member_gets_the_share_of_the_rows_that_only_it_predicts():
     owners = np.repeat([0, 1, 2, 3], [10, 0, 25, 65])
     weights = likelihood_weights(classes(owned(owners, 4)).objective)
     np.testing.assert_allclose(weights, [0.1, 0, 0.25, 0.65], atol=1e-5)
@@ -110,45 +112,45 @@ def test_one_perfect_member_gets_all_the_weight():
         np.testing.assert_array_equal(weights, np.eye(4)[1 if "one" in name else 2])
 
 
-def test_members_that_are_alike_get_equal_weights():
-    weights = likelihood_weights(PROBLEMS["some alike"].objective)
+def test_identical_members_get_equal_weights():
+    weights = likelihood_weights(PROBLEMS["some identical"].objective)
     np.testing.assert_allclose(weights[[2, 5, 4]], weights[[0, 0, 1]], rtol=1e-5)
-    for name in ("all alike", "values, all alike", "all rule it out"):
+    for name in ("all identical", "values, all identical", "excluded by all"):
         weights = likelihood_weights(PROBLEMS[name].objective)
         np.testing.assert_allclose(weights, 1 / len(weights), rtol=1e-9)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1, 1e3])
-def test_members_whose_errors_do_not_go_together_weigh_by_the_inverse_of_their_squares(size):
+def test_members_with_uncorrelated_errors_are_weighted_by_inverse_squares(size):
     squares = np.array([1, 2, 4, 8])
     weights = likelihood_weights(values(size * np.diag(np.sqrt(squares))).objective)
     np.testing.assert_allclose(weights, (1 / squares) / (1 / squares).sum(), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1, 1e3])
-def test_two_members_of_values_in_closed_form(size):
+def test_two_regression_members_in_closed_form(size):
     rng = np.random.default_rng(3)
     for scales in ((1, 1.2), (1, 3)):
-        one, two = residuals = size * misses(rng, scales)
+        one, two = residuals = size * residuals_of(rng, scales)
         expected = np.clip(two @ (two - one) / np.sum((one - two) ** 2), 0, 1)
         weights = likelihood_weights(values(residuals).objective)
         np.testing.assert_allclose(weights, [expected, 1 - expected], atol=1e-5)
 
 
-def test_without_any_error_all_get_the_same():
+def test_members_without_error_get_equal_weights():
     weights = likelihood_weights(values(np.zeros((5, 7))).objective)
     np.testing.assert_array_equal(weights, np.full(5, 0.2))
 
 
-def test_the_only_member_gets_all():
+def test_a_single_member_gets_all_the_weight():
     for problem in (classes(np.array([[0.2], [0.9]])), values(np.array([[1.0, 2.0]]))):
         np.testing.assert_array_equal(likelihood_weights(problem.objective), [1])
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
-def test_a_member_that_diverged_does_not_blur_the_weights_of_the_others(size):
+def test_a_diverged_member_does_not_distort_the_other_weights(size):
     rng = np.random.default_rng(4)
-    others = misses(rng)
+    others = residuals_of(rng)
     problem = values(np.concatenate([others, [size * rng.normal(size=others.shape[1])]]))
     without = likelihood_weights(values(others).objective)
     weights = likelihood_weights(problem.objective)
@@ -186,12 +188,12 @@ def check_weights_of(problem):
     others = [np.full(problem.members, 1 / problem.members), *np.eye(problem.members)]
     assert problem.loss(weights) <= min(map(problem.loss, others)) + allowed
     assert problem.loss(weights) <= least_by_scipy(problem, 1, [weights]) + allowed
-    # Much more than the loss is, where it is flat.
+    # The bound is loose where the loss is flat.
     assert problem.above_the_optimum(weights) <= 1e-4 * problem.scale
 
 
-@pytest.mark.parametrize("name", ["random", "values", "both", "counts apart"])
-def test_loss_gradient_curvature_and_certificate(name):
+@pytest.mark.parametrize("name", ["random", "values", "both", "unequal counts"])
+def test_loss_gradient_curvature_and_optimality_gap(name):
     problem, rng = PROBLEMS[name], np.random.default_rng(5)
     objective = problem.objective
     for weights in rng.dirichlet(np.full(problem.members, 3), 3):
@@ -200,8 +202,8 @@ def test_loss_gradient_curvature_and_certificate(name):
         slopes = [(problem.loss(weights + d) - problem.loss(weights - d)) / 2e-6 for d in step]
         gradient = objective.gradient(weights)
         np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-7)
-        bends = [(problem.slope(weights + d) - problem.slope(weights - d)) / 2e-6 for d in step]
-        np.testing.assert_allclose(objective.curvature(weights), bends, rtol=1e-4, atol=1e-6)
+        curvature = [(problem.slope(weights + d) - problem.slope(weights - d)) / 2e-6 for d in step]
+        np.testing.assert_allclose(objective.curvature(weights), curvature, rtol=1e-4, atol=1e-6)
         gap = objective.gap(weights)
         assert gap == pytest.approx(problem.above_the_optimum(weights))
         assert problem.loss(weights) - least_by_scipy(problem, 0) <= gap
@@ -209,11 +211,11 @@ def test_loss_gradient_curvature_and_certificate(name):
     np.testing.assert_allclose(objective(columns), [problem.loss(w) for w in columns.T])
 
 
-# Selection with replacement
+# Greedy selection with replacement
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_greedy_selection_is_as_written_out(name):
+def test_greedy_selection_equals_the_reference(name):
     problem = PROBLEMS[name]
     weights = greedy_weights(problem.objective)
     check_simplex(weights, problem.members)
@@ -225,25 +227,25 @@ def test_greedy_selection_is_as_written_out(name):
     assert problem.loss(weights) <= alone + 1e-9 * problem.scale
 
 
-def test_greedy_selection_stays_with_one_of_those_that_are_alike():
-    for name, taken in (("all alike", 0), ("values, all alike", 0), ("one perfect", 1)):
+def test_greedy_selection_keeps_to_one_of_several_identical_members():
+    for name, chosen in (("all identical", 0), ("values, all identical", 0), ("one perfect", 1)):
         problem = PROBLEMS[name]
         np.testing.assert_array_equal(
-            greedy_weights(problem.objective), np.eye(problem.members)[taken]
+            greedy_weights(problem.objective), np.eye(problem.members)[chosen]
         )
-    weights = greedy_weights(PROBLEMS["some alike"].objective)
+    weights = greedy_weights(PROBLEMS["some identical"].objective)
     assert (weights[[2, 4, 5]] == 0).all()
 
 
-def test_greedy_selection_prefers_members_that_it_has_already():
-    # In the second round the first member would help just as much as the second once more.
+def test_greedy_selection_prefers_members_that_were_chosen_before():
+    # In the second round, the first member and the second one again would help equally.
     problem = values(np.array([[1, -2], [-1, 0], [2, -2]]))
     weights = greedy_weights(problem.objective)
     np.testing.assert_allclose(weights, greedy_by_hand(problem), atol=1e-12)
     np.testing.assert_allclose(weights, [0, 10 / 13, 3 / 13])
 
 
-def test_the_mean_is_kept_where_more_members_help_than_there_are_rounds():
+def test_the_mean_is_kept_if_more_members_help_than_there_are_rounds():
     errors = np.eye(40, dtype="float32")
     meaning = Output("regression")
     held = HeldOut(dense("mse", 1, None), [errors], None, [meaning], np.zeros(40), None, {})

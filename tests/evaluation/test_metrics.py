@@ -1,4 +1,4 @@
-"""Scores, calibration and diversity against scikit-learn, SciPy and NumPy written out."""
+"""Scores, calibration and diversity against scikit-learn, SciPy and NumPy references."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ TINY = np.finfo("float32").tiny
 
 
 def truth_of(targets, weights=None):
-    """Labels as one-hot rows, yes or no as two classes; weights that sum to 1."""
+    """One-hot targets, also for binary labels, and weights that sum to 1."""
     targets = np.asarray(targets)
     if targets.ndim == 1:
         targets = np.eye(targets.max() + 1)[targets]
@@ -43,7 +43,7 @@ def truth_of(targets, weights=None):
 
 
 def some_classes(rng, rows=200, count=4):
-    """Probabilities, labels that go with them more or less, and weights."""
+    """Probabilities, labels that are correlated with them, and weights."""
     logits = 2 * rng.normal(size=(rows, count))
     labels = (logits + 2 * rng.gumbel(size=logits.shape)).argmax(axis=-1)
     return special.softmax(logits, axis=-1), labels, rng.exponential(size=rows)
@@ -53,7 +53,7 @@ def some_classes(rng, rows=200, count=4):
 
 
 @pytest.mark.parametrize("task", TWINS)
-def test_logarithms_of_probabilities_and_of_logits(task, rng):
+def test_log_probabilities_of_probabilities_and_of_logits(task, rng):
     shape = (3, 5, 1 if task == "binary" else 4)
     logits = 3 * rng.normal(size=shape)
     if task == "multiclass":
@@ -118,22 +118,22 @@ def test_scores_of_classes_are_those_of_scikit_learn(weighted, rng):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_scores_of_yes_and_no_are_those_of_scikit_learn(weighted, rng):
+def test_scores_of_binary_labels_are_those_of_scikit_learn(weighted, rng):
     yes = rng.random((150, 1))
     labels, weights = (rng.random(150) < yes[:, 0]).astype(int), rng.exponential(size=150)
     weights = weights if weighted else None
     logs, truth = items_of(yes, BINARY), truth_of(labels, weights)
-    how = {"sample_weight": weights}
-    assert loss(logs, truth) == pytest.approx(metrics.log_loss(labels, yes[:, 0], **how))
+    options = {"sample_weight": weights}
+    assert loss(logs, truth) == pytest.approx(metrics.log_loss(labels, yes[:, 0], **options))
     assert brier_score(logs, truth, BINARY) == pytest.approx(
-        metrics.brier_score_loss(labels, yes[:, 0], **how)
+        metrics.brier_score_loss(labels, yes[:, 0], **options)
     )
     assert error(logs, truth) == pytest.approx(
-        metrics.zero_one_loss(labels, yes[:, 0] > 0.5, **how)
+        metrics.zero_one_loss(labels, yes[:, 0] > 0.5, **options)
     )
 
 
-def test_scores_of_labels_are_the_means_over_them(rng):
+def test_multilabel_scores_are_the_means_over_labels(rng):
     yes, labels = rng.random((90, 3)), rng.integers(0, 2, (90, 3))
     logs, truth = items_of(yes, MULTILABEL), truth_of(labels.reshape(-1))
     each = range(3)
@@ -163,11 +163,11 @@ def test_scores_of_soft_targets(rng):
     assert brier_score(logs, truth, MULTICLASS) == pytest.approx(
         share @ ((probabilities - targets) ** 2).sum(axis=1)
     )
-    likeliest = targets[np.arange(60), probabilities.argmax(axis=-1)]
-    assert error(logs, truth) == pytest.approx(1 - share @ likeliest)
+    correctness = targets[np.arange(60), probabilities.argmax(axis=-1)]
+    assert error(logs, truth) == pytest.approx(1 - share @ correctness)
 
 
-def test_scores_where_probabilities_are_zero_and_one():
+def test_scores_of_probabilities_of_zero_and_one():
     probabilities = np.array([[0, 1, 0], [1, 0, 0]], "float32")
     logs = items_of(probabilities, MULTICLASS)
     right, wrong = truth_of([[0, 1, 0], [1, 0, 0]]), truth_of([[0, 0, 1], [1, 0, 0]])
@@ -189,16 +189,16 @@ def test_scores_where_probabilities_are_zero_and_one():
 
 
 def bins_by_hand(confidence, right, weights, bins):
-    """Each item goes to the bin that the middle of its mass falls into."""
+    """Each item goes to the bin that contains the midpoint of its mass."""
     order = np.argsort(confidence, kind="stable")
     confidence, right = confidence[order], right[order]
     weights = weights[order] / weights.sum()
     middle = np.cumsum(weights) - weights / 2
     rows = []
     for low in np.arange(bins) / bins:
-        here = (middle >= low - 1e-12) & (middle < low + 1 / bins - 1e-12)
-        if mass := weights[here].sum():
-            means = [np.average(v[here], weights=weights[here]) for v in (confidence, right)]
+        in_bin = (middle >= low - 1e-12) & (middle < low + 1 / bins - 1e-12)
+        if mass := weights[in_bin].sum():
+            means = [np.average(v[in_bin], weights=weights[in_bin]) for v in (confidence, right)]
             rows.append([*means, mass])
     return np.array(rows)
 
@@ -222,7 +222,7 @@ def test_bins_hold_equal_mass(weighted, bins, rng):
         assert calibration_error(logs, truth) == pytest.approx(ece)
 
 
-def test_calibration_of_yes_and_no_looks_at_the_likelier_of_both(rng):
+def test_calibration_of_binary_labels_uses_the_more_probable_class(rng):
     yes = rng.random((60, 1))
     labels = rng.integers(0, 2, 60)
     logs, truth = items_of(yes, BINARY), truth_of(labels)
@@ -256,8 +256,8 @@ def test_a_perfectly_calibrated_forecast_has_no_calibration_error():
     logs = np.log(np.repeat([[0.75, 0.25], [0.5, 0.5]], [8, 4], axis=0))
     truth = truth_of(np.repeat([0, 1, 0, 1], [6, 2, 2, 2]))
     assert calibration_error(logs, truth) == pytest.approx(0, abs=1e-12)
-    turned = truth_of(np.repeat([0, 1, 0, 1], [2, 6, 2, 2]))
-    assert calibration_error(logs, turned) == pytest.approx(0.5 * 8 / 12)
+    swapped = truth_of(np.repeat([0, 1, 0, 1], [2, 6, 2, 2]))
+    assert calibration_error(logs, swapped) == pytest.approx(0.5 * 8 / 12)
 
 
 def shuffled(logs, truth, order):
@@ -281,7 +281,7 @@ def test_the_order_of_rows_does_not_matter(weighted, confidence, seed):
     assert calibration_error(*other) == pytest.approx(calibration_error(logs, truth), abs=1e-12)
 
 
-def test_items_of_equal_confidence_are_as_right_as_all_of_them():
+def test_items_of_equal_confidence_share_their_accuracy():
     logs = np.log(np.repeat([[0.8, 0.2]], 12, axis=0))
     actual = reliability(logs, truth_of(np.repeat([0, 1], [9, 3])), 4)
     np.testing.assert_allclose(actual, [[0.8, 0.75, 0.25]] * 4)
@@ -301,7 +301,7 @@ def test_items_without_weight_do_not_count(rng):
 # Diversity
 
 
-def test_disagreement_of_classes_counts_the_likeliest(rng):
+def test_disagreement_of_classes_compares_predicted_classes(rng):
     logs = special.log_softmax(rng.normal(size=(3, 50, 4)), axis=-1)
     weights = rng.exponential(size=50)
     actual = disagreement(logs, truth_of(np.eye(4)[[0] * 50], weights))
@@ -314,7 +314,7 @@ def test_disagreement_of_classes_counts_the_likeliest(rng):
     assert mean_of_pairs(actual) == pytest.approx(np.mean(pairs))
 
 
-def test_disagreement_of_values_is_their_distance(rng):
+def test_disagreement_of_values_is_their_root_mean_squared_difference(rng):
     values, weights = rng.normal(size=(3, 50)), rng.exponential(size=50)
     actual = disagreement(values, Truth(np.zeros(50), weights / weights.sum()))
     expected = [
@@ -324,5 +324,5 @@ def test_disagreement_of_values_is_their_distance(rng):
     np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
-def test_one_member_does_not_disagree():
+def test_a_single_member_has_no_disagreement():
     assert mean_of_pairs(np.zeros((1, 1))) == 0

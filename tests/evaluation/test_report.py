@@ -21,8 +21,8 @@ DIGITS_ROWS = ["member 0", "member 1", "member 2", "mean", "vote", "geometric"]
 
 
 def test_names_of_rows_and_columns(digits_report):
-    alike = ["last snapshot", "best member"]
-    assert list(digits_report.plain.rows) == [*DIGITS_ROWS[:3], *alike, *DIGITS_ROWS[3:]]
+    repeated = ["last snapshot", "best member"]
+    assert list(digits_report.plain.rows) == [*DIGITS_ROWS[:3], *repeated, *DIGITS_ROWS[3:]]
     assert list(digits_report.shown.rows) == [*digits_report.plain.rows, "weighted"]
     scores = ["loss", "accuracy", "nll", "nll_calibrated", "brier", "ece"]
     for report in (digits_report.plain, digits_report.shown):
@@ -45,7 +45,7 @@ def test_loss_and_metrics_are_those_of_evaluate(name, digits_report):
 @pytest.mark.parametrize("name", DIGITS_ROWS)
 def test_negative_log_likelihood(name, digits_report):
     p = digits_report.p[name]
-    # scikit-learn has another floor, which the shares of votes come to.
+    # Some shares of votes are 0, which scikit-learn clips to another value.
     expected = (
         nll(p, digits_report.y)
         if name == "vote"
@@ -101,14 +101,14 @@ def test_members_added_from_either_end(digits_report):
     )
 
 
-def test_last_and_best(digits_report):
+def test_last_snapshot_and_best_member(digits_report):
     for report in (digits_report.plain, digits_report.shown):
         assert report.rows["last snapshot"] == report.rows["member 2"]
         best = min(range(3), key=lambda i: nll(digits_report.p[f"member {i}"], digits_report.y))
         assert report.rows["best member"] == report.rows[f"member {best}"]
 
 
-def test_a_temperature_is_for_combinations(digits_report):
+def test_the_temperature_applies_to_combinations_only(digits_report):
     rows, before = digits_report.shown.rows, digits_report.plain.rows
     for name in DIGITS_ROWS:
         for score in ("nll", "nll_calibrated"):

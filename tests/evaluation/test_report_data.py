@@ -1,4 +1,4 @@
-"""Reports on all kinds of data, and their notes."""
+"""Reports on all kinds of data, and the notes in a report."""
 
 import math
 
@@ -28,7 +28,7 @@ from snapshot_ensemble import SnapshotEnsemble
 
 @pytest.fixture(scope="module")
 def weighted_rows():
-    """An ensemble of two, data with sample weights, and the report of them as arrays."""
+    """An ensemble of two, data with sample weights, and the report on these arrays."""
     members = [(np.arange(4)[:, None] / 4, [0.5]), (np.ones((4, 1)), [-0.5])]
     ens = ensemble_with(linear(4, weighted_metrics=["mae"]), *members)
     y = ROWS.sum(axis=1, keepdims=True) + 0.3
@@ -46,8 +46,8 @@ def test_sample_weights(weighted_rows):
         assert_close(row["squared_error"], squared)
         assert_close(row["mae"], mean_absolute_error(y, actual, sample_weight=counts))
         assert_close(row["loss"], np.mean(counts * np.square(actual - y)[:, 0]))
-    apart = math.sqrt(mean_squared_error(*stack, sample_weight=counts))
-    assert_close(report.rows["member 0"]["disagreement"], apart)
+    distance = math.sqrt(mean_squared_error(*stack, sample_weight=counts))
+    assert_close(report.rows["member 0"]["disagreement"], distance)
     evaluated = ens.evaluate(x, y, sample_weight=counts, return_dict=True, verbose=0)
     assert_close([report.rows["mean"][name] for name in evaluated], list(evaluated.values()), 1e-6)
 
@@ -61,14 +61,14 @@ def assert_alike(report, other):
     assert (report.worth, report.examples) == (other.worth, other.examples)
 
 
-def test_a_data_set_of_tensorflow_gives_the_same(weighted_rows, capsys):
+def test_a_tensorflow_dataset_has_the_same_report(weighted_rows, capsys):
     ens, arrays, report = weighted_rows
     dataset = tf.data.Dataset.from_tensor_slices(arrays).batch(7)
     assert_alike(ens.report(dataset, verbose=0), report)
     assert capsys.readouterr().out == ""
 
 
-def test_the_data_is_gone_through_once(weighted_rows):
+def test_the_data_is_read_once(weighted_rows):
     ens, arrays, report = weighted_rows
     dataset, once = Batches(*arrays), Batches(*arrays)
     ens.model.predict(once, verbose=0)
@@ -88,13 +88,13 @@ def test_one_row_of_data():
         row = report.rows[name]
         assert_close([row["loss"], row["nll"]], nll(actual, LABELS[:1]))
         assert_close(row["ece"], calibration_error(actual, LABELS[:1], bins=1))
-        # There is no other half.
+        # One row cannot be split into two halves.
         assert math.isnan(row["nll_calibrated"])
     assert_aligned(report)
     through_json(report)
 
 
-def test_a_report_without_members():
+def test_a_report_without_members_is_refused():
     with pytest.raises(ValueError) as caught:
         SnapshotEnsemble(dense()).report(ROWS, LABELS)
     assert str(caught.value) == (
@@ -102,7 +102,7 @@ def test_a_report_without_members():
     )
 
 
-def test_a_report_without_targets(weighted_rows):
+def test_a_report_without_targets_is_refused(weighted_rows):
     ens, _, _ = weighted_rows
     with pytest.raises(ValueError, match="There are no targets to compare with"):
         ens.report(ROWS, verbose=0)
@@ -111,8 +111,8 @@ def test_a_report_without_targets(weighted_rows):
 # Notes
 
 
-def about(errors):
-    """Linear members that are off by so much everywhere, and the targets."""
+def with_errors(errors):
+    """Linear members with constant errors, and the targets."""
     ens = ensemble_with(linear(4), *((np.ones((4, 1)), [error]) for error in errors))
     return ens, ROWS.sum(axis=1)
 
@@ -124,7 +124,7 @@ def worse_than(report):
 
 def test_a_mean_that_is_worse_than_the_best_member_is_noted():
     # Of the means from the last, that of two is best: (0.5 + -0.3) / 2 is 0.1.
-    ens, y = about([9.0, 0.2, -0.3, 0.5])
+    ens, y = with_errors([9.0, 0.2, -0.3, 0.5])
     report = ens.report(ROWS, y, verbose=0)
     assert_close(report.added_from_last["loss"], [0.25, 0.01, (0.4 / 3) ** 2, 2.35**2])
     assert worse_than(report) == (
@@ -132,12 +132,12 @@ def test_a_mean_that_is_worse_than_the_best_member_is_noted():
         "members=2 (the last 2: 0.0100) or fit_weights on held-out data."
     )
     assert worse_than(report) in str(report)
-    # The offsets are the same in each row, so that the standard error is nothing.
+    # The errors are the same in each row, so the standard error is 0.
     assert report.worth == 2
 
 
-def test_fewer_members_are_not_proposed_where_all_are_best():
-    ens, y = about([0.0, 4.0, 8.0])
+def test_fewer_members_are_not_proposed_if_all_are_best():
+    ens, y = with_errors([0.0, 4.0, 8.0])
     ens.weights = [0.75, 0.25, 0.0]
     report = ens.report(ROWS, y, verbose=0)
     assert worse_than(report) == (
@@ -147,7 +147,7 @@ def test_fewer_members_are_not_proposed_where_all_are_best():
     assert_close(report.rows["weighted"]["loss"], 1)
 
 
-def test_a_mean_that_is_better_than_each_member_has_no_more_to_say(diabetes_report):
+def test_no_note_if_the_mean_is_better_than_each_member(diabetes_report):
     y, stack, report = diabetes_report.y, diabetes_report.stack, diabetes_report.report
     alone = [mean_squared_error(y, member) for member in stack]
     assert mean_squared_error(y, stack.mean(axis=0)) < min(alone)
@@ -157,23 +157,23 @@ def test_a_mean_that_is_better_than_each_member_has_no_more_to_say(diabetes_repo
     ]
 
 
-def alike(count):
-    """An ensemble of equal members, and data with which the sums compared round differently."""
+def identical(count):
+    """Identical members, and data for which the compared sums are rounded differently."""
     (weights,) = member_weights(ensemble_of(dense(), 1))
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(30, 4)).astype("float32"), rng.integers(0, 3, 30)
     return ensemble_with(dense(), *[weights] * count), x, y
 
 
-def test_members_that_are_alike_are_not_worse_than_themselves():
-    ens, x, y = alike(3)
+def test_no_note_if_all_members_are_identical():
+    ens, x, y = identical(3)
     report = ens.report(x, y, verbose=0)
     assert worse_than(report) is None
     assert report.worth == 1
 
 
 def test_one_member_is_its_own_mean():
-    ens, x, y = alike(1)
+    ens, x, y = identical(1)
     report = ens.report(x, y, verbose=0)
     combinations = ["mean", "vote", "geometric"]
     assert list(report.rows) == ["member 0", "last snapshot", "best member", *combinations]

@@ -1,4 +1,4 @@
-"""How a report shows itself: as text, as HTML and as JSON."""
+"""How a report is shown: as text, HTML and JSON."""
 
 import html.parser
 import math
@@ -35,7 +35,7 @@ class Tags(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_it_shows_in_a_notebook_what_it_prints(digits_report):
+def test_a_notebook_shows_what_is_printed(digits_report):
     actual = digits_report.shown._repr_html_()
     tags = Tags()
     tags.feed(actual)

@@ -1,4 +1,4 @@
-"""Reports on other tasks: values, yes and no, several outputs, and the user's own metrics."""
+"""Reports on other tasks, on several outputs, and with custom losses and metrics."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_disagreement_and_curves_of_a_regression(diabetes_report):
     )
 
 
-def test_a_metric_of_any_name_is_shown_as_it_is(diabetes_report):
+def test_any_metric_name_is_shown_unchanged(diabetes_report):
     rows, _ = cells_of(diabetes_report.report._repr_html_())
     assert NAME in rows[0]
     assert NAME in str(diabetes_report.report)
@@ -80,7 +80,7 @@ def test_a_metric_of_any_name_is_shown_as_it_is(diabetes_report):
 
 
 @pytest.mark.parametrize("task", ["log-odds", "multilabel", "logits"])
-def test_rows_of_classes_of_other_kinds(task):
+def test_rows_of_other_class_outputs(task):
     ens = ensemble_of(dense(*TASKS[task]), 2)
     outputs = np.stack([dense_outputs(weights, ROWS) for weights in member_weights(ens)])
     if task == "logits":
@@ -90,7 +90,7 @@ def test_rows_of_classes_of_other_kinds(task):
     else:
         y = np.random.default_rng(1).integers(0, 2, outputs.shape[1:])
         p = special.expit(outputs)
-        # Each unit is a row with two classes.
+        # Each unit counts as a row with two classes.
         both = np.stack([1 - p, p], axis=-1).reshape(2, -1, 2)
         truth = y.reshape(-1)
 
@@ -124,7 +124,7 @@ SHARES = {"kind": 2.0, "flag": 0.75, "amount": 0.5}
 
 @pytest.fixture(scope="module")
 def several():
-    """An ensemble with outputs by names that their layers do not have, and the report."""
+    """The outputs of an ensemble whose output names differ from its layers', and its report."""
     inputs = keras.Input((4,))
     outputs = {
         "kind": layers.Dense(3, "softmax", name="third")(inputs),
@@ -155,7 +155,7 @@ def several():
 
 
 def of(row, output, score):
-    """A score of one output, whatever its column is called."""
+    """A score of one output, under the name of its key or of its layer."""
     names = {"kind": ("kind", "third"), "flag": ("flag", "first"), "amount": ("amount", "second")}
     columns = [f"{name}_{score}" for name in names[output]]
     (value,) = [row[column] for column in columns if column in row]
@@ -201,8 +201,8 @@ def test_scores_of_several_outputs(several):
     differ = np.mean(labels[0] != labels[1]), np.mean(labels[0] != labels[2])
     assert_close(of(report.rows["member 0"], "kind", "disagreement"), np.mean(differ))
     amounts = stacks["amount"]
-    apart = [math.sqrt(mean_squared_error(amounts[2], amounts[i])) for i in (0, 1)]
-    assert_close(of(report.rows["member 2"], "amount", "disagreement"), np.mean(apart))
+    distances = [math.sqrt(mean_squared_error(amounts[2], amounts[i])) for i in (0, 1)]
+    assert_close(of(report.rows["member 2"], "amount", "disagreement"), np.mean(distances))
 
 
 def test_curves_of_several_outputs(several):
@@ -218,7 +218,7 @@ def test_curves_of_several_outputs(several):
         assert_close(actual["loss"], sum(SHARES[output] * losses[output] for output in OUTPUTS))
 
 
-def test_columns_of_several_outputs_are_called_as_evaluate_calls_them(several):
+def test_columns_of_several_outputs_have_the_names_that_evaluate_uses(several):
     _, report = several
     compiled = {"loss", *(f"{output}_loss" for output in OUTPUTS), "kind_accuracy", "amount_mae"}
     scores = ("nll", "nll_calibrated", "brier", "ece")
@@ -250,11 +250,11 @@ def test_padding_is_not_scored():
     assert_close(report.rows["member 0"]["disagreement"], np.mean(p[0].argmax(1) != p[1].argmax(1)))
 
 
-# What the user compiled
+# Custom losses and metrics
 
 
 class Total(keras.metrics.Metric):
-    """Keeps a state, and cannot be made anew from a config."""
+    """Has a state and cannot be created from its config."""
 
     def __init__(self, factor):
         super().__init__(name="total")
@@ -283,7 +283,7 @@ def test_a_custom_loss_and_custom_metrics():
         assert_close(row["loss"], error**3)
         assert_close(row["squared_error"], error**2)
         assert_close(row["total"], 2 * np.sum(y + error), 1e-4)
-    # The user's model is as before.
+    # The user's model is unchanged.
     assert total.sum.numpy() == state
     for array, before in zip(model.get_weights(), own, strict=True):
         np.testing.assert_array_equal(array, before)

@@ -1,4 +1,4 @@
-"""Uncertainty, split into what is in the data and what is in the members, against SciPy."""
+"""Uncertainty and its aleatoric and epistemic parts, against SciPy."""
 
 import keras
 import numpy as np
@@ -36,14 +36,14 @@ def of_members(outputs, meaning):
 
 
 def entropies(probabilities):
-    """Total, aleatoric and epistemic by SciPy; the members first, the classes last."""
+    """Total, aleatoric and epistemic uncertainty by SciPy; members first, classes last."""
     total = stats.entropy(probabilities.mean(axis=0), axis=-1)
     aleatoric = stats.entropy(probabilities, axis=-1).mean(axis=0)
     divergence = stats.entropy(probabilities, probabilities.mean(axis=0)[None], axis=-1)
     return {"total": total, "aleatoric": aleatoric, "epistemic": divergence.mean(axis=0)}
 
 
-def both_sides(yes):
+def no_and_yes(yes):
     return np.stack([1 - yes, yes], axis=-1)
 
 
@@ -67,7 +67,7 @@ def test_spread_of_classes(task, dtype, rng):
     if task == "multiclass":
         probabilities, full = special.softmax(logits, axis=-1), special.softmax(wide, axis=-1)
     else:
-        probabilities, full = special.expit(logits), both_sides(special.expit(wide))
+        probabilities, full = special.expit(logits), no_and_yes(special.expit(wide))
     for outputs, meaning in zip((probabilities, logits), TWINS[task], strict=True):
         check_spread(of_members(outputs, meaning), entropies(full))
 
@@ -81,7 +81,7 @@ def test_spread_of_values(rng):
 
 
 @pytest.mark.parametrize("task", TWINS)
-def test_members_that_are_alike_and_a_single_one_have_nothing_epistemic(task, rng):
+def test_identical_members_and_a_single_one_have_no_epistemic_uncertainty(task, rng):
     logits = rng.normal(size=(1, 6, 3)).astype("float32")
     probabilities = (special.softmax if task == "multiclass" else special.expit)(
         logits, *([-1] if task == "multiclass" else [])
@@ -136,7 +136,7 @@ def check_uncertainty(actual, mean, own, meaning):
     if meaning.task == "multiclass":
         probabilities = special.softmax(own, axis=-1) if meaning.logits else own
     else:
-        probabilities = both_sides(special.expit(own) if meaning.logits else own)
+        probabilities = no_and_yes(special.expit(own) if meaning.logits else own)
     actual = {name: part for name, part in actual.items() if name != "mean"}
     check_spread(actual, entropies(probabilities), 1e-5)
 
@@ -157,14 +157,14 @@ def test_uncertainty_of_every_task(task):
     ens = ensemble_of(eager(dense(loss, units, activation), loss), 4)
     ens.temperature = 3.0
     actual = ens.predict_uncertainty(DATA, verbose=0)
-    ens.temperature = 1.0  # It has no part in it.
+    ens.temperature = 1.0  # The temperature must not affect the uncertainty.
     mean, own = ens.predict(DATA, verbose=0), ens.predict_members(DATA, verbose=0)
     check_uncertainty(actual, mean, own, MEANINGS[task])
     shape = (11,) if MEANINGS[task].task == "multiclass" else (11, units)
     assert {part.shape for name, part in actual.items() if name != "mean"} == {shape}
 
 
-def test_uncertainty_is_traced_and_goes_by_batches():
+def test_uncertainty_in_graph_mode_and_in_batches():
     ens = ensemble_of(dense(), 3)
     actual = ens.predict_uncertainty(ROWS, members=[0, 2], batch_size=4, verbose=0)
     mean = ens.predict(ROWS, members=[0, 2], batch_size=4, verbose=0)
@@ -203,7 +203,7 @@ def test_uncertainty_of_several_outputs_has_their_structure(structure):
         check_uncertainty(actual[key], mean[key], own[key], meaning)
 
 
-def test_members_that_are_alike_are_unsure_but_of_one_mind():
+def test_identical_members_are_uncertain_but_do_not_disagree():
     model = eager(dense(), "sparse_categorical_crossentropy")
     (own,) = member_weights(ensemble_of(model, 1))
     ens = ensemble_with(model, own, own, own)

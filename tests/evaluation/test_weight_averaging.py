@@ -1,4 +1,4 @@
-"""One model out of the mean of the members' weights, against NumPy and Keras."""
+"""Weight averaging, against NumPy and Keras."""
 
 import re
 import warnings
@@ -59,7 +59,7 @@ def test_the_mean_is_taken_in_float64(dtype, values):
 
 @keras.saving.register_keras_serializable("averaging")
 class Counted(layers.Layer):
-    """Has a weight that is a whole number, and one that is a yes or no."""
+    """Has an integer weight and a boolean one."""
 
     def build(self, shape):
         self.factor = self.add_weight(name="factor", shape=(2,))
@@ -72,7 +72,7 @@ class Counted(layers.Layer):
 
 
 @pytest.mark.parametrize(("members", "last"), [(None, 2), ([2, 0], 0), (2, 2)])
-def test_whole_numbers_are_those_of_the_last_member(members, last):
+def test_integers_and_booleans_are_those_of_the_last_member(members, last):
     model = compiled(keras.Sequential([keras.Input((2,)), Counted()]), "mse")
     rows = [[[i, 2 * i], [7 * i + 1, 5], [i == 1, i == 2]] for i in range(3)]
     dtypes = ("float32", "int32", "bool")
@@ -97,15 +97,15 @@ def test_the_mean_of_chosen_members(members, chosen, random):
 
 
 @pytest.mark.parametrize("members", [1, [2]])
-def test_one_member_gives_itself(members, random):
+def test_the_average_of_one_member_is_that_member(members, random):
     assert_same(random.average_weights(members).get_weights(), member_weights(random)[2])
 
 
-# The user's model stays as it was
+# The user's model is unchanged
 
 
 def state(model):
-    """All that averaging might leave behind."""
+    """Everything that averaging might change."""
     own = [(vars(x).get("call"), x.trainable, getattr(x, "momentum", None)) for x in flat(model)]
     slots = [variable.numpy() for variable in model.optimizer.variables]
     return own, [*model.get_weights(), *slots, model.optimizer.learning_rate.numpy()]
@@ -129,7 +129,7 @@ class Broken(Batches):
         return super().__getitem__(index)
 
 
-def test_the_users_model_is_as_before(convolutional_ensemble):
+def test_the_users_model_is_unchanged(convolutional_ensemble):
     model = convolutional_ensemble.model
     before = state(model)
     averaged = convolutional_ensemble.average_weights(x=IMAGES)
@@ -141,14 +141,14 @@ def test_the_users_model_is_as_before(convolutional_ensemble):
 @pytest.mark.parametrize(
     ("x", "message"), [(ROWS[:, :3], "incompatible with the layer"), (Broken(ROWS), "disk is gone")]
 )
-def test_the_users_model_is_as_before_when_the_pass_fails(x, message, normalized_ensemble):
+def test_the_users_model_is_unchanged_if_the_pass_fails(x, message, normalized_ensemble):
     before = state(normalized_ensemble.model)
     with pytest.raises(Exception, match=message):
         normalized_ensemble.average_weights(x=x)
     assert_unchanged(normalized_ensemble.model, before)
 
 
-def test_the_users_layers_normalise_and_forget_as_before(normalized_ensemble):
+def test_the_users_layers_still_update_their_moving_statistics(normalized_ensemble):
     normalized_ensemble.average_weights(x=ROWS)
     model = normalized_ensemble.model
     own = model.get_weights()
@@ -177,7 +177,7 @@ def test_it_is_a_model_of_the_original_size(normalized_ensemble, averaged_model)
     ]
 
 
-def test_it_is_compiled_alike_and_trains(normalized_ensemble, averaged_model):
+def test_it_is_compiled_like_the_model_and_trains(normalized_ensemble, averaged_model):
     actual = averaged_model.evaluate(ROWS, LABELS, return_dict=True, verbose=0)
     probabilities = averaged_model(ROWS).numpy()
     assert actual.keys() == {"loss", "accuracy"}
@@ -204,7 +204,7 @@ def cross_entropy(logits, y):
     return -special.log_softmax(logits, axis=1)[np.arange(len(y)), y].mean()
 
 
-def test_a_mean_that_is_worse_than_the_worst_member_is_warned_of():
+def test_a_warning_if_the_average_is_worse_than_the_worst_member():
     weights, y = teacher()
     worse = [weights[0], weights[1], 0.5 * weights[2], weights[3]]
     ens = ensemble_with(dense(), weights, turned(worse))
@@ -223,7 +223,7 @@ def test_a_mean_that_is_worse_than_the_worst_member_is_warned_of():
     assert "Use `members='greedy'`, fewer members, or the ensemble." in message
 
 
-def test_a_mean_that_is_no_worse_is_not_warned_of():
+def test_no_warning_if_the_average_is_no_worse():
     weights, y = teacher()
     rng = np.random.default_rng(1)
     off = [rng.normal(0, 0.3, array.shape).astype("float32") for array in weights]
@@ -235,17 +235,17 @@ def test_a_mean_that_is_no_worse_is_not_warned_of():
     ens.average_weights([0], x=ROWS, y=y)
 
 
-def test_statistics_that_are_only_a_mean_are_warned_of(normalized_ensemble, convolutional_ensemble):
+def test_a_warning_if_statistics_are_averaged(normalized_ensemble, convolutional_ensemble):
     for ens, count in ((normalized_ensemble, 1), (convolutional_ensemble, 2)):
         with pytest.warns(UserWarning, match="Received: x=None") as caught:
             averaged = ens.average_weights()
         (warning,) = caught
         assert warning.filename == __file__
-        assert str(warning.message).startswith(f"The model has {count} layers of batch normal")
+        assert str(warning.message).startswith(f"The model has {count} batch-normalisation lay")
         assert_all_close(averaged.get_weights(), mean_by_hand(member_weights(ens)), 1e-6)
 
 
-def test_no_such_warning_without_a_mean_of_statistics(normalized_ensemble, random):
+def test_no_warning_if_no_statistics_are_averaged(normalized_ensemble, random):
     frozen = normalized_input()
     frozen.layers[0].trainable = False
     with warnings.catch_warnings():
@@ -255,7 +255,7 @@ def test_no_such_warning_without_a_mean_of_statistics(normalized_ensemble, rando
         ensemble_of(frozen).average_weights()
 
 
-# What makes no sense
+# Arguments that are refused
 
 
 @pytest.mark.parametrize(
@@ -266,22 +266,20 @@ def test_no_such_warning_without_a_mean_of_statistics(normalized_ensemble, rando
         ({"x": Batches(ROWS)}, "x=Batches, y=NoneType"),
     ],
 )
-def test_a_soup_without_targets(arguments, received, random):
+def test_a_soup_without_targets_is_refused(arguments, received, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights("greedy", **arguments)
     assert str(caught.value) == (
-        "`members='greedy'` chooses by the loss on held-out data. Received: "
+        "`members='greedy'` selects members by their loss on held-out data. Received: "
         f"{received}. Pass `x` and `y`."
     )
 
 
 @pytest.mark.parametrize("members", [None, "greedy"])
-def test_targets_without_data(members, random):
+def test_targets_without_data_are_refused(members, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights(members, y=LABELS)
-    assert str(caught.value) == (
-        "`y` needs the data that it belongs to. Received: x=None. Pass `x`."
-    )
+    assert str(caught.value) == ("`y` cannot be used without `x`. Received: x=None. Pass `x`.")
 
 
 @pytest.mark.parametrize(
@@ -291,30 +289,32 @@ def test_iterators_are_refused(x, random):
     with pytest.raises(ValueError) as caught:
         random.average_weights(x=x)
     assert str(caught.value) == (
-        f"`x` is gone through more than once. Received: x={type(x).__name__}, an iterator. "
+        f"`x` is read more than once. Received: x={type(x).__name__}, an iterator. "
         "Pass arrays, a `tf.data.Dataset` or a `PyDataset`."
     )
 
 
-def test_targets_beside_those_in_the_data(random):
-    with pytest.raises(ValueError, match="`y` must not be given where `x` brings the targets"):
+def test_targets_are_refused_if_the_data_yield_them(random):
+    with pytest.raises(
+        ValueError, match="`y` must not be passed if `x` already yields the targets"
+    ):
         random.average_weights(x=sliced(ROWS, LABELS), y=LABELS)
 
 
 @pytest.mark.parametrize("members", ["all", "Greedy", ""])
-def test_unknown_names_of_members(members, random):
+def test_unknown_names_of_members_are_refused(members, random):
     with pytest.raises(TypeError) as caught:
         random.average_weights(members, x=ROWS, y=LABELS)
     assert str(caught.value) == f"`members` must be a whole number. Received: members={members!r}"
 
 
 @pytest.mark.parametrize("members", [0, 4, [3], []])
-def test_members_that_do_not_exist(members, random):
+def test_members_that_do_not_exist_are_refused(members, random):
     with pytest.raises(ValueError, match=re.escape(f"Received: members={members!r}")):
         random.average_weights(members)
 
 
 @pytest.mark.parametrize("members", [None, "greedy"])
-def test_averaging_without_members(members):
+def test_averaging_without_members_is_refused(members):
     with pytest.raises(ValueError, match=re.escape("The ensemble has no members yet.")):
         SnapshotEnsemble(dense()).average_weights(members, ROWS, LABELS)

@@ -1,4 +1,4 @@
-"""Exports: names, any batch size, inference mode, agreement, and what happens when it fails."""
+"""Exports: names, any batch size, inference mode, agreement with `predict`, and failures."""
 
 import importlib.util
 import logging
@@ -15,7 +15,7 @@ from snapshot_ensemble.export import formats as exporting
 
 layers = keras.layers
 pytestmark = pytest.mark.filterwarnings(
-    # TensorFlow's and its converters' own.
+    # Warnings of TensorFlow and its converters.
     "ignore:In the future `np.object`:FutureWarning",
     "ignore:.*:DeprecationWarning:google.protobuf",
 )
@@ -27,17 +27,18 @@ FORMATS = {
 }
 
 
-# Each day the one that most use and the one whose conversion loads quickest.
-EACH_DAY = ("tf_saved_model", "openvino")
+# Not slow: the most common format, and the one that converts fastest.
+FAST_FORMATS = ("tf_saved_model", "openvino")
 
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=() if name in EACH_DAY else pytest.mark.slow) for name in FORMATS
+        pytest.param(name, marks=() if name in FAST_FORMATS else pytest.mark.slow)
+        for name in FORMATS
     ]
 )
 def format(request, tmp_path):
-    """A format, a path for it, how close it must come, and what runs it (written anew here)."""
+    """A format, a path for it, and the tolerance of its outputs."""
     name, tolerance = FORMATS[request.param]
     return request.param, tmp_path / name, tolerance
 
@@ -62,8 +63,8 @@ def run(format, path, inputs):
     return {name: results[output] for output in compiled.outputs for name in output.names}
 
 
-# Conversions take seconds each: every day a few of each kind, in CI all.
-EVERY_DAY = {
+# Conversions take seconds each: a few of each kind run by default, the others are slow tests.
+FAST_CASES = {
     *(("tf_saved_model", task, "mean") for task in TASKS),
     *(("tf_saved_model", "softmax", combine) for combine in ("vote", "weighted", "geometric")),
     ("tf_saved_model", "regression", "median"),
@@ -74,7 +75,7 @@ EVERY_DAY = {
 @pytest.mark.parametrize(
     ("name", "task", "combine"),
     [
-        pytest.param(*case, marks=() if case in EVERY_DAY else pytest.mark.slow)
+        pytest.param(*case, marks=() if case in FAST_CASES else pytest.mark.slow)
         for case in ((name, *rest) for name in FORMATS for rest in COMBINATIONS)
     ],
 )
@@ -182,7 +183,7 @@ def test_recurrent_attention_and_convolutional_layers(layer, format_name, tmp_pa
     ids=["unrolled gru", "attention", "convolution"],
 )
 @pytest.mark.slow
-def test_layers_that_litert_has(layer, tmp_path):
+def test_layers_that_litert_supports(layer, tmp_path):
     ens = ensemble_of(sequence_model(layer))
     ens.export(tmp_path / "served.tflite", "litert")
     x = np.random.default_rng(2).normal(size=(3, 5, 4)).astype("float32")
@@ -190,7 +191,7 @@ def test_layers_that_litert_has(layer, tmp_path):
     np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=1e-4)
 
 
-def test_a_recurrent_layer_that_litert_does_not_have_is_an_error_with_advice(tmp_path):
+def test_a_recurrent_layer_that_litert_does_not_support_is_an_error_with_advice(tmp_path):
     pytest.importorskip("ai_edge_litert")
     with pytest.raises(ValueError, match="make it with `unroll=True`, or export a SavedModel"):
         ensemble_of(sequence_model(layers.GRU(4))).export(tmp_path / "served.tflite", "litert")
@@ -245,7 +246,7 @@ class Subclassed(keras.Model):
 
 @pytest.mark.parametrize("combine", ["mean", "vote"])
 def test_a_subclass_that_cannot_be_cloned_exports_too(combine, tmp_path):
-    model = Subclassed(object())  # What it was made with, no config can hold.
+    model = Subclassed(object())  # An argument that no config can store.
     model(np.zeros((1, 4), "float32"))
     model.compile("sgd", "sparse_categorical_crossentropy")
     ens = ensemble_of(model)
@@ -267,30 +268,32 @@ def exact_gelu():
 def test_an_operator_that_onnx_does_not_have_is_an_error_with_advice(
     runtime, tmp_path, monkeypatch
 ):
-    if runtime == "not installed":  # Then the checker of onnx has to do.
+    if runtime == "not installed":  # Then only the checker of `onnx` is used.
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else find_spec(n)
         )
-    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # It only logs the matter.
+    logging.getLogger("tf2onnx").setLevel(logging.CRITICAL)  # It logs the unknown operator.
     with pytest.raises(ValueError, match="approximate=True"):
         ensemble_of(exact_gelu()).export(tmp_path / "served.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_computes_something_else_is_an_error(tmp_path, monkeypatch):
+def test_a_file_with_other_outputs_is_an_error(tmp_path, monkeypatch):
     def wrong(path, inputs):
         return {"answer": np.full((2, 3), 1 / 3, "float32")}
 
     monkeypatch.setitem(exporting._RUNTIMES, "tf_saved_model", wrong)
-    with pytest.raises(ValueError, match="computes something else than the ensemble in output 'an"):
+    with pytest.raises(
+        ValueError, match="The exported file and the ensemble disagree on output 'an"
+    ):
         ensemble_of(dense()).export(tmp_path / "served")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_tensorflow_does_not_tell_where_it_writes_unless_asked(verbose, tmp_path, monkeypatch):
+def test_tensorflow_logs_where_it_writes_only_if_verbose(verbose, tmp_path, monkeypatch):
     logger, messages = tf.get_logger(), []
     monkeypatch.setattr(logger, "handlers", [logging.Handler()])
     monkeypatch.setattr(
@@ -306,19 +309,17 @@ def test_an_existing_path_is_kept_without_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")
     ens = ensemble_of(dense())
-    with pytest.raises(
-        ValueError, match="There is something at the path already. Received: filepa"
-    ):
+    with pytest.raises(ValueError, match="The path already exists. Received: filepa"):
         ens.export(path, name)
     assert path.read_text() == "somebody's"
     ens.export(path, name, overwrite=True)
     x = np.zeros((1, 4), "float32")
     assert run(name, path, {"features": x})["answer"].shape == (1, 3)
-    left = {path.name} | ({"served.bin"} if name == "openvino" else set())
-    assert {entry.name for entry in path.parent.iterdir()} == left
+    remaining = {path.name} | ({"served.bin"} if name == "openvino" else set())
+    assert {entry.name for entry in path.parent.iterdir()} == remaining
 
 
-def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_export_keeps_existing_files(tmp_path, monkeypatch):
     ens = ensemble_of(dense())
     ens.export(tmp_path / "served")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -346,7 +347,7 @@ def test_formats_and_endings_are_checked_first(name, format_name, message, tmp_p
     assert message in str(caught.value)
 
 
-def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
     find_spec = exporting.importlib.util.find_spec
     monkeypatch.setattr(
         exporting.importlib.util, "find_spec", lambda n: None if n == "tf2onnx" else find_spec(n)

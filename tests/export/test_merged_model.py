@@ -1,4 +1,4 @@
-"""One Keras model of many members: its numbers, its structure, and what it shares."""
+"""All members merged into one Keras model: its outputs, structure and shared layers."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def assert_alike(actual, expected, atol=1e-6):
 
 
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
-def test_every_task_and_combination_gives_what_predict_gives(task, combine):
+def test_every_task_and_combination_agrees_with_predict(task, combine):
     loss, units, activation = TASKS[task]
     ens = ensemble_of(dense(loss, units, activation), 4)
     ens.weights = [0.1, 0.2, 0.3, 0.4]
@@ -115,7 +115,7 @@ ARCHITECTURES = [
 
 
 @pytest.mark.parametrize("build", ARCHITECTURES)
-def test_every_architecture_gives_what_predict_gives(build):
+def test_every_architecture_agrees_with_predict(build):
     source = build()
     losses = {"kind": "sparse_categorical_crossentropy", "size": "mse"}
     source.compile("sgd", losses if build is dicts else "sparse_categorical_crossentropy")
@@ -138,7 +138,7 @@ def test_inputs_and_outputs_keep_structure_and_names(build):
     assert [t.shape for t in model.outputs] == [t.shape for t in source.outputs]
 
 
-def test_an_adapted_vocabulary_is_carried_over():
+def test_an_adapted_vocabulary_is_copied():
     lookup = layers.StringLookup()
     lookup.adapt(["red", "green", "blue", "green"])
     inputs = keras.Input((2,), dtype="string", name="words")
@@ -200,7 +200,7 @@ def test_a_frozen_backbone_is_computed_once():
     assert sorted(calls) == ["frozen", "member_0_head", "member_1_head", "member_2_head"]
 
 
-def test_what_is_equal_behind_what_differs_is_stored_once_and_computed_for_each():
+def test_an_equal_layer_after_one_that_differs_is_stored_once_and_run_for_each_member():
     inputs = keras.Input((4,))
     hidden = layers.Dense(5, name="differs")(inputs)
     source = keras.Model(inputs, layers.Dense(3, "softmax", name="equal")(hidden))
@@ -212,7 +212,7 @@ def test_what_is_equal_behind_what_differs_is_stored_once_and_computed_for_each(
     assert_alike(model.predict(x, verbose=0), ens.predict(x, verbose=0))
 
 
-def test_a_nested_model_that_was_called_for_inference_stays_so():
+def test_a_nested_model_that_was_called_in_inference_mode_stays_in_it():
     source, in_backbone = with_backbone(nested=True)
     model = ensemble_of(source, 2, shared=in_backbone).to_keras()
     x = batch_for(source)
@@ -245,7 +245,7 @@ def test_it_is_compiled_with_the_models_loss_and_metrics():
     assert actual["accuracy"] == pytest.approx(expected["accuracy"])
 
 
-def test_the_wrapped_model_is_left_alone():
+def test_the_wrapped_model_is_unchanged():
     source, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(source, 2, shared=in_backbone)
     weights = source.get_weights()
@@ -260,7 +260,7 @@ def test_the_wrapped_model_is_left_alone():
 
 LOADS_WITHOUT_THE_PACKAGE = """
 import sys
-sys.modules["snapshot_ensemble"] = None  # Importing it is an ImportError from here on.
+sys.modules["snapshot_ensemble"] = None  # Importing it is an error from here on.
 import warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
@@ -275,7 +275,7 @@ np.save(sys.argv[1] + "/y.npy", model.predict(x, verbose=0))
     "combine",
     ["mean", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vote", "weighted", "geometric"))],
 )
-def test_its_file_loads_where_the_package_is_not(combine, tmp_path):
+def test_its_file_loads_without_the_package(combine, tmp_path):
     source, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(source, 3, shared=in_backbone)
     ens.weights = [0.2, 0.3, 0.5]
@@ -283,8 +283,8 @@ def test_its_file_loads_where_the_package_is_not(combine, tmp_path):
     x = batch_for(source)
     np.savez(tmp_path / "x.npz", x=x)
     command = [sys.executable, "-c", LOADS_WITHOUT_THE_PACKAGE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
     expected = ens.predict(x, combine=combine, verbose=0)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-6)
 
@@ -298,7 +298,7 @@ class Subclassed(keras.Model):
         return self.head(inputs)
 
 
-def test_a_subclass_is_refused_with_what_works():
+def test_a_subclass_is_refused_with_advice():
     source = Subclassed()
     source(np.zeros((1, 4)))
     source.compile("sgd", "sparse_categorical_crossentropy")
@@ -316,7 +316,7 @@ def test_without_members_there_is_nothing_to_combine(model):
         SnapshotEnsemble(model).to_keras()
 
 
-def test_a_combination_that_makes_no_sense_is_refused():
+def test_a_combination_for_another_task_is_refused():
     with pytest.raises(ValueError, match="`combine='median'` is for regression") as caught:
         ensemble_of(dense()).to_keras("median")
     assert "Received: combine='median'" in str(caught.value)

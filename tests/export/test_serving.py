@@ -1,4 +1,4 @@
-"""The SavedModel where it is served: TensorFlow without Keras, and a C program without Python."""
+"""The SavedModel in TensorFlow without Keras, in a C program without Python, and in OpenVINO."""
 
 import pathlib
 import shutil
@@ -12,7 +12,7 @@ from models import ensemble_of, with_backbone
 
 PLAIN_TENSORFLOW = """
 import sys
-sys.modules["keras"] = sys.modules["snapshot_ensemble"] = None  # Not to be imported.
+sys.modules["keras"] = sys.modules["snapshot_ensemble"] = None  # Importing them is an error.
 import numpy as np
 import tensorflow as tf
 signature = tf.saved_model.load(sys.argv[1] + "/served").signatures["serving_default"]
@@ -58,7 +58,7 @@ int main(int argc, char **argv) {
 
 @pytest.fixture
 def served(tmp_path):
-    """A folder with an export of three members on one backbone, inputs, and what is right."""
+    """A folder with an export of three members on one backbone, inputs and expected outputs."""
     source, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(source, 3, shared=in_backbone)
     ens.export(tmp_path / "served")
@@ -71,8 +71,8 @@ def served(tmp_path):
 def test_in_tensorflow_without_keras_and_without_this_package(served):
     folder, expected = served
     command = [sys.executable, "-c", PLAIN_TENSORFLOW, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
     np.testing.assert_allclose(np.load(folder / "y.npy"), expected, atol=1e-6)
 
 
@@ -87,9 +87,9 @@ def test_in_a_c_program(served):
     link = [f"-L{library}", *(f"-l:{name}" for name in names), f"-Wl,-rpath,{library}"]
     subprocess.run([*compile_it, *link], cwd=folder, check=True)
     command = ["./serve", "served", "x.raw"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    actual = np.array(done.stdout.split(), "float32").reshape(5, 4)
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    actual = np.array(completed.stdout.split(), "float32").reshape(5, 4)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Seeds for each test, and ensembles that the tests in this folder share."""
+"""A seed for each test, and ensembles that the tests in this folder share."""
 
 import keras
 import numpy as np
@@ -9,13 +9,13 @@ from models import dense, ensemble_of
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    # Clearing the session takes longer than most of these tests, and would break what they share.
+    # No `clear_session`: it is slower than most of these tests and would break shared fixtures.
     keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="module")
 def cases():
-    """For each kind an ensemble, and what `ens[i].predict` gives, made when first asked for."""
+    """For each kind an ensemble and its members' predictions, made on first use."""
     made = {}
 
     def case(name):

@@ -1,4 +1,4 @@
-"""How many rows are predicted at once where nobody said."""
+"""The default batch size of predictions."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def two_members(model):
     return ensemble_with(model, *members)
 
 
-# The largest tensor has so many float32 a row; a batch of it is to be 1 MiB or less.
+# The batch size keeps the largest tensor, in float32, within 1 MiB.
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -45,7 +45,7 @@ def two_members(model):
         (branches(), 64),
     ],
 )
-def test_small_layers_take_many_rows(model, expected):
+def test_small_layers_get_large_batches(model, expected):
     assert rows_at_once(model) == expected
 
 
@@ -85,19 +85,19 @@ OTHERS = {
     "a lambda": lambda: net(layers.Lambda(lambda x: x - keras.ops.mean(x, axis=0))),
     "a raw operation": with_raw_operation,
     "training mode": in_training_mode,
-    "a step of its own": lambda: OwnStep([keras.Input((8,)), layers.Dense(3, "softmax")]),
+    "a custom predict_step": lambda: OwnStep([keras.Input((8,)), layers.Dense(3, "softmax")]),
     "a subclass": Subclassed,
     "a fixed batch": lambda: keras.Sequential([keras.Input(batch_shape=(32, 8)), layers.Dense(3)]),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_whatever_may_look_beyond_a_row_has_keras_batches(kind):
+def test_models_that_may_mix_rows_keep_the_batch_size_of_keras(kind):
     assert rows_at_once(OTHERS[kind]()) == 32
 
 
 @pytest.mark.parametrize("layer", [layers.LSTM(4, stateful=True), layers.SimpleRNN(4)])
-def test_a_recurrent_layer_that_remembers_the_batch_before(layer):
+def test_recurrent_layers_with_a_fixed_batch_size(layer):
     model = keras.Sequential([keras.Input(batch_shape=(32, 5, 2)), layer])
     assert rows_at_once(model) == 32
 
@@ -108,18 +108,18 @@ def test_sequences_of_any_length():
 
 
 @pytest.mark.parametrize("kind", ["a custom layer", "a raw operation", "training mode"])
-def test_rows_that_depend_on_their_batch_are_predicted_as_keras_does(kind):
+def test_rows_that_depend_on_their_batch_are_predicted_as_by_keras(kind):
     ens = two_members(OTHERS[kind]())
     x = np.random.default_rng(1).normal(size=(600, 8)).astype("float32")
     expected = np.mean([member.predict(x, verbose=0) for member in ens], axis=0)
     np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-6)
 
 
-def test_the_batch_grows_only_where_nothing_depends_on_batches():
+def test_batches_are_larger_only_if_nothing_depends_on_their_size():
     x, model = np.zeros((9_000, 8), "float32"), net(layers.Dense(64))
     assert batch_size_for(model, x) == {"batch_size": 1024}
     assert batch_size_for(model, {"a": tf.constant(x)}) == {"batch_size": 1024}
-    assert batch_size_for(model, x[:800]) == {"batch_size": 100}  # Eight batches at least.
+    assert batch_size_for(model, x[:800]) == {"batch_size": 100}  # At least eight batches.
     assert batch_size_for(model, x[:8]) == {"batch_size": 32}
     assert batch_size_for(model, x, batch_size=7) == {}
     assert batch_size_for(model, x, steps=3) == {}
@@ -127,7 +127,7 @@ def test_the_batch_grows_only_where_nothing_depends_on_batches():
     assert batch_size_for(model, tf.data.Dataset.from_tensors(x)) == {}
 
 
-def test_large_batches_predict_what_small_ones_do():
+def test_large_and_small_batches_predict_the_same():
     ens = two_members(net(layers.Dense(64, "relu"), layers.BatchNormalization()))
     x = np.random.default_rng(1).normal(size=(9_001, 8)).astype("float32")
     y = np.arange(len(x)) % 3
@@ -135,11 +135,11 @@ def test_large_batches_predict_what_small_ones_do():
         expected = ens.predict(x, combine=combine, batch_size=32, verbose=0)
         actual = ens.predict(x, combine=combine, verbose=0)
         np.testing.assert_allclose(actual, expected, atol=1e-6)
-    grown, small = ens.report(x, y, verbose=0), ens.report(x, y, batch_size=32, verbose=0)
-    assert grown.rows["mean"]["nll"] == pytest.approx(small.rows["mean"]["nll"], rel=1e-5)
+    large, small = ens.report(x, y, verbose=0), ens.report(x, y, batch_size=32, verbose=0)
+    assert large.rows["mean"]["nll"] == pytest.approx(small.rows["mean"]["nll"], rel=1e-5)
 
 
-def test_few_rows_in_many_combinations_give_no_retracing_warning(caplog):
+def test_few_rows_in_many_combinations_cause_no_retracing_warning(caplog):
     ens = two_members(net(layers.Dense(64, "relu")))
     x = np.random.default_rng(1).normal(size=(300, 8)).astype("float32")
     for combine in ("mean", "vote", "geometric"):

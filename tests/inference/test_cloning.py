@@ -1,4 +1,4 @@
-"""Members as models of their own: cloned with their weights, and compiled like the model."""
+"""Members as separate models: cloned with their weights, and compiled like the model."""
 
 import keras
 import numpy as np
@@ -18,11 +18,11 @@ from models import assert_all_close
 
 from snapshot_ensemble.inference.cloning import blank_member, build_member
 
-# Members as models of their own
+# Members as separate models
 
 
 @pytest.mark.parametrize("kind", [sequential, subclassed_with_config, with_operations])
-def test_a_member_is_of_the_models_class_where_it_can_be(kind):
+def test_a_member_has_the_models_class_if_possible(kind):
     model, _ = kind()
     member = build_member(model, random_weights(model, 1))
     assert type(member) is type(model)
@@ -31,7 +31,7 @@ def test_a_member_is_of_the_models_class_where_it_can_be(kind):
 
 
 @pytest.mark.parametrize("kind", [sequential, subclassed_without_config, with_lambda])
-def test_a_member_has_weights_of_its_own(kind, tmp_path):
+def test_a_member_has_its_own_weights(kind, tmp_path):
     model, x = kind()
     ens, _ = ensemble_from_files(model, tmp_path)
     before = ens.predict_members(x, verbose=0)
@@ -44,7 +44,7 @@ def test_a_member_has_weights_of_its_own(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [sequential, subclassed_without_config])
-def test_weights_go_into_a_member_in_the_models_order(kind):
+def test_weights_of_a_member_are_set_in_the_models_order(kind):
     model, x = kind()
     first, second = random_weights(model, 1), random_weights(model, 2)
     member = build_member(model, first)
@@ -70,7 +70,7 @@ def test_a_member_is_saved_and_loaded_by_keras(tmp_path):
     assert_all_close(loaded.predict(x, verbose=0), ens.predict_members(x, verbose=0)[1])
 
 
-# Compiled alike
+# Compiled like the model
 
 
 def scaled_mean(factor):
@@ -80,7 +80,7 @@ def scaled_mean(factor):
     return mean_output
 
 
-def with_a_loss_of_ones_own(model):
+def with_custom_loss(model):
     model.compile(
         keras.optimizers.Adam(0.01),
         lambda y_true, y_pred: ops.mean(ops.abs(y_true - y_pred), axis=-1),
@@ -90,9 +90,9 @@ def with_a_loss_of_ones_own(model):
 
 
 @pytest.mark.parametrize("kind", [sequential, subclassed_without_config])
-def test_losses_that_are_lambdas_and_metrics_that_are_closures(kind, tmp_path):
+def test_a_lambda_as_loss_and_a_closure_as_metric(kind, tmp_path):
     model, x = kind()
-    with_a_loss_of_ones_own(model)
+    with_custom_loss(model)
     ens, _ = ensemble_from_files(model, tmp_path, task="regression")
     outputs = ens.predict_members(x, verbose=0)
     y = np.ones_like(outputs[0])
@@ -104,7 +104,7 @@ def test_losses_that_are_lambdas_and_metrics_that_are_closures(kind, tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_member_has_an_optimizer_of_its_own():
+def test_a_member_has_its_own_optimizer():
     model, _ = sequential()
     model.compile(keras.optimizers.Adam(0.02, beta_1=0.5), "mse")
     member = build_member(model, random_weights(model, 1))
@@ -114,7 +114,7 @@ def test_a_member_has_an_optimizer_of_its_own():
     assert member.optimizer.beta_1 == 0.5
 
 
-def test_members_have_metrics_of_their_own(tmp_path):
+def test_members_have_their_own_metrics(tmp_path):
     model, x = sequential()
     metric = keras.metrics.MeanAbsoluteError()
     model.compile("sgd", "mse", metrics=[metric])
@@ -128,7 +128,7 @@ def test_members_have_metrics_of_their_own(tmp_path):
 
 
 class Demanding(keras.metrics.Mean):
-    """Cannot be made from its config, which knows nothing of `function`."""
+    """Cannot be created from its config, which lacks `function`."""
 
     def __init__(self, function, name="demanding"):
         super().__init__(name=name)
@@ -138,7 +138,7 @@ class Demanding(keras.metrics.Mean):
         return super().update_state(self.function(y_pred))
 
 
-def test_a_metric_without_a_config_counts_the_ensemble_alone_and_keeps_its_state(tmp_path):
+def test_a_metric_that_cannot_be_copied_is_reset_and_then_restored(tmp_path):
     model, x = sequential()
     metric = Demanding(ops.max)
     model.compile("sgd", "mse", metrics=[metric])
@@ -151,12 +151,12 @@ def test_a_metric_without_a_config_counts_the_ensemble_alone_and_keeps_its_state
     assert float(metric.result()) == before
 
 
-# The model is left alone
+# Blank members
 
 
 @keras.saving.register_keras_serializable("tests")
 class WithTable(layers.Layer):
-    """Holds weights that are drawn, as the default is, and a table that its config knows."""
+    """Has randomly initialised weights, and constants that are not random."""
 
     def build(self, shape):
         self.drawn = self.add_weight(shape=(shape[-1], 2))
@@ -169,7 +169,7 @@ class WithTable(layers.Layer):
         return (inputs @ self.drawn) * self.normal * self.ones + self.table
 
 
-def test_a_blank_member_draws_no_numbers_that_it_is_given_anyway():
+def test_a_blank_member_draws_no_random_weights():
     model = keras.Sequential([keras.Input((3,)), WithTable(), layers.LayerNormalization()])
     model.compile("sgd", "mse")
     member = blank_member(model)
@@ -179,7 +179,7 @@ def test_a_blank_member_draws_no_numbers_that_it_is_given_anyway():
     np.testing.assert_array_equal(table, [0, 1])
     for actual, expected in zip([ones, *normed], [1, 1, 0], strict=True):
         np.testing.assert_array_equal(actual, np.full(2, expected))
-    # Whoever builds a layer afterwards has its numbers drawn.
+    # Layers that are built afterwards are initialised randomly again.
     fresh = layers.Dense(4)
     fresh.build((None, 3))
     assert fresh.kernel.numpy().any()

@@ -31,7 +31,7 @@ CLASSES = ("multiclass", "binary", "multilabel")
 @pytest.mark.parametrize("weights", [None, UNEQUAL])
 @pytest.mark.parametrize("task", [*CLASSES, "regression"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mean_of_probabilities_or_values_is_the_average(shape, task, weights):
+def test_mean_of_probabilities_or_values(shape, task, weights):
     stack = logits_of(shape)
     if task != "regression":
         stack = to_probabilities(stack, task).astype("float32")
@@ -51,7 +51,7 @@ def test_mean_of_logits_is_the_logarithm_of_the_mean_probability(shape, task, we
 
 @pytest.mark.parametrize("combination", ["mean", "weighted"])
 @pytest.mark.parametrize("task", CLASSES)
-def test_logits_and_probabilities_mean_the_same(task, combination):
+def test_logits_and_probabilities_have_the_same_mean(task, combination):
     logits = logits_of((6, 3))
     weights = UNEQUAL if combination == "weighted" else None
     function = COMBINATIONS[combination]
@@ -99,14 +99,14 @@ def test_mean_of_one_member_is_that_member():
 
 
 def extremes(ends=(-80.0, 0.0, 80.0)):
-    """Two members, three units: each combination of far ends, a row each."""
+    """Two members and three units: a row for each combination of extreme values."""
     grid = np.stack(np.meshgrid(*[ends] * 6, indexing="ij"), axis=-1)
     return grid.reshape(-1, 2, 3).transpose(1, 0, 2).astype("float32")
 
 
 @pytest.mark.parametrize("weights", [None, [0.25, 0.75], [0.0, 1.0]])
 @pytest.mark.parametrize("task", CLASSES)
-def test_extreme_logits_stay_finite_and_right(task, weights):
+def test_extreme_logits_stay_finite_and_correct(task, weights):
     logits = extremes()
     combined = array(mean(logits, task, True, weights))
     assert np.isfinite(combined).all()
@@ -126,7 +126,7 @@ def test_half_precision_extremes_do_not_overflow():
     )
 
 
-def test_a_class_that_all_members_rule_out_stays_ruled_out():
+def test_a_class_with_probability_0_in_all_members_keeps_it():
     logits = logits_of((6, 3))
     logits[..., 1] = -np.inf
     for weights in (None, UNEQUAL):
@@ -136,7 +136,7 @@ def test_a_class_that_all_members_rule_out_stays_ruled_out():
         np.testing.assert_allclose(combined[:, [0, 2]], rest, rtol=2e-6, atol=2e-6)
 
 
-def test_a_class_that_one_member_rules_out_has_the_others_share():
+def test_a_class_with_probability_0_in_one_member_has_the_others_share():
     logits = np.array([[[-np.inf, 0.0]], [[0.0, 0.0]]], "float32")
     combined = array(mean(logits, "multiclass", True))
     np.testing.assert_allclose(np.exp(combined), [[0.25, 0.75]], rtol=1e-6)
@@ -147,7 +147,7 @@ def test_a_class_that_one_member_rules_out_has_the_others_share():
 
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("task", CLASSES)
-def test_a_weight_of_zero_takes_a_member_out(task, logits):
+def test_a_weight_of_zero_removes_a_member(task, logits):
     stack = logits_of((6, 3))
     if not logits:
         stack = to_probabilities(stack, task).astype("float32")
@@ -203,7 +203,7 @@ def test_geometric_mean(shape, task):
     of_logits = to_probabilities(array(geometric(logits, task, True)), task)
     np.testing.assert_allclose(of_logits, expected, atol=1e-6)
     probabilities = to_probabilities(logits, task).astype("float32")
-    # Near 1, float32 has lost digits of the odds before.
+    # Near 1, the odds of float32 probabilities have already lost digits.
     exact = np.float64(probabilities)
     rounded = np.log(exact) if task == "multiclass" else special.logit(exact)
     np.testing.assert_allclose(
@@ -239,7 +239,7 @@ def test_median(shape, members):
 MEANINGS = [(task, logits) for task in CLASSES for logits in (False, True)] + [
     ("regression", False)
 ]
-MADE_FOR = [
+COMBINATIONS_BY_TASK = [
     (combine, task, logits)
     for combine in ("mean", "vote", "weighted", "geometric", "median")
     for task, logits in MEANINGS
@@ -248,8 +248,8 @@ MADE_FOR = [
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize(("combine", "task", "logits"), MADE_FOR)
-def test_members_are_combined_in_float32_at_least(combine, task, logits, dtype):
+@pytest.mark.parametrize(("combine", "task", "logits"), COMBINATIONS_BY_TASK)
+def test_members_are_combined_in_at_least_float32(combine, task, logits, dtype):
     stack = logits_of((6, 3))
     if not logits and task != "regression":
         stack = to_probabilities(stack, task)
@@ -260,14 +260,14 @@ def test_members_are_combined_in_float32_at_least(combine, task, logits, dtype):
     assert keras.backend.standardize_dtype(combined.dtype) == wide
     if combine not in ("mean", "weighted"):
         return
-    # The very numbers that the members had, in float64.
+    # The members' outputs after rounding to the dtype, in float64.
     exact = np.stack([array(ops.cast(member[0], "float64")) for member in members])
     expected = mean_logits(exact, task, weights) if logits else average(exact, weights)
     tolerance = 1e-12 if wide == "float64" else 2e-6
     np.testing.assert_allclose(array(combined), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_half_precision_would_have_lost_digits():
+def test_half_precision_outputs_keep_their_digits():
     members = [[np.float16([[1.0]])], [np.float16([[1.0 + 2**-10]])]]
     [combined] = combine_outputs(members, "mean", [Output("regression")])
     assert float(array(combined)[0, 0]) == 1.0 + 2**-11
@@ -289,7 +289,7 @@ def test_structures_are_combined_output_by_output():
     np.testing.assert_allclose(array(combined["b"][1]), expected)
 
 
-def test_one_tensor_comes_back_as_one_tensor():
+def test_a_single_output_is_returned_as_a_single_tensor():
     members = list(logits_of((6, 3)))
     combined = combine_outputs(members, "mean", [Output("regression")])
     assert combined.shape == (6, 3)
@@ -317,8 +317,8 @@ def test_the_median_is_refused_for_classes(task):
     )
 
 
-@pytest.mark.parametrize(("combine", "task", "logits"), MADE_FOR)
-def test_a_graph_combines_as_eager_code_does(combine, task, logits):
+@pytest.mark.parametrize(("combine", "task", "logits"), COMBINATIONS_BY_TASK)
+def test_graph_mode_and_eager_mode_agree(combine, task, logits):
     function = COMBINATIONS[combine]
     weights = UNEQUAL if combine == "weighted" else None
     graph = tf.function(
@@ -326,7 +326,7 @@ def test_a_graph_combines_as_eager_code_does(combine, task, logits):
         input_signature=[tf.TensorSpec((5, None, 3), "float32")],
         autograph=False,
     )
-    # Numbers of few digits, so that there are draws.
+    # Rounded, so that there are ties.
     stack = np.round(logits_of((40, 3), scale=1.0))
     if not logits and task != "regression":
         stack = to_probabilities(stack, task).astype("float32")

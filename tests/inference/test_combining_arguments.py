@@ -1,4 +1,4 @@
-"""Names of combinations, choices of members and weights: what is taken and what refused."""
+"""Names of combinations, selections of members, and weights: what is accepted and refused."""
 
 import numpy as np
 import pytest
@@ -44,12 +44,12 @@ def test_unknown_combinations_are_refused(combine):
         (np.array([3, 1]), [3, 1]),
     ],
 )
-def test_which_members_are_meant(members, chosen):
+def test_selected_members(members, chosen):
     assert check_members(members, 4) == chosen
 
 
 @pytest.mark.parametrize("members", [[4], [-5], [0, 7], ["0"], [0.0], [None], [[0]]])
-def test_indices_that_are_none(members):
+def test_invalid_indices_are_refused(members):
     with pytest.raises(ValueError) as caught:
         check_members(members, 4)
     assert str(caught.value) == (
@@ -60,21 +60,22 @@ def test_indices_that_are_none(members):
 @pytest.mark.parametrize(
     "members", [[True, False], (True, True, False, True), np.array([True, False])]
 )
-def test_a_mask_is_not_taken_for_indices(members):
+def test_a_boolean_mask_is_refused(members):
     with pytest.raises(ValueError, match=r"`members` must be indices from 0 to 3\. Received: "):
         check_members(members, 4)
 
 
 @pytest.mark.parametrize("members", [[], (), [1, 1], [0, -4], [3, 1, -1]])
-def test_no_member_and_the_same_member_twice(members):
+def test_empty_and_duplicate_members_are_refused(members):
     with pytest.raises(ValueError) as caught:
         check_members(members, 4)
     assert str(caught.value) == (
-        f"`members` must name at least one member, and none twice. Received: members={members!r}"
+        f"`members` must contain at least one index and no duplicates. "
+        f"Received: members={members!r}"
     )
 
 
-def test_more_members_than_there_are():
+def test_more_members_than_exist_are_refused():
     with pytest.raises(ValueError) as caught:
         check_members(5, 4)
     assert str(caught.value) == (
@@ -83,14 +84,14 @@ def test_more_members_than_there_are():
 
 
 @pytest.mark.parametrize("members", [0, -1])
-def test_no_members_by_number(members):
+def test_fewer_than_one_member_is_refused(members):
     with pytest.raises(ValueError) as caught:
         check_members(members, 4)
     assert str(caught.value) == f"`members` must be at least 1. Received: members={members}"
 
 
 @pytest.mark.parametrize("members", [1.0, "all", True, {0, 1}, {0: 1}])
-def test_members_of_a_wrong_type(members):
+def test_members_of_a_wrong_type_are_refused(members):
     with pytest.raises(TypeError) as caught:
         check_members(members, 4)
     assert str(caught.value) == (f"`members` must be a whole number. Received: members={members!r}")
@@ -125,7 +126,7 @@ def test_checked_weights_are_a_copy():
         {"a": 1},
     ],
 )
-def test_weights_that_are_not_one_number_a_member(weights):
+def test_weights_that_are_not_one_number_per_member_are_refused(weights):
     with pytest.raises(ValueError) as caught:
         check_weights(weights, 3)
     assert str(caught.value) == (
@@ -137,7 +138,7 @@ def test_weights_that_are_not_one_number_a_member(weights):
     "weights",
     [[1, 1, 1], [0, 0, 0], [1.5, -0.5, 0], [np.nan, 0.5, 0.5], [np.inf, 0, 0], [0.5, 0.5, 1e-4]],
 )
-def test_weights_that_are_no_shares(weights):
+def test_weights_off_the_simplex_are_refused(weights):
     with pytest.raises(ValueError) as caught:
         check_weights(weights, 3)
     assert str(caught.value) == (
@@ -147,22 +148,22 @@ def test_weights_that_are_no_shares(weights):
     )
 
 
-def test_weights_of_chosen_members_sum_to_one_again():
+def test_weights_of_chosen_members_are_rescaled_to_sum_to_one():
     np.testing.assert_allclose(weights_of(UNEQUAL, [4, 0]), [1 / 3, 2 / 3])
     np.testing.assert_allclose(weights_of(UNEQUAL, [1, 2]), [0, 1])
 
 
-def test_weights_that_are_not_set():
+def test_weights_that_are_not_set_are_refused():
     with pytest.raises(ValueError) as caught:
         weights_of(None, [0, 1])
     assert str(caught.value) == (
         "`combine='weighted'` needs weights. Received: weights=None. Call "
-        "`fit_weights(x, y)` on held-out data, or set `weights` to one number a member, at "
-        "least 0 and summing to 1."
+        "`fit_weights(x, y)` on held-out data, or set `weights` to one number per member, "
+        "at least 0 and summing to 1."
     )
 
 
-def test_chosen_members_without_any_weight():
+def test_chosen_members_that_all_have_weight_0_are_refused():
     with pytest.raises(ValueError) as caught:
         weights_of(UNEQUAL, [1])
     assert str(caught.value) == ("The chosen members all have weight 0. Received: members=[1]")

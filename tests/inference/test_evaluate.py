@@ -1,4 +1,4 @@
-"""How an ensemble scores: loss and metrics of the combined output."""
+"""`evaluate`: the loss and metrics of the combined output."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def test_loss_and_metrics_of_votes(ensemble):
     assert_close(ensemble.evaluate(ROWS, LABELS, combine="vote", verbose=0), expected, 1e-4)
 
 
-def test_loss_and_metrics_of_chosen_members_by_weight(ensemble):
+def test_loss_and_metrics_of_chosen_weighted_members(ensemble):
     ensemble.weights = [0.4, 0.3, 0.2, 0.1]
     stack = np.stack([member.predict(ROWS, verbose=0) for member in ensemble])
     combined = (0.2 * stack[2] + 0.1 * stack[3]) / 0.3
@@ -104,15 +104,15 @@ def test_losses_and_metrics_of_several_outputs(structure):
         assert_close(actual[name], value)
 
 
-def test_scores_of_one_member_are_what_its_model_gives():
-    # Names, order and values, where Keras puts them itself.
+def test_scores_of_one_member_equal_those_of_its_model():
+    # The same names, order and values.
     model = named_outputs(list)
     ens = ensemble_of(model, 2)
     y = [LABELS, np.ones((len(ROWS), 2))]
     assert_close(ens.evaluate(ROWS, y, members=1, verbose=0), ens[1].evaluate(ROWS, y, verbose=0))
 
 
-def test_penalties_on_weights_are_not_in_the_loss():
+def test_regularization_penalties_are_not_in_the_loss():
     inputs = keras.Input((4,))
     dense_layer = layers.Dense(
         2, kernel_regularizer=keras.regularizers.L2(0.5), activity_regularizer="l1"

@@ -1,4 +1,4 @@
-"""What members give, by hand: statistics, dropout, masks and `tf.function`s."""
+"""The members' outputs against NumPy: statistics, dropout, masks and `tf.function`s."""
 
 import keras
 import numpy as np
@@ -52,7 +52,7 @@ def test_masked_steps_do_not_count(tmp_path):
 
 
 def test_each_member_may_have_its_own_normalization(tmp_path):
-    # As where each was trained on another fold of the data.
+    # As if each was trained on another fold of the data.
     def folded(scale):
         normalization = layers.Normalization()
         normalization.adapt(ROWS * scale + scale)
@@ -71,7 +71,7 @@ def test_each_member_may_have_its_own_normalization(tmp_path):
     assert_all_close(ens.predict_members(ROWS, verbose=0), np.stack(expected))
 
 
-def test_reading_files_leaves_the_models_own_normalization(tmp_path):
+def test_reading_files_does_not_change_the_models_normalization(tmp_path):
     model, x = adapted_normalization()
     model.save_weights(tmp_path / "other.weights.h5")
     model.layers[0].adapt(ROWS * 20 - 7)
@@ -83,7 +83,7 @@ def test_reading_files_leaves_the_models_own_normalization(tmp_path):
 # TensorFlow functions in models
 
 
-# Layers are built first: within a TensorFlow function, Keras would build them of constants.
+# The layers are built first: inside a `tf.function`, Keras would create their weights as constants.
 class DecoratedCall(keras.Model):
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ class FunctionAsAttribute(DecoratedMethod):
 
 
 class WithBranches(DecoratedCall):
-    """Decorated so that AutoGraph makes a branch of the graph out of an `if` on a tensor."""
+    """AutoGraph converts its `if` on a tensor to a branch of the graph."""
 
     @tf.function
     def call(self, inputs):
@@ -135,7 +135,7 @@ class WithBranches(DecoratedCall):
         return outputs
 
 
-def around(layer):
+def functional(layer):
     inputs = keras.Input((4,))
     return keras.Model(inputs, layer()(inputs))
 
@@ -151,9 +151,9 @@ def by_hand(weights, branches=False):
 
 FUNCTIONS = {
     "call": DecoratedCall,
-    "method of a layer": lambda: around(DecoratedMethod),
-    "one within another": lambda: around(DecoratedTwice),
-    "attribute": lambda: around(FunctionAsAttribute),
+    "method of a layer": lambda: functional(DecoratedMethod),
+    "nested": lambda: functional(DecoratedTwice),
+    "attribute": lambda: functional(FunctionAsAttribute),
 }
 
 
@@ -184,7 +184,7 @@ def test_branches_of_tensorflow_functions(traced_before, tmp_path):
 
 
 def test_members_in_tensorflow_functions_of_another_shape(tmp_path):
-    model = compiled(around(DecoratedMethod))
+    model = compiled(functional(DecoratedMethod))
     ens, weights = ensemble_from_files(model, tmp_path)
     for rows in (10, 3, 7):
         assert_all_close(
@@ -193,8 +193,8 @@ def test_members_in_tensorflow_functions_of_another_shape(tmp_path):
 
 
 @pytest.mark.parametrize("eagerly", [False, True])
-def test_the_setting_of_tensorflow_functions_is_as_it_was(eagerly, tmp_path):
-    ens, _ = ensemble_from_files(compiled(around(DecoratedMethod)), tmp_path)
+def test_run_functions_eagerly_is_restored(eagerly, tmp_path):
+    ens, _ = ensemble_from_files(compiled(functional(DecoratedMethod)), tmp_path)
     tf.config.run_functions_eagerly(eagerly)
     try:
         member_outputs(ens.model, ens.model.get_weights(), ROWS)
@@ -206,7 +206,7 @@ def test_the_setting_of_tensorflow_functions_is_as_it_was(eagerly, tmp_path):
         tf.config.run_functions_eagerly(False)
 
 
-# Members as functions of given weights
+# Outputs for explicit weights
 
 
 def test_member_outputs_of_arrays():
@@ -216,13 +216,13 @@ def test_member_outputs_of_arrays():
     assert_all_close(actual, outputs_with(model, weights, x))
 
 
-def test_member_outputs_asks_for_every_weight():
+def test_member_outputs_needs_every_weight():
     model, x = sequential()
     with pytest.raises(ValueError, match="zip"):
         member_outputs(model, model.get_weights()[:-1], x)
 
 
-def test_a_members_model_takes_nothing_from_the_model():
+def test_a_members_model_does_not_track_the_model():
     inputs = keras.Input((4,))
     dense = layers.Dense(3, kernel_regularizer="l2", activity_regularizer="l2", name="answer")
     model = compiled(keras.Model(inputs, dense(inputs), name="mine"))

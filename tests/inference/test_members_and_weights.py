@@ -1,4 +1,4 @@
-"""Members by index, and the weights that `combine="weighted"` goes by."""
+"""Members by index, and the weights of `combine="weighted"`."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_length_and_iteration(ensemble):
             np.testing.assert_array_equal(actual, expected)
 
 
-def test_snapshots_of_given_weights_have_only_an_index(ensemble):
+def test_snapshots_of_explicit_weights_have_only_an_index(ensemble):
     assert [snapshot.index for snapshot in ensemble.snapshots] == [0, 1, 2, 3]
     assert {snapshot.epoch for snapshot in ensemble.snapshots} == {None}
 
@@ -45,7 +45,7 @@ def test_indices_of_a_wrong_type(index, ensemble):
         ensemble[index]
 
 
-def test_how_it_shows_itself(tmp_path):
+def test_repr(tmp_path):
     model = dense()
     model.name = "mine"
     assert repr(SnapshotEnsemble(model)) == "<SnapshotEnsemble of 'mine': 0 members in memory>"
@@ -75,20 +75,20 @@ def test_weights_are_a_copy(ensemble):
     np.testing.assert_array_equal(ensemble.weights, [0.25, 0.25, 0.25, 0.25])
 
 
-def test_new_weights_count_at_once(cases):
+def test_new_weights_apply_immediately(cases):
     ens, stack = cases("values")
     for index in (0, 2):
         ens.weights = np.eye(MEMBERS)[index]
         assert_close(ens.predict(ROWS, combine="weighted", verbose=0), stack[index])
 
 
-def test_weights_stay_when_only_some_members_are_asked(ensemble):
+def test_weights_are_kept_when_only_some_members_predict(ensemble):
     ensemble.weights = [0.1, 0.2, 0.3, 0.4]
     ensemble.predict(ROWS, combine="weighted", members=[0, 1], verbose=0)
     np.testing.assert_allclose(ensemble.weights, [0.1, 0.2, 0.3, 0.4])
 
 
-def test_a_new_fit_clears_the_weights_and_adds_members():
+def test_another_fit_clears_the_weights_and_adds_members():
     model = dense()
     ens = ensemble_of(model, 2, cycles=2, lr_init=0.1)
     ens.weights = [0.5, 0.5]
@@ -116,7 +116,7 @@ def test_a_new_fit_clears_the_weights_and_adds_members():
         ([np.nan] * 4, "`weights` must be finite, at least 0 and sum to 1. Received: weights="),
     ],
 )
-def test_bad_weights_leave_the_good_ones(weights, message, ensemble):
+def test_refused_weights_leave_the_previous_ones(weights, message, ensemble):
     ensemble.weights = [0.1, 0.2, 0.3, 0.4]
     with pytest.raises(ValueError) as caught:
         ensemble.weights = weights

@@ -1,4 +1,4 @@
-"""Members as functions of their weights, for every kind of model."""
+"""The members' outputs and weights, for every kind of model."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ class Case:
         self.model, self.x = kind()
         self.own = self.model.get_weights()
         if kind is adapted_normalization:
-            # Its statistics are data, not trained.
+            # Only the head is random; the normalisation is adapted to data.
             paths, self.weights = [], []
             for seed in range(2):
                 self.model.layers[-1].set_weights(random_weights(self.model.layers[-1], seed))
@@ -64,11 +64,11 @@ def test_each_member_has_the_weights_of_its_file(case):
             np.testing.assert_array_equal(actual, expected)
 
 
-def test_the_model_itself_still_has_its_weights(case):
+def test_the_model_keeps_its_own_weights(case):
     for actual, expected in zip(case.model.get_weights(), case.own, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_the_model_itself_predicts_by_whatever_weights_it_has(case):
-    # Also after the ensemble traced it.
+def test_the_model_predicts_with_the_weights_that_are_set(case):
+    # Also after the ensemble has traced it.
     assert_all_close(outputs_with(case.model, case.weights, case.x), case.expected, case.tolerance)

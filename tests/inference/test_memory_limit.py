@@ -1,4 +1,4 @@
-"""One batch through `ens(x)`, and members one after another where they are too large together."""
+"""`ens(x)` for one batch, and members one after another if they exceed the memory limit."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ X = np.random.default_rng(1).normal(size=(40, 4)).astype("float32")
 
 
 def one_after_another(ens, monkeypatch):
-    """The same ensemble with no room for more than one member; no graph of all is allowed."""
+    """The ensemble with a memory limit of 0; a graph of several members is an error."""
     ens.memory_limit = 0
 
     def refuse(*args):
@@ -30,7 +30,7 @@ def ensemble(task):
 
 
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
-def test_one_after_another_they_predict_the_same(task, combine, monkeypatch):
+def test_predictions_are_the_same_one_after_another(task, combine, monkeypatch):
     ens = ensemble(task)
     if task != "regression":
         ens.temperature = 1.5
@@ -63,7 +63,7 @@ class Subclass(keras.Model):
 
 
 @pytest.mark.parametrize("kind", ["functional", "subclass"])
-def test_from_a_directory_they_do_too(tmp_path, kind, monkeypatch):
+def test_predictions_from_a_directory_are_the_same(tmp_path, kind, monkeypatch):
     model = dense() if kind == "functional" else Subclass()
     model.compile("sgd", "sparse_categorical_crossentropy")
     model(X)
@@ -76,7 +76,7 @@ def test_from_a_directory_they_do_too(tmp_path, kind, monkeypatch):
     np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_data_that_are_gone_through_once_run_all_members_at_once():
+def test_data_that_can_be_read_only_once_run_all_members_at_once():
     ens = ensemble("softmax")
     expected = ens.predict(X, verbose=0)
     ens.memory_limit = 0
@@ -85,15 +85,15 @@ def test_data_that_are_gone_through_once_run_all_members_at_once():
     np.testing.assert_allclose(actual, expected, atol=1e-6)
     shuffled = tf.data.Dataset.from_tensor_slices(X).shuffle(40).batch(8)
     actual = ens.predict_members(shuffled, verbose=0)
-    # Row by row all members saw the same: find each row by what the first made of it.
+    # All members saw the same order, which is recovered from the first member's outputs.
     whole = ens.predict_members(X, verbose=0)
     order = [np.abs(whole[0] - row).sum(axis=-1).argmin() for row in actual[0]]
-    again = whole[:, order]
-    np.testing.assert_allclose(actual, again, atol=1e-6)
+    reordered = whole[:, order]
+    np.testing.assert_allclose(actual, reordered, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "1 GB"])
-def test_a_limit_that_makes_no_sense(value):
+def test_invalid_limits_are_refused(value):
     with pytest.raises((TypeError, ValueError), match="`memory_limit`.*Received: memory_limit="):
         SnapshotEnsemble(dense(), memory_limit=value)
 
@@ -102,7 +102,7 @@ def test_a_limit_that_makes_no_sense(value):
 
 
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
-def test_a_call_gives_what_predict_gives(task, combine):
+def test_a_call_and_predict_agree(task, combine):
     ens = ensemble(task)
     expected = ens.predict(X, combine=combine, verbose=0)
     actual = ens(X, combine=combine)
@@ -182,7 +182,7 @@ def test_a_second_prediction_traces_nothing():
     assert len(traced) == count
 
 
-def test_without_members_it_says_so():
+def test_calls_without_members_or_with_an_unknown_combination_are_refused():
     with pytest.raises(ValueError, match="no members yet"):
         SnapshotEnsemble(dense())(X)
     with pytest.raises(ValueError, match="`combine` must be"):

@@ -1,4 +1,4 @@
-"""The user's model is left alone by all that its ensemble does."""
+"""Nothing that an ensemble does changes the user's model."""
 
 import keras
 import numpy as np
@@ -27,13 +27,13 @@ def breakable():
 
 
 def state_of(model):
-    """All that must be as it was: values, and the objects themselves."""
+    """Everything that must not change: values, and the objects themselves."""
     values = [np.array(v) for v in (*model.variables, *model.optimizer.variables)]
     values += [np.array(v) for metric in model.metrics for v in metric.variables]
-    things = [model.optimizer, model.optimizer._learning_rate, model.loss, model.train_function]
-    things += [*model.variables, *model.optimizer.variables, *model.metrics, *model.layers]
+    objects = [model.optimizer, model.optimizer._learning_rate, model.loss, model.train_function]
+    objects += [*model.variables, *model.optimizer.variables, *model.metrics, *model.layers]
     flags = [layer.trainable for layer in model._flatten_layers()]
-    return values, things, [*flags, model.compiled, model.name, tf.config.functions_run_eagerly()]
+    return values, objects, [*flags, model.compiled, model.name, tf.config.functions_run_eagerly()]
 
 
 def predict(ens, y):
@@ -127,20 +127,20 @@ def trained(tmp_path_factory):
         inputs_of_a_wrong_shape,
     ],
 )
-def test_the_model_is_as_it_was(action, trained):
+def test_the_model_is_unchanged(action, trained):
     model, ens, expected = trained
-    values, things, flags = state_of(model)
+    values, objects, flags = state_of(model)
     action(ens, np.ones((10, 3)))
-    values_after, things_after, flags_after = state_of(model)
+    values_after, objects_after, flags_after = state_of(model)
     for before, after in zip(values, values_after, strict=True):
         np.testing.assert_array_equal(before, after)
-    assert all(before is after for before, after in zip(things, things_after, strict=True))
+    assert all(before is after for before, after in zip(objects, objects_after, strict=True))
     assert flags == flags_after
-    # And what broke did no harm to the ensemble.
+    # The ensemble still works after a failure, too.
     assert_all_close(ens.predict_members(ROWS, verbose=0), expected)
 
 
-def test_the_model_trains_on_after_its_ensemble_predicted(tmp_path):
+def test_the_model_continues_training_after_its_ensemble_predicted(tmp_path):
     y, losses = np.ones((10, 3)), []
     for interrupted in (False, True):
         keras.utils.set_random_seed(3)

@@ -1,4 +1,4 @@
-"""What an output means, read off the loss, the last activation and the shape."""
+"""The meaning of an output, inferred from the loss, the last activation and the shape."""
 
 import functools
 
@@ -42,8 +42,8 @@ REGRESSION = [
 CLASS_NAMES = {name: name.title().replace("_", "") for name in CATEGORICAL + BINARY + REGRESSION}
 
 
-def of_form(name, form):
-    """A loss of Keras's in each of the forms that `compile` takes."""
+def loss_in_form(name, form):
+    """A Keras loss in one of the forms that `compile` accepts."""
     function, kind = getattr(keras.losses, name), getattr(keras.losses, CLASS_NAMES[name])
     forms = {
         "string": name,
@@ -65,7 +65,7 @@ FORMS = ["string", "class name", "function", "class", "object", "partial"]
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CATEGORICAL)
 def test_categorical_losses_are_multiclass(name, form):
-    assert meaning(Dense(3), of_form(name, form)) == MULTICLASS
+    assert meaning(Dense(3), loss_in_form(name, form)) == MULTICLASS
 
 
 @pytest.mark.parametrize("units", [1, 3])
@@ -73,13 +73,13 @@ def test_categorical_losses_are_multiclass(name, form):
 @pytest.mark.parametrize("name", BINARY)
 def test_binary_losses_are_binary_or_multilabel_by_units(name, form, units):
     task = "binary" if units == 1 else "multilabel"
-    assert meaning(Dense(units), of_form(name, form)) == Output(task)
+    assert meaning(Dense(units), loss_in_form(name, form)) == Output(task)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", REGRESSION)
-def test_distances_are_regression(name, form):
-    assert meaning(Dense(2), of_form(name, form)) == Output("regression")
+def test_distance_losses_are_regression(name, form):
+    assert meaning(Dense(2), loss_in_form(name, form)) == Output("regression")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_losses_from_logits(name, form):
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
-def test_the_outer_partial_decides(from_logits):
+def test_the_outer_partial_takes_precedence(from_logits):
     inner = functools.partial(
         keras.losses.sparse_categorical_crossentropy, from_logits=not from_logits
     )
@@ -119,7 +119,7 @@ def test_the_outer_partial_decides(from_logits):
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
-def test_a_subclass_of_a_loss_is_of_its_family(from_logits):
+def test_a_subclass_of_a_loss_is_recognised(from_logits):
     class Smoothed(keras.losses.SparseCategoricalCrossentropy):
         pass
 
@@ -127,15 +127,15 @@ def test_a_subclass_of_a_loss_is_of_its_family(from_logits):
     assert meaning(Dense(3), loss) == Output("multiclass", from_logits)
 
 
-def test_arguments_of_a_loss_do_not_matter():
+def test_other_arguments_of_a_loss_do_not_matter():
     loss = keras.losses.BinaryCrossentropy(from_logits=True, label_smoothing=0.1, reduction="sum")
     assert meaning(Dense(1), loss) == Output("binary", logits=True)
 
 
-# The last activation, with a custom loss, which says nothing
+# The last activation, with a custom loss, which implies no task
 
 
-def softmax_of_two_steps(x):
+def softmax_layer(x):
     return Softmax()(Dense(3)(x))
 
 
@@ -145,9 +145,9 @@ SOFTMAXES = {
     "Activation by name": lambda x: Activation("softmax")(Dense(3)(x)),
     "Activation by function": lambda x: Activation(keras.activations.softmax)(Dense(3)(x)),
     "float32 Activation": lambda x: Activation("softmax", dtype="float32")(Dense(3)(x)),
-    "Softmax layer": softmax_of_two_steps,
+    "Softmax layer": softmax_layer,
     "keras.ops": lambda x: ops.softmax(Dense(3)(x)),
-    "Reshape": lambda x: Reshape((1, 3))(softmax_of_two_steps(x)),
+    "Reshape": lambda x: Reshape((1, 3))(softmax_layer(x)),
     "Flatten": lambda x: Flatten()(Dense(3, "softmax")(x)),
     "Permute": lambda x: Permute((2, 1))(Dense(3, "softmax")(Reshape((4, 1))(x))),
     "Dropout": lambda x: Dropout(0.5)(Dense(3, "softmax")(x)),
@@ -172,7 +172,7 @@ def test_softmax_is_multiclass(last):
 
 
 @pytest.mark.parametrize("last", SOFTMAXES.values(), ids=SOFTMAXES.keys())
-def test_softmax_beats_from_logits(last):
+def test_softmax_overrides_from_logits(last):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     assert meaning(last, loss) == MULTICLASS
 
@@ -195,12 +195,12 @@ def test_sigmoid_is_binary_or_multilabel_by_units(last, units):
 
 
 @pytest.mark.parametrize("last", SIGMOIDS.values(), ids=SIGMOIDS.keys())
-def test_sigmoid_beats_from_logits(last):
+def test_sigmoid_overrides_from_logits(last):
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     assert meaning(last(1), loss) == Output("binary")
 
 
-def test_a_nested_functional_model_is_looked_into_at_the_right_output():
+def test_the_right_output_of_a_nested_functional_model_is_used():
     inputs = keras.Input((4,))
     nested = keras.Model(inputs, [Dense(2)(inputs), Dense(3, "softmax")(inputs)])
     assert meaning(lambda x: nested(x)[1], custom_loss) == MULTICLASS
@@ -208,7 +208,7 @@ def test_a_nested_functional_model_is_looked_into_at_the_right_output():
         meaning(lambda x: nested(x)[0], custom_loss)
 
 
-def test_a_shared_layer_is_looked_through_at_the_right_call():
+def test_the_right_call_of_a_shared_layer_is_used():
     shared = Flatten()
     other = keras.Input((2, 2))
     shared(other)
@@ -254,7 +254,7 @@ def test_log_probabilities_are_logits(last):
 
 
 @pytest.mark.parametrize("activation", ["linear", "log_softmax"])
-def test_a_task_and_an_activation_tell_logits_whatever_the_loss(activation):
+def test_logits_are_inferred_from_the_activation_for_an_explicit_task(activation):
     assert meaning(Dense(3, activation), custom_loss, "multiclass") == MULTICLASS_LOGITS
 
 
@@ -282,7 +282,7 @@ def test_time_distributed_outputs_follow_the_loss():
     assert meaning(layer, "sparse_categorical_crossentropy", shape=(5, 2)) == MULTICLASS
 
 
-def test_one_number_a_row_without_an_axis_is_binary():
+def test_one_number_per_row_without_an_axis_is_binary():
     assert meaning(lambda x: Dense(1, "sigmoid")(x)[:, 0], "binary_crossentropy") == Output(
         "binary"
     )

@@ -1,4 +1,4 @@
-"""What each of several outputs means, and the outputs of subclassed models."""
+"""The meanings of several outputs, and of the outputs of subclassed models."""
 
 import keras
 import numpy as np
@@ -43,14 +43,14 @@ def test_losses_of_a_dict_of_outputs(losses):
     assert meanings(two_outputs(losses, dict)) == IN_DICTS
 
 
-def test_keys_of_a_dict_of_outputs_beat_names_of_layers():
+def test_keys_of_a_dict_of_outputs_override_names_of_layers():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, {"b": Dense(3, name="a")(inputs), "a": Dense(1, name="b")(inputs)})
     model.compile("sgd", {"a": "mse", "b": "sparse_categorical_crossentropy"})
     assert meanings(model) == [Output("regression"), MULTICLASS]
 
 
-def test_outputs_nested_in_one_another():
+def test_nested_outputs():
     inputs = keras.Input((4,))
     model = keras.Model(
         inputs,
@@ -91,7 +91,7 @@ def test_a_loss_in_a_dict_of_one():
 
 def test_an_output_without_a_loss_needs_a_task():
     model = two_outputs(["sparse_categorical_crossentropy", None])
-    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be read off"):
+    with pytest.raises(ValueError, match="The task of output 1 of the model cannot be inferred"):
         SnapshotEnsemble(model)
     assert meanings(model, ["multiclass", "regression"]) == IN_LISTS
     SnapshotEnsemble(model, task=[None, "regression"])
@@ -127,7 +127,7 @@ def read_subclassed(loss, *activations, task=None):
         ("mae", Output("regression")),
     ],
 )
-def test_a_subclassed_model_is_read_off_its_loss(loss, expected):
+def test_the_task_of_a_subclassed_model_is_inferred_from_its_loss(loss, expected):
     assert read_subclassed(loss, None) == [expected]
 
 
@@ -154,18 +154,18 @@ def test_a_subclassed_model_with_a_dict_of_outputs():
     assert read_outputs(model, None, model(np.zeros((2, 4), "float32"))) == IN_DICTS
 
 
-def test_a_subclassed_model_with_a_given_task():
+def test_a_subclassed_model_with_an_explicit_task():
     assert read_subclassed(custom_loss, None, task="regression") == [Output("regression")]
     [actual] = read_subclassed("binary_crossentropy", None, task="multiclass")
     assert actual == MULTICLASS
 
 
-def test_a_subclassed_model_shows_no_activation():
+def test_a_subclassed_model_has_no_known_activation():
     with pytest.raises(ValueError, match="last activation None"):
         read_subclassed(custom_loss, "softmax")
 
 
-def test_a_sequential_model_whose_shape_is_not_known_yet():
+def test_a_sequential_model_that_is_not_built():
     model = keras.Sequential([Dense(3, "softmax")])
     model.compile("sgd", custom_loss)
     check_task(model, None)

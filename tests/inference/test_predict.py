@@ -1,4 +1,4 @@
-"""What an ensemble predicts, against its members by NumPy, for every task and structure."""
+"""Predictions of an ensemble against its members' in NumPy, for every task and structure."""
 
 import keras
 import numpy as np
@@ -57,8 +57,8 @@ def test_vote(name, cases):
     np.testing.assert_allclose(actual, shares, atol=2e-6)
     means = to_probabilities(stack, task, logits).mean(axis=0)
     if task == "multiclass":
-        drawn = np.where(shares == shares.max(axis=-1, keepdims=True), means, -1)
-        np.testing.assert_array_equal(actual.argmax(axis=-1), drawn.argmax(axis=-1))
+        at_top = np.where(shares == shares.max(axis=-1, keepdims=True), means, -1)
+        np.testing.assert_array_equal(actual.argmax(axis=-1), at_top.argmax(axis=-1))
     else:
         np.testing.assert_array_equal(actual > 0.5, np.where(shares == 0.5, means, shares) > 0.5)
 
@@ -93,7 +93,7 @@ def test_vote_of_chosen_members(members, chosen, cases):
 
 
 @pytest.mark.parametrize(("members", "chosen"), CHOICES[:3])
-def test_weights_of_chosen_members_sum_to_one_again(members, chosen, cases):
+def test_weights_of_chosen_members_are_rescaled_to_sum_to_one(members, chosen, cases):
     ens, stack = cases("values")
     weights = np.array([0.1, 0.2, 0.3, 0.4])
     ens.weights = weights
@@ -118,13 +118,13 @@ def test_each_members_own_output(name, cases):
 
 
 @pytest.mark.parametrize(("members", "chosen"), [(2, [2, 3]), ([2, 0], [2, 0]), ([-1], [3])])
-def test_own_outputs_come_in_the_order_that_was_asked_for(members, chosen, cases):
+def test_members_outputs_are_in_the_requested_order(members, chosen, cases):
     ens, stack = cases("values")
     assert_close(ens.predict_members(ROWS, members=members, verbose=0), stack[chosen])
 
 
-def test_logits_softmax_and_sigmoid_models_agree():
-    # The same weights under three last layers, two of them without its activation.
+def test_models_with_and_without_softmax_agree():
+    # The same weights, once with the softmax and once without it.
     models = {name: dense(*KINDS[name][2:]) for name in ("softmax", "softmax logits")}
     actual = {}
     for name, model in models.items():
@@ -217,7 +217,7 @@ STRUCTURES = [
 
 
 @pytest.mark.parametrize("make", STRUCTURES)
-def test_outputs_have_the_models_structure_and_each_its_own_meaning(make):
+def test_outputs_have_the_models_structure_and_their_own_meanings(make):
     model, x, meanings = make()
     ens = ensemble_of(model, 3)
     members = [keras.tree.flatten(member.predict(x, verbose=0)) for member in ens]

@@ -1,4 +1,4 @@
-"""What `predict` and `evaluate` refuse, leaving the ensemble as it was."""
+"""Arguments that `predict` and `evaluate` refuse without changing the ensemble."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def calls(ens):
     ]
 
 
-def test_predicting_without_members():
+def test_predicting_without_members_is_refused():
     ens = SnapshotEnsemble(dense())
     for call in [*calls(ens), lambda: ens.predict_members(ROWS, verbose=0)]:
         with pytest.raises(ValueError) as caught:
@@ -35,7 +35,7 @@ def test_predicting_without_members():
 
 
 @pytest.mark.parametrize("combine", ["max", "Mean", None, 3])
-def test_unknown_combinations(combine, ensemble):
+def test_unknown_combinations_are_refused(combine, ensemble):
     for call in calls(ensemble):
         with pytest.raises(ValueError, match="`combine` must be one of") as caught:
             call(combine=combine)
@@ -43,7 +43,7 @@ def test_unknown_combinations(combine, ensemble):
     assert len(ensemble) == MEMBERS
 
 
-def test_a_vote_on_values(regression_ensemble):
+def test_a_vote_on_values_is_refused(regression_ensemble):
     y = np.ones((len(ROWS), 2))
     for call in (
         regression_ensemble.predict,
@@ -55,21 +55,21 @@ def test_a_vote_on_values(regression_ensemble):
     assert regression_ensemble.predict(ROWS, verbose=0).shape == (len(ROWS), 2)
 
 
-def test_a_vote_where_one_of_the_outputs_is_a_value():
+def test_a_vote_is_refused_if_one_output_is_a_regression():
     ens = ensemble_of(named_outputs(list), 2)
     with pytest.raises(ValueError, match="output 1 of the model is a regression"):
         ens.predict(ROWS, combine="vote", verbose=0)
     assert len(ens) == 2
 
 
-def test_weighted_without_weights(ensemble):
+def test_weighted_without_weights_is_refused(ensemble):
     for call in calls(ensemble):
         with pytest.raises(ValueError, match="`combine='weighted'` needs weights"):
             call(combine="weighted")
     assert len(ensemble) == MEMBERS
 
 
-def test_weighted_where_the_chosen_members_have_none(ensemble):
+def test_weighted_is_refused_if_the_chosen_members_have_weight_0(ensemble):
     ensemble.weights = [1, 0, 0, 0]
     for call in calls(ensemble):
         with pytest.raises(ValueError, match="The chosen members all have weight 0"):
@@ -91,18 +91,19 @@ def test_weighted_where_the_chosen_members_have_none(ensemble):
         (
             [],
             ValueError,
-            "`members` must name at least one member, and none twice. Received: members=[]",
+            "`members` must contain at least one index and no duplicates. Received: members=[]",
         ),
         (
             [0, -4],
             ValueError,
-            "`members` must name at least one member, and none twice. Received: members=[0, -4]",
+            "`members` must contain at least one index and no duplicates. "
+            "Received: members=[0, -4]",
         ),
         (True, TypeError, "`members` must be a whole number. Received: members=True"),
         ("all", TypeError, "`members` must be a whole number. Received: members='all'"),
     ],
 )
-def test_bad_members(members, error, message, ensemble):
+def test_invalid_members_are_refused(members, error, message, ensemble):
     for call in [*calls(ensemble), lambda **a: ensemble.predict_members(ROWS, **a)]:
         with pytest.raises(error) as caught:
             call(members=members)
@@ -118,6 +119,6 @@ def test_unknown_arguments_are_refused(ensemble):
     assert len(ensemble) == MEMBERS
 
 
-def test_generators_are_not_mistaken_for_members(ensemble):
+def test_generators_of_members_are_refused(ensemble):
     with pytest.raises(TypeError, match="`members` must be a whole number"):
         ensemble.predict(ROWS, members=(index for index in (0, 1)))

@@ -1,4 +1,4 @@
-"""Every kind of data that Keras takes, gone through once and traced once."""
+"""Every kind of data that Keras accepts, read once and traced once."""
 
 import collections
 
@@ -32,13 +32,13 @@ DATA = {
     "PyDataset": lambda *arrays: ((Batches(*arrays),), {}),
 }
 
-# Keras says so whenever data of unknown length ends.
+# Keras warns whenever data of unknown length ends.
 ends = pytest.mark.filterwarnings("ignore:Your input ran out of data")
 
 
 @ends
 @pytest.mark.parametrize("make", DATA.values(), ids=DATA.keys())
-def test_predict_takes_all_kinds_of_data(make, cases):
+def test_predict_accepts_all_kinds_of_data(make, cases):
     ens, stack = cases("softmax")
     (x,), arguments = make(ROWS)
     assert_close(ens.predict(x, verbose=0, **arguments), stack.mean(axis=0))
@@ -54,7 +54,7 @@ def test_predict_members_joins_batches(name, cases):
 
 @ends
 @pytest.mark.parametrize("make", DATA.values(), ids=DATA.keys())
-def test_evaluate_takes_all_kinds_of_data(make, cases):
+def test_evaluate_accepts_all_kinds_of_data(make, cases):
     ens, stack = cases("softmax")
     data, arguments = make(ROWS, LABELS)
     expected = -np.log(stack.mean(axis=0)[np.arange(len(ROWS)), LABELS]).mean()
@@ -68,7 +68,7 @@ def test_steps_stop_early(cases):
 
 
 def counted_batches(run, kind):
-    """How many batches `run` asks for."""
+    """How often `run` requests each batch."""
     asked = collections.Counter()
 
     def batches():
@@ -110,18 +110,18 @@ def test_callbacks_see_each_batch_once(cases):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         {"jit_compile": False},
         {"jit_compile": True},
         {"run_eagerly": True},
         {"steps_per_execution": 3},
     ],
-    ids=lambda how: next(iter(how)) + str(next(iter(how.values()))),
+    ids=lambda options: next(iter(options)) + str(next(iter(options.values()))),
 )
-def test_the_ensemble_runs_as_the_model_was_compiled(how, cases):
+def test_the_ensemble_runs_as_the_model_was_compiled(options, cases):
     _, stack = cases("softmax")
-    model = dense(**how)
+    model = dense(**options)
     ens = ensemble_of(model, MEMBERS)
     assert_close(ens.predict(ROWS, batch_size=4, verbose=0), stack.mean(axis=0))
     expected = -np.log(stack.mean(axis=0)[np.arange(len(ROWS)), LABELS]).mean()
@@ -132,7 +132,7 @@ def test_the_ensemble_runs_as_the_model_was_compiled(how, cases):
 
 
 class Counting(layers.Layer):
-    """Counts how often Python runs it, which is once for each tracing."""
+    """Counts how often it is traced."""
 
     calls = 0
 
@@ -154,12 +154,12 @@ def counting():
 def test_a_second_predict_traces_nothing(combine, counting):
     first = counting.predict(ROWS, combine=combine, batch_size=5, verbose=0)
     traced = Counting.calls
-    again = counting.predict(ROWS.copy(), combine=combine, batch_size=5, verbose=0)
+    second = counting.predict(ROWS.copy(), combine=combine, batch_size=5, verbose=0)
     assert Counting.calls == traced
-    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first, second)
 
 
-def test_other_calls_in_between_change_nothing(counting):
+def test_other_calls_in_between_cause_no_retracing(counting):
     actions = [
         lambda: counting.predict(ROWS, verbose=0),
         lambda: counting.predict(ROWS, members=2, verbose=0),

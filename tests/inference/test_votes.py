@@ -1,4 +1,4 @@
-"""Votes: the shares of members, and what becomes of a draw."""
+"""Votes: the shares of members, and how ties are broken."""
 
 import keras
 import numpy as np
@@ -16,9 +16,9 @@ from snapshot_ensemble.inference.combining import (
 
 
 def votes_by_hand(probabilities):
-    """Each row's counts, and the class that wins: of equal counts the one with the higher mean.
+    """Each row's counts and winner, and masks of tied rows and of rows with an unambiguous winner.
 
-    With it a mask of the rows whose winner is beyond doubt.
+    Ties go to the class with the higher mean.
     """
     probabilities = np.asarray(probabilities, "float64")
     _, rows, classes = probabilities.shape
@@ -27,26 +27,26 @@ def votes_by_hand(probabilities):
         for row, choice in enumerate(member.argmax(axis=-1)):
             counts[row, choice] += 1
     means = probabilities.mean(axis=0)
-    winners, drawn, sure = [], [], []
+    winners, tied, sure = [], [], []
     for row in range(rows):
         top = np.flatnonzero(counts[row] == counts[row].max())
         order = np.sort(means[row][top])[::-1]
         winners.append(top[means[row][top].argmax()])
-        drawn.append(len(top) > 1)
+        tied.append(len(top) > 1)
         sure.append(len(top) == 1 or order[0] - order[1] > 1e-6)
-    return counts, np.array(winners), np.array(drawn), np.array(sure)
+    return counts, np.array(winners), np.array(tied), np.array(sure)
 
 
-def test_shares_of_a_clear_vote_are_counts_by_members():
+def test_shares_without_ties_are_counts_divided_by_members():
     probabilities = to_probabilities(logits_of((40, 4), members=7), "multiclass").astype("float32")
-    counts, winners, drawn, _ = votes_by_hand(probabilities)
-    assert (~drawn).sum() > 10
+    counts, winners, tied, _ = votes_by_hand(probabilities)
+    assert (~tied).sum() > 10
     shares = array(vote(probabilities, "multiclass", False))
-    np.testing.assert_array_equal(shares[~drawn], np.float32(counts[~drawn]) / np.float32(7))
+    np.testing.assert_array_equal(shares[~tied], np.float32(counts[~tied]) / np.float32(7))
     np.testing.assert_array_equal(shares.argmax(axis=-1), winners)
 
 
-def test_members_sure_and_unsure_have_one_vote_each():
+def test_each_member_has_one_vote_whatever_its_confidence():
     probabilities = np.float32([[[0.99, 0.01]], [[0.49, 0.51]], [[0.49, 0.51]]])
     np.testing.assert_allclose(
         array(vote(probabilities, "multiclass", False)), [[1 / 3, 2 / 3]], rtol=1e-6
@@ -55,8 +55,8 @@ def test_members_sure_and_unsure_have_one_vote_each():
 
 @pytest.mark.parametrize("winner", [0, 1, 2])
 @pytest.mark.parametrize("logits", [False, True])
-def test_a_draw_goes_to_the_higher_mean(winner, logits):
-    # Each class has the vote of one member; the winner's is surer of it.
+def test_a_tie_goes_to_the_higher_mean(winner, logits):
+    # Each class has one vote; the member that votes for the winner is more confident.
     probabilities = np.full((3, 1, 3), 0.3, "float32")
     for member in range(3):
         probabilities[member, 0, member] = 0.8 if member == winner else 0.4
@@ -68,7 +68,7 @@ def test_a_draw_goes_to_the_higher_mean(winner, logits):
     np.testing.assert_allclose(shares, 1 / 3, rtol=2e-6)
 
 
-def test_a_draw_is_only_between_the_classes_at_the_top():
+def test_a_tie_is_only_between_the_classes_at_the_top():
     # Class 2 has the highest mean, but two votes fewer.
     probabilities = np.float32(
         [
@@ -86,8 +86,8 @@ def test_a_draw_is_only_between_the_classes_at_the_top():
 
 @pytest.mark.parametrize("classes", [2, 50, 500])
 @pytest.mark.parametrize("logits", [False, True])
-def test_a_draw_shows_whatever_the_number_of_drawn_classes(classes, logits):
-    # Two members vote for each class; one of those for the last class is surer than all others.
+def test_a_tie_is_broken_for_any_number_of_classes(classes, logits):
+    # Each class has two votes; one voter for the last class is more confident than all others.
     stack = np.zeros((2 * classes, 1, classes), "float32")
     stack[np.arange(2 * classes), 0, np.arange(2 * classes) // 2] = 1
     stack[-1, 0, -1] = 3
@@ -109,7 +109,7 @@ def test_votes_of_any_members(tenths, logits):
     stack = (tenths / 4).astype("float32")
     if not logits:
         stack = to_probabilities(stack, "multiclass").astype("float32")
-    counts, winners, drawn, sure = votes_by_hand(
+    counts, winners, tied, sure = votes_by_hand(
         to_probabilities(stack, "multiclass") if logits else stack
     )
     shares = array(vote(stack, "multiclass", logits))
@@ -122,7 +122,7 @@ def test_votes_of_any_members(tenths, logits):
     np.testing.assert_allclose(shares.sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_allclose(shares, counts / len(stack), atol=1e-6)
     exact = np.float32(counts) / np.float32(len(stack))
-    np.testing.assert_array_equal(shares[~drawn], exact[~drawn])
+    np.testing.assert_array_equal(shares[~tied], exact[~tied])
     np.testing.assert_array_equal(shares.argmax(axis=-1)[sure], winners[sure])
 
 
@@ -150,8 +150,8 @@ def test_the_share_of_yes_of_an_odd_number_of_members(task, members):
 
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
-def test_a_draw_of_yes_and_no_goes_to_the_mean(task, logits):
-    # Columns: the mean says yes, the mean says no, the mean does not know.
+def test_a_tie_of_yes_and_no_is_broken_by_the_mean(task, logits):
+    # Columns: the mean is above, below and at one half.
     probabilities = np.float32([[[0.9, 0.6, 0.75]], [[0.4, 0.1, 0.25]]])
     threshold = 0.0 if logits else 0.5
     stack = special.logit(probabilities) if logits else probabilities
@@ -164,14 +164,14 @@ def test_a_draw_of_yes_and_no_goes_to_the_mean(task, logits):
 @pytest.mark.parametrize(
     ("logits", "yes"), [([0.1, -2.0, 9.0, -2.0], False), ([-0.1, 2.0, -12.0, 2.0], True)]
 )
-def test_a_draw_of_log_odds_is_settled_by_probabilities(logits, yes):
-    assert (np.mean(logits) > 0) != yes  # The mean of the log-odds says the contrary.
+def test_a_tie_of_log_odds_is_broken_by_the_mean_probability(logits, yes):
+    assert (np.mean(logits) > 0) != yes  # The mean of the log-odds is on the other side.
     assert (special.expit(logits).mean() > 0.5) == yes
     stack = np.reshape(logits, (4, 1, 1)).astype("float32")
     assert (array(vote(stack, "binary", True)) > 0) == yes
 
 
-def test_a_probability_of_one_half_is_no_vote_for_yes():
+def test_a_probability_of_one_half_is_not_a_vote_for_yes():
     probabilities = np.float32([[[0.5]], [[0.5]], [[0.9]]])
     np.testing.assert_allclose(array(vote(probabilities, "binary", False)), [[1 / 3]], rtol=1e-6)
 
@@ -182,7 +182,7 @@ def test_unanimous_votes_are_certain():
     np.testing.assert_allclose(shares, [[1.0, 0.0]], atol=2e-7)
 
 
-def test_votes_are_counted_alike_by_keras_metrics():
+def test_keras_metrics_agree_on_votes():
     logits = logits_of((50, 1), members=4)
     labels = np.random.default_rng(1).integers(0, 2, (50, 1))
     probabilities = to_probabilities(logits, "binary").astype("float32")
