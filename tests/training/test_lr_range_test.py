@@ -143,7 +143,7 @@ def test_how_it_prints_and_is_drawn():
     assert str(actual).startswith(f"suggested peak: {actual.suggestion:.2g} (loss ")
     ax = plots.plot_lr(actual)
     drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
-    np.testing.assert_array_equal(drawn["of each batch"].T, [actual.rates, actual.losses])
+    np.testing.assert_array_equal(drawn["each batch"].T, [actual.rates, actual.losses])
     np.testing.assert_array_equal(drawn["smoothed"].T, [actual.rates, actual.smoothed])
     assert set(drawn[f"suggested peak: {actual.suggestion:.2g}"][:, 0]) == {actual.suggestion}
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("learning rate", "loss", "log")
