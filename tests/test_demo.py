@@ -57,7 +57,7 @@ def test_a_directory_that_is_not_empty_is_refused(tmp_path, capsys):
     (tmp_path / "ensemble").mkdir()
     (tmp_path / "ensemble" / "thesis.tex").write_text("irreplaceable")
     assert main(["demo", "--directory", str(tmp_path)]) == 2
-    assert "The directory holds something already." in capsys.readouterr().err
+    assert "The directory is not empty." in capsys.readouterr().err
     assert (tmp_path / "ensemble" / "thesis.tex").read_text() == "irreplaceable"
 
 
