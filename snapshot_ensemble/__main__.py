@@ -27,7 +27,7 @@ examples:
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Prints the cycles of a budget."""
+    """Prints the cycles that a budget is split into."""
     if arguments.cycle_length is None:
         schedule: Any = EqualCycles(arguments.cycles, arguments.lr_init, arguments.lr_min)
     else:
@@ -44,7 +44,7 @@ def plan(arguments: argparse.Namespace) -> None:
     rows = [{name: getattr(cycle, name) for name in names} for cycle in cycles]
     print(json.dumps(rows) if arguments.json else cycles)
     if arguments.plot:
-        from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
+        from matplotlib.figure import Figure  # noqa: PLC0415  Slow to import.
 
         from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415
 
@@ -54,7 +54,7 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints what a directory holds, and whether it is as it was written; loads no model."""
+    """Prints the files of a directory and whether they are intact; loads no model."""
     contents = DirectoryStore.open(arguments.directory).inspect()
     if arguments.json:
         print(json.dumps(contents))
@@ -63,7 +63,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         for entry in contents["files"]:
             numbers = ("" if entry[n] is None else str(entry[n]) for n in ("cycle", "epoch"))
             metrics = [f"{name}={value:.4g}" for name, value in (entry["metrics"] or {}).items()]
-            metrics += [] if entry["intact"] else ["NOT AS IT WAS SAVED"]
+            metrics += [] if entry["intact"] else ["DAMAGED"]
             rows.append((entry["name"], str(entry["bytes"]), *numbers, " ".join(metrics)))
         print(text_table(rows, "lrrrl"))
         print(
@@ -72,11 +72,11 @@ def inspect(arguments: argparse.Namespace) -> None:
         )
     damaged = [entry["name"] for entry in contents["files"] if not entry["intact"]]
     if damaged:
-        raise SnapshotError(f"Not as they were saved: {', '.join(damaged)}")
+        raise SnapshotError(f"Files that differ from what was saved: {', '.join(damaged)}")
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Exports the combination of a directory's members."""
+    """Exports the ensemble in a directory as one model."""
     SnapshotEnsemble.load(arguments.directory).export(
         arguments.out,
         arguments.format,
@@ -88,13 +88,13 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Prints what members and combinations are worth on the data of a file."""
+    """Prints the scores of members and combinations on the data in a file."""
     with np.load(arguments.data, allow_pickle=False) as file:
         missing = {arguments.x, arguments.y} - set(file.files)
         if missing:
             raise ValueError(
-                f"The file holds no {' nor '.join(map(repr, sorted(missing)))}. Received: "
-                f"{arguments.data} with {file.files}. Name its arrays by --x and --y."
+                f"The file has no array {' or '.join(map(repr, sorted(missing)))}. Received: "
+                f"--data {arguments.data} with the arrays {file.files}. Name them with --x and --y."
             )
         x, y = file[arguments.x], file[arguments.y]
     scores = SnapshotEnsemble.load(arguments.directory).report(x, y, verbose=0)
@@ -102,7 +102,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    """Trains on handwritten digits and shows what is gained."""
+    """Trains on handwritten digits and shows what the ensemble gains."""
     try:
         run_demo(
             arguments.directory or tempfile.mkdtemp(prefix="snapshot-ensemble-"),
@@ -121,24 +121,34 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--epochs", type=int, default=50, help="the budget (default: 50)")
+    add("--epochs", type=int, default=50, help="number of epochs, the budget (default: 50)")
     add("--cycles", type=int, default=5, help="number of cycles (default: 5)")
     add("--seed", type=int, default=0, help="seed of both runs (default: 0)")
     add("--directory", help="where to write the results (default: a new folder)")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--overwrite", action="store_true", help="replace existing files")
 
 
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--epochs", type=int, required=True, help="the budget")
+    add("--epochs", type=int, required=True, help="number of epochs, the budget")
     add("--cycles", type=int, default=5, help="number of equal cycles (default: 5)")
-    add("--lr-init", type=float, default=0.1, help="the peak (default: 0.1)")
-    add("--lr-min", type=float, default=0.0, help="the floor (default: 0)")
+    add("--lr-init", type=float, default=0.1, help="peak learning rate (default: 0.1)")
+    add("--lr-min", type=float, default=0.0, help="floor of the learning rate (default: 0)")
     add("--cycle-length", type=int, help="epochs of the first cycle, instead of --cycles")
-    add("--cycle-length-multiplier", type=float, default=1.0, help="(default: 1)")
-    add("--lr-multiplier", type=float, default=1.0, help="(default: 1)")
-    add("--warmup", type=int, default=0, help="epochs of linear rise (default: 0)")
-    add("--plot", metavar="FILE", help="draw the rates, too")
+    add(
+        "--cycle-length-multiplier",
+        type=float,
+        default=1.0,
+        help="factor from one cycle's length to the next (default: 1)",
+    )
+    add(
+        "--lr-multiplier",
+        type=float,
+        default=1.0,
+        help="factor from one cycle's peak to the next (default: 1)",
+    )
+    add("--warmup", type=int, default=0, help="epochs of linear warmup (default: 0)")
+    add("--plot", metavar="FILE", help="also plot the learning rates to a file")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -151,36 +161,32 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
     add, formats = command.add_argument, ("tf_saved_model", "onnx", "litert", "openvino")
     add("directory")
     add("out")
-    add("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
+    add("--format", choices=formats, default=formats[0], help="format (default: %(default)s)")
     add("--combine", default="mean", help="how to combine (default: mean)")
-    add("--members", type=int, help="the last that many (default: all)")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--members", type=int, help="use only the last N members (default: all)", metavar="N")
+    add("--overwrite", action="store_true", help="replace existing files")
 
 
 def _report_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("directory")
-    add("--data", metavar="FILE", required=True, help="an .npz file")
-    add("--x", default="x", help="name of the inputs in it (default: x)")
-    add("--y", default="y", help="name of the targets in it (default: y)")
+    add("--data", metavar="FILE", required=True, help="an .npz file with held-out data")
+    add("--x", default="x", help="name of the array of inputs (default: x)")
+    add("--y", default="y", help="name of the array of targets (default: y)")
     add("--json", action="store_true", help="print JSON")
 
 
 COMMANDS = (
-    (demo, "train on handwritten digits and show what is gained", _demo_arguments),
-    (plan, "print the cycles of a budget", _plan_arguments),
-    (
-        inspect,
-        "show what a directory holds, and whether it is as it was written",
-        _inspect_arguments,
-    ),
-    (export, "export the combination as one model to serve", _export_arguments),
+    (demo, "train on handwritten digits and show what the ensemble gains", _demo_arguments),
+    (plan, "print the cycles that a budget is split into", _plan_arguments),
+    (inspect, "list the files of a directory and whether they are intact", _inspect_arguments),
+    (export, "export the ensemble as one model for serving", _export_arguments),
     (report, "score members and combinations on held-out data", _report_arguments),
 )
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments that the command line takes."""
+    """The parser of the command line."""
     main = argparse.ArgumentParser(
         prog="snapshot-ensemble",
         description="Snapshot ensembles for Keras.",
@@ -196,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, or 2 after one line on stderr that says what is wrong."""
+    """Runs a command; returns 0, or 2 after printing the error as one line on stderr."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)

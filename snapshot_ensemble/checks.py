@@ -1,4 +1,4 @@
-"""Numbers that users pass and are told, checked and worded in one way."""
+"""Checks of numeric arguments, and how counts are printed."""
 
 import math
 import operator
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an `int` that is at least `least`, or an error that names it."""
+    """`value` as an `int` of at least `least`; otherwise an error that names the argument."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -21,7 +21,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def real_number(name: str, value: Any, *, positive: bool) -> float:
-    """`value` as a finite `float` above (or at) zero, or an error that names it."""
+    """`value` as a finite `float` above (or at) 0; otherwise an error that names the argument."""
     try:
         if isinstance(value, (bool, np.bool_, str)):
             raise TypeError

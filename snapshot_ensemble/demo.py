@@ -1,4 +1,4 @@
-"""The demonstration: the main job from end to end on the digits that scikit-learn ships."""
+"""The demo: training, scoring and exporting an ensemble on scikit-learn's digits."""
 
 import os
 import pathlib
@@ -20,13 +20,13 @@ BATCH = 16
 
 
 def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """1797 images of handwritten digits, half of them (in each class) held out.
+    """1797 images of handwritten digits, split in half with stratification.
 
     Returns:
-        `(x_train, y_train), (x_test, y_test)`: images float32 of shape `(n, 8, 8, 1)` from 0 to
-        1, labels integers from 0 to 9.
+        `(x_train, y_train), (x_test, y_test)`: images as float32 of shape `(n, 8, 8, 1)` between
+        0 and 1, labels as integers from 0 to 9. The test set is held out.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  The extra `demo`.
+    from sklearn.datasets import load_digits  # noqa: PLC0415  An optional dependency.
     from sklearn.model_selection import train_test_split  # noqa: PLC0415
 
     images, labels = load_digits(return_X_y=True)
@@ -56,7 +56,7 @@ def digit_model(learning_rate: Any = PEAK) -> keras.Model:
 
 
 def ordinary_run(x: np.ndarray, y: np.ndarray, epochs: int, seed: int) -> keras.Model:
-    """One network trained for the whole budget, from the same peak along one cosine."""
+    """One network trained for the whole budget, with one cosine decay from the same peak."""
     keras.utils.set_random_seed(seed)
     steps = epochs * -(-len(x) // BATCH)
     model = digit_model(keras.optimizers.schedules.CosineDecay(PEAK, steps))
@@ -64,7 +64,7 @@ def ordinary_run(x: np.ndarray, y: np.ndarray, epochs: int, seed: int) -> keras.
     return model
 
 
-_FRESH_PROCESS = """
+_SERVING_SCRIPT = """
 import sys
 import numpy as np
 import tensorflow as tf
@@ -74,12 +74,12 @@ np.save(outputs, signature(image=tf.constant(np.load(inputs)))["digit"].numpy())
 """
 
 
-def predict_in_a_fresh_process(served: pathlib.Path, x: np.ndarray) -> np.ndarray:
-    """What an export predicts where there is only TensorFlow."""
+def predict_in_new_process(served: pathlib.Path, x: np.ndarray) -> np.ndarray:
+    """The predictions of an export in a new process that imports only TensorFlow."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = f"{folder}/x.npy", f"{folder}/y.npy"
         np.save(inputs, x)
-        command = [sys.executable, "-c", _FRESH_PROCESS, str(served), inputs, outputs]
+        command = [sys.executable, "-c", _SERVING_SCRIPT, str(served), inputs, outputs]
         subprocess.run(command, check=True, capture_output=True)
         return np.load(outputs)
 
@@ -94,7 +94,7 @@ def score(
         last = ", the last" if index == len(ens) - 1 else ""
         name = f"member {index} (epoch {epoch + 1}{last})"
         rows[name] = ens.evaluate(x, y, members=[index], verbose=0)
-    # No data is left here to learn weights on: the later members get more by hand.
+    # The demo has no data left to learn the weights on, so later members simply get more.
     ens.weights = np.arange(1, len(ens) + 1) / np.arange(1, len(ens) + 1).sum()
     for combine in ("vote", "geometric", "weighted", "mean"):
         rows[f"ensemble, {combine}"] = ens.evaluate(x, y, combine=combine, verbose=0)
@@ -107,36 +107,39 @@ def draw(ens: SnapshotEnsemble, x: np.ndarray, y: np.ndarray, folder: pathlib.Pa
     Returns:
         The path of the one that has all, `summary.png` in the folder.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
+    from matplotlib.figure import Figure  # noqa: PLC0415  Slow to import.
 
     from snapshot_ensemble import plots  # noqa: PLC0415
 
     report = ens.report(x, y, verbose=0)
     pictures: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "history": ("The run", lambda ax: plots.plot_history(ens, ax=ax)),
+        "history": ("Training history", lambda ax: plots.plot_history(ens, ax=ax)),
         "members": ("Error by number of members", lambda ax: plots.plot_members(report, ax=ax)),
-        "diversity": ("How far members differ", lambda ax: plots.plot_diversity(report, ax=ax)),
+        "diversity": (
+            "Disagreement between members",
+            lambda ax: plots.plot_diversity(report, ax=ax),
+        ),
         "reliability": (
-            "Whether probabilities are honest",
+            "Calibration",
             lambda ax: plots.plot_reliability(ens, x, y, ax=ax),
         ),
         "uncertainty": (
-            "Whether it knows its errors",
+            "Error when the least certain are set aside",
             lambda ax: plots.plot_uncertainty(ens, x, y, ax=ax),
         ),
         "landscape": (
-            "The loss between members",
+            "Loss between consecutive members",
             lambda ax: plots.plot_landscape(ens, x, y, ax=ax),
         ),
     }
     if len(ens) < 2:
-        del pictures["landscape"]  # There is no line between fewer than two.
+        del pictures["landscape"]  # It needs at least two members.
     folder.mkdir(parents=True, exist_ok=True)
     together = Figure(figsize=(15, 8), layout="constrained")
-    places = together.subplots(2, 3).flat
-    for place, (name, (title, plot)) in zip(places, pictures.items(), strict=False):
+    panels = together.subplots(2, 3).flat
+    for panel, (name, (title, plot)) in zip(panels, pictures.items(), strict=False):
         alone = Figure(figsize=(6, 4), layout="constrained")
-        for ax in (place, alone.subplots()):
+        for ax in (panel, alone.subplots()):
             plot(ax)
             ax.set_title(title)
         alone.savefig(folder / f"{name}.png")
@@ -152,17 +155,17 @@ def run_demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Trains on digits, prints what comes of it, and leaves the ensemble, its export and pictures.
+    """Trains on digits, prints scores, and writes the ensemble, its export and plots.
 
     Args:
-        directory: Where they are written: `ensemble`, `served/1` and `pictures` in it.
-        epochs: The budget, of the ensemble and of the ordinary run beside it.
-        cycles: Into how many cycles the ensemble splits it.
+        directory: Where they are written, to `ensemble`, `served/1` and `pictures`.
+        epochs: The budget of the ensemble, and of the ordinary run that it is compared with.
+        cycles: How many cycles the ensemble splits it into.
         seed: Seed of both runs.
-        overwrite: Whether what is in the directory may be replaced.
+        overwrite: Whether the contents of the directory may be replaced.
 
     Returns:
-        `error` (a share) and `nll` (nats) on the held-out images, for each row of the table.
+        `error` (a fraction) and `nll` (in nats) on the held-out images, for each row of the table.
     """
     (x_train, y_train), (x_test, y_test) = load_digits()
     start = time.perf_counter()
@@ -170,11 +173,11 @@ def run_demo(
     served = home.parent / "served" / "1"
     keras.utils.set_random_seed(seed)
     ens = SnapshotEnsemble(digit_model(), cycles=cycles, directory=home)
-    print(f"{len(x_train)} images to train on, {len(x_test)} held out. The plan:\n")
+    print(f"{len(x_train)} training images, {len(x_test)} held-out images. The plan:\n")
     print(f"{ens.plan(epochs)}\n")
     ens.fit(x_train, y_train, epochs=epochs, batch_size=BATCH, verbose=2, overwrite=overwrite)
 
-    print("\nOne ordinary run of the same budget ...", flush=True)
+    print("\nTraining one ordinary run with the same budget ...", flush=True)
     scores = score(ens, ordinary_run(x_train, y_train, epochs, seed), x_test, y_test)
     rows = [("on the held-out images", "error %", "NLL")]
     for name, values in scores.items():
@@ -182,11 +185,11 @@ def run_demo(
     print(f"\n{text_table(rows)}")
 
     ens.export(served, overwrite=overwrite)
-    found = predict_in_a_fresh_process(served, x_test)
-    difference = np.abs(found - ens.predict(x_test, verbose=0)).max()
-    print("\nThe mean as one SavedModel, in a fresh process with TensorFlow alone: largest")
-    print(f"difference in a probability {difference:.1g}. It lies in {served}")
-    print(f"Pictures: {draw(ens, x_test, y_test, home.parent / 'pictures')}")
-    print(f"\n{time.perf_counter() - start:.0f} s. The ensemble comes back with")
+    served_predictions = predict_in_new_process(served, x_test)
+    difference = np.abs(served_predictions - ens.predict(x_test, verbose=0)).max()
+    print("\nThe ensemble's mean as one SavedModel, run in a new process with only TensorFlow:")
+    print(f"largest difference in a probability {difference:.1g}. Written to {served}")
+    print(f"Plots: {draw(ens, x_test, y_test, home.parent / 'pictures')}")
+    print(f"\n{time.perf_counter() - start:.0f} s. Load the ensemble with")
     print(f"    SnapshotEnsemble.load({str(home)!r})")
     return scores

@@ -1,4 +1,4 @@
-"""`SnapshotEnsemble`: the face of the package."""
+"""`SnapshotEnsemble`, the class that users work with."""
 
 import contextlib
 import operator
@@ -94,7 +94,7 @@ class SnapshotEnsemble:
             cycle ends with a `val_loss` of more than twice its `loss`, and that `val_loss` is more
             than 5 % above the lowest so far, or less than 10 % below the lowest of the cycles
             before. It stays 1 if the first cycle's lowest `val_loss` is more than 30 % above the
-            lowest so far (one cycle is then too short to learn again what a restart removes), if
+            lowest so far (one cycle is then too short to relearn what a restart removes), if
             there are no validation data, and for models with layers that cannot be made from
             their configs. A dict gives shares by layer name, also for whole nested models; the
             innermost name counts, and layers without one are carried over. Frozen weights are
@@ -149,7 +149,7 @@ class SnapshotEnsemble:
         self.directory = None if directory is None else pathlib.Path(directory)
         self._rate = AnnealedRate(model)
         self._restarter = Restarter(check_shrink(shrink))
-        # The number of the run that the next `fit` is, should it resume.
+        # The number of the run that the next `fit(resume=True)` resumes.
         self._next_run = 0
 
     def _use(self, store: SnapshotStore, pool: MemberPool) -> None:
@@ -159,7 +159,7 @@ class SnapshotEnsemble:
         where = "in memory" if self.directory is None else f"in '{self.directory}'"
         return f"<SnapshotEnsemble of {self.model.name!r}: {counted(len(self), 'member')} {where}>"
 
-    # What it was made with
+    # Constructor arguments
 
     @property
     def model(self) -> keras.Model:
@@ -168,7 +168,7 @@ class SnapshotEnsemble:
 
     @property
     def task(self) -> Any:
-        """What the outputs mean, as it was given."""
+        """What the outputs mean, as passed by the user."""
         return self._pool.task
 
     @property
@@ -182,7 +182,7 @@ class SnapshotEnsemble:
 
     @property
     def shrink(self) -> Shrink:
-        """The share of the weights that a restart carries over, as it was given."""
+        """The share of the weights that a restart carries over, as passed by the user."""
         return self._restarter.shrink
 
     # Training
@@ -221,7 +221,9 @@ class SnapshotEnsemble:
         return compiled_rate(self.model) if peak is None else peak
 
     def _with_shrink(self, plan: Plan) -> Plan:
-        return plan.with_shrink(self.shrink, goes_on=self._store.record.progress.done.cycles > 0)
+        return plan.with_shrink(
+            self.shrink, restarts_first=self._store.record.progress.done.cycles > 0
+        )
 
     def find_lr(
         self,
@@ -239,8 +241,8 @@ class SnapshotEnsemble:
         each to the next, until the loss diverges; then its weights, its optimizer and the random
         generators are restored. The losses are averaged over neighbouring rates, and the
         suggestion is the lowest rate at which nine tenths of their total fall are reached. Take it
-        as a starting point, right within a factor of about two: batch size, weight decay and the
-        length of cycles matter, too.
+        as a starting point that is right within a factor of about two: batch size, weight decay
+        and the length of the cycles matter, too.
 
         Example:
 
@@ -327,7 +329,7 @@ class SnapshotEnsemble:
                 given schedule.
             resume: Whether to continue a run that was interrupted. A run that has ended is not
                 run again; one that never began is begun. Defaults to `False`.
-            overwrite: Whether new snapshots replace those that there are, in memory or in the
+            overwrite: Whether new snapshots replace the existing ones, in memory or in the
                 directory. They do so when the first new one, or the first state of training, is
                 saved, not before. Defaults to `False`: a directory that holds something is
                 refused, members of this ensemble are added to.
@@ -381,7 +383,7 @@ class SnapshotEnsemble:
         everyone = range(len(self))
         if validation is None or len(everyone) < 2 or self._pool.is_too_large(everyone):
             return
-        # What was trained counts more than the choice: without one, all members predict.
+        # Training has succeeded, so a failed choice must not raise: all members predict then.
         with contextlib.suppress(TypeError, ValueError):
             self.choose_members(**validation, verbose=0)
 
@@ -401,7 +403,7 @@ class SnapshotEnsemble:
     def __iter__(self) -> Iterator[keras.Model]:
         return (self[i] for i in range(len(self)))
 
-    # What was learned about them
+    # What was learned about the members
 
     @property
     def weights(self) -> np.ndarray | None:
@@ -906,12 +908,12 @@ class SnapshotEnsemble:
                 `"tf_saved_model"`.
             combine: As for `predict`. Defaults to `"mean"`.
             members: As for `predict`.
-            overwrite: Whether what is at the path may be replaced. Defaults to `False`.
+            overwrite: Whether an existing file or folder may be replaced. Defaults to `False`.
             **export_arguments: As for `keras.Model.export`.
 
         Raises:
-            ValueError: If there are no members, `combine`, `members` or `format` make no sense,
-                something is at the path, or the file does not give the ensemble's numbers.
+            ValueError: If there are no members, `combine`, `members` or `format` is invalid, the
+                path exists, or the exported file does not reproduce the ensemble's predictions.
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)
@@ -923,18 +925,18 @@ class SnapshotEnsemble:
     def save(self, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Saves the whole ensemble: the model, the snapshots, the weights and the history.
 
-        All files are in place before the manifest names them: a save that fails leaves what was
-        there.
+        All files are in place before the manifest names them, so a save that fails leaves the
+        earlier contents as they were.
 
         Args:
             directory: Path of the directory.
-            overwrite: Whether the ensemble may replace one that is there. Defaults to `False`.
+            overwrite: Whether the contents of the directory may be replaced. Defaults to `False`.
 
         Raises:
             ValueError: If there are no members, or the directory holds something and
                 `overwrite` is `False`.
         """
-        self._pool.indices()  # Or there are none.
+        self._pool.indices()  # Raises if there are no members.
         here = self.directory if self._store.claimed else None
         if here is not None and pathlib.Path(directory).resolve() == here.resolve():
             self._store.commit()  # Its snapshots are there already.
@@ -1008,7 +1010,7 @@ class SnapshotEnsemble:
     def from_weights(
         cls, model: keras.Model, paths: Sequence[str | os.PathLike[str]], **arguments: Any
     ) -> Self:
-        """An ensemble of weight files that something else trained.
+        """Makes an ensemble of existing weight files.
 
         Args:
             model: The compiled model that the weights belong to. It is built, and not changed.

@@ -1,4 +1,4 @@
-"""The names of snapshot_ensemble 1.0, for `model.fit(callbacks=[...])`."""
+"""The API of snapshot_ensemble 1.0: callbacks for `model.fit(callbacks=[...])`."""
 
 import contextlib
 import os
@@ -28,12 +28,12 @@ _OPTIONS = {"num_snapshots": 10, "dirpath": "Ensemble/", "model_prefix": "Model"
 
 
 class Ring:
-    """Weight files `Model-1.weights.h5`, …, of which the newest take the place of the oldest.
+    """Weight files `Model-1.weights.h5`, …, of which the newest replace the oldest.
 
     Args:
-        directory: Path of the directory. It is made when something is written.
-        prefix: What the files' names begin with.
-        size: How many files there are at most.
+        directory: Path of the directory. It is created when something is written.
+        prefix: Prefix of the file names.
+        size: The maximum number of files.
     """
 
     def __init__(self, directory: str | os.PathLike[str], prefix: str, size: int) -> None:
@@ -53,7 +53,7 @@ class Ring:
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
         path = self._path(self.version)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place first: what is there already stays whole until the new one is.
+        # To a temporary file first, so that an existing file stays intact until the new one is.
         temporary = path.with_name(f"writing-{path.name}")
         try:
             save_weights(model, temporary)
@@ -64,22 +64,23 @@ class Ring:
         self.snapshots = renumbered([*self.snapshots, snapshot][-self._size :])
 
     def keep_newest(self, count: int) -> None:
-        pass  # It never holds more than its size.
+        pass  # There are never more than `size` snapshots.
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
-        pass  # Version 1.0 has none.
+        pass  # Version 1.0 saved no state of training.
 
 
 class SnapshotEnsembleCallback(keras.callbacks.Callback):
     """Anneals the learning rate along cosines and saves the weights at the end of each cycle.
 
-    The callback of snapshot_ensemble 1.0, on the plan and the in-graph rate of
-    `SnapshotEnsemble`, which also predicts, and is what new code wants. The plan is that of
-    `CosineAnnealing`, over the epochs that `fit` is given: epochs left over lengthen the last
-    cycle, which is saved, too. With fewer epochs than `cycle_length` there is one cycle.
+    The callback of snapshot_ensemble 1.0, implemented with the plan and the in-graph learning
+    rate of `SnapshotEnsemble`. New code should use `SnapshotEnsemble`, which also predicts. The
+    plan is that of `CosineAnnealing` over the epochs that `fit` is given: epochs left over extend
+    the last cycle, which is saved as well. With fewer epochs than `cycle_length` there is one
+    cycle.
 
-    Afterwards the optimizer has its own rate back. If `fit` ends in an exception, it has when the
-    model is trained again.
+    After training, the optimizer has its own learning rate again. If `fit` ends in an exception,
+    the rate is restored when the model is next trained.
 
     Example:
 
@@ -91,21 +92,21 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
 
     Args:
         cycle_length: Epochs in the first cycle. Defaults to `10`.
-        cycle_length_multiplier: How many times as long each cycle is as the one before. Defaults
+        cycle_length_multiplier: Factor by which each cycle is longer than the one before. Defaults
             to `1.5`.
         lr_init: The learning rate at the start of the first cycle. Defaults to `0.01`.
         lr_min: The learning rate at the end of the first cycle. Defaults to `1e-6`.
-        lr_multiplier: How many times as large both bounds are in each cycle as in the one
-            before. Defaults to `0.9`.
-        ensemble: Whether weights are saved. Defaults to `True`.
-        ensemble_options: A dict with some of `num_snapshots`, keep the newest that many
-            (defaults to `10`), `dirpath`, the directory (defaults to `"Ensemble/"`), and
-            `model_prefix`, what names begin with (defaults to `"Model"`): the files are
+        lr_multiplier: Factor by which both bounds are multiplied from one cycle to the next.
+            Defaults to `0.9`.
+        ensemble: Whether snapshots are saved. Defaults to `True`.
+        ensemble_options: A dict with any of `num_snapshots`, how many of the newest snapshots are
+            kept (defaults to `10`), `dirpath`, the directory (defaults to `"Ensemble/"`), and
+            `model_prefix`, the prefix of the file names (defaults to `"Model"`). The files are
             `Ensemble/Model-1.weights.h5` and so on; after `num_snapshots` of them the first is
-            written again.
+            overwritten.
 
     Raises:
-        ValueError: If a value is impossible, or `ensemble_options` has another key.
+        ValueError: If a value is invalid, or `ensemble_options` has an unknown key.
 
     References:
         - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109)
@@ -137,7 +138,7 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
 
     @property
     def paths(self) -> list[pathlib.Path]:
-        """The weight files that it saved, the oldest first."""
+        """The saved weight files, oldest first."""
         return self._ring.paths
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -160,14 +161,14 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         self._cycles = None
 
     def _begin(self, first_epoch: int) -> CycleCallback:
-        """Now that the first epoch's number is known, the plan is."""
+        """Makes the plan, which needs the number of the first epoch."""
         model, epochs = self.model, self.params["epochs"] - first_epoch
         rate, config = AnnealedRate(model), self.schedule.get_config()
         config["cycle_length"] = min(config["cycle_length"], epochs)
         run = Run(
             plan=CosineAnnealing(**config).plan(epochs),
             first_epoch=first_epoch,
-            store=self._ring if self.ensemble else _Nowhere("", "", 1),
+            store=self._ring if self.ensemble else _DiscardedSnapshots("", "", 1),
             rate=rate,
             restarter=Restarter(),
             progress=self._progress,
@@ -180,26 +181,26 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         cycles.set_model(model)
         cycles.set_params(self.params)
         cycles.on_train_begin()
-        # Should this `fit` end in an exception, the next one puts the rate back first.
+        # If this `fit` ends in an exception, the next one restores the rate before it starts.
         self._installed.enter_context(next_fit_noticed(model, self._installed.close))
         self._installed.enter_context(rate.installed())
         remake_train_function(model)
         return cycles
 
 
-class _Nowhere(Ring):
-    """Where snapshots go that are not to be kept."""
+class _DiscardedSnapshots(Ring):
+    """A store that keeps nothing."""
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
         pass
 
 
 def snapshot_options(given: dict[str, Any] | None) -> dict[str, Any]:
-    """The options of 1.0 with their defaults, in a dict of their own."""
+    """A new dict with the options of 1.0, defaults filled in."""
     unknown = set(given or {}) - set(_OPTIONS)
     if unknown:
         raise ValueError(
-            f"`ensemble_options` may have {', '.join(map(repr, _OPTIONS))}. Received: "
+            f"`ensemble_options` may have the keys {', '.join(map(repr, _OPTIONS))}. Received: "
             f"ensemble_options={given!r}"
         )
     options = {**_OPTIONS, **(given or {})}
@@ -207,7 +208,7 @@ def snapshot_options(given: dict[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
+def GenerateSnapshotCallbacks(  # noqa: N802  The name in version 1.0.
     cycle_length: int = 10,
     cycle_length_multiplier: float = 1.5,
     lr_init: float = 0.01,
@@ -216,9 +217,10 @@ def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
     ensemble: bool = True,
     ensemble_options: dict[str, Any] | None = None,
 ) -> list[keras.callbacks.Callback]:
-    """A `SnapshotEnsembleCallback`, and a checkpoint of the weights of least `val_loss`.
+    """A `SnapshotEnsembleCallback`, and a checkpoint of the weights with the lowest `val_loss`.
 
-    The checkpoint is `Ensemble/Model-Best.weights.h5`, and needs validation data in `fit`.
+    The checkpoint is written to `Ensemble/Model-Best.weights.h5`; it needs validation data in
+    `fit`.
 
     Example:
 
@@ -238,7 +240,7 @@ def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
         A list of two callbacks for `model.fit`.
 
     Raises:
-        ValueError: As `SnapshotEnsembleCallback`.
+        ValueError: As for `SnapshotEnsembleCallback`.
     """
     snapshots = SnapshotEnsembleCallback(
         cycle_length,
@@ -251,7 +253,7 @@ def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
     )
     name = f"{snapshots.options['model_prefix']}-Best.weights.h5"
     best = keras.callbacks.ModelCheckpoint(
-        os.path.join(snapshots.options["dirpath"], name),  # noqa: PTH118  Keras wants a string.
+        os.path.join(snapshots.options["dirpath"], name),  # noqa: PTH118  Keras needs a string.
         monitor="val_loss",
         mode="min",
         save_best_only=True,
@@ -260,7 +262,7 @@ def GenerateSnapshotCallbacks(  # noqa: N802  The name that it had.
     return [snapshots, best]
 
 
-def VisualizeLR(  # noqa: N802  The name that it had.
+def VisualizeLR(  # noqa: N802  The name in version 1.0.
     epochs: int = 500,
     cycle_length: int = 10,
     cycle_length_multiplier: float = 1.5,
@@ -268,7 +270,7 @@ def VisualizeLR(  # noqa: N802  The name that it had.
     lr_min: float = 1e-6,
     lr_multiplier: float = 0.9,
 ) -> "Figure":
-    """Draws the learning rates that `SnapshotEnsembleCallback` would set.
+    """Plots the learning rates that `SnapshotEnsembleCallback` would set.
 
     Example:
 
@@ -286,10 +288,10 @@ def VisualizeLR(  # noqa: N802  The name that it had.
         A matplotlib `Figure`.
 
     Raises:
-        ValueError: If a value is impossible.
+        ValueError: If a value is invalid.
     """
-    # Not of pyplot's, which would show it in a notebook a second time.
-    from matplotlib.figure import Figure  # noqa: PLC0415  Loaded where it is used.
+    # Not made by pyplot, which would show the figure a second time in a notebook.
+    from matplotlib.figure import Figure  # noqa: PLC0415  Slow to import.
 
     from snapshot_ensemble.plots import plot_schedule  # noqa: PLC0415
 

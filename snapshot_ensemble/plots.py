@@ -1,6 +1,6 @@
-"""Pictures: the schedule, a run, what members are worth, how honest their probabilities are.
+"""Plots of schedules, training, members, calibration and uncertainty.
 
-Each function draws into `ax`, or into a new figure, and returns the `Axes`; none shows it.
+Each function draws into `ax`, or into a new figure, and returns the `Axes`; none calls `show`.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# Told apart by all kinds of eyes (Okabe & Ito, 2008).
+# Distinguishable with any colour vision (Okabe & Ito, 2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
 
 
 def _axes(ax: "Axes | None") -> "Axes":
     if ax is not None:
         return ax
-    from matplotlib import pyplot as plt  # noqa: PLC0415  Loaded where it is used.
+    from matplotlib import pyplot as plt  # noqa: PLC0415  Slow to import.
 
     return plt.subplots(figsize=(6, 4), layout="constrained")[1]
 
@@ -45,8 +45,7 @@ def _labelled(ax: "Axes", x: str, y: str, legend: bool = True) -> "Axes":
     return ax
 
 
-def _count(axis: "Axis") -> None:
-    """Marks whole numbers only."""
+def _use_integer_ticks(axis: "Axis") -> None:
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     axis.set_major_locator(MaxNLocator(integer=True))
@@ -65,7 +64,7 @@ def plot_schedule(
     steps_per_epoch: int = 100,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draws the learning rate of every step.
+    """Plots the learning rate of every step.
 
     Example:
 
@@ -73,16 +72,16 @@ def plot_schedule(
     >>> ax.figure.savefig("schedule.png")
 
     Args:
-        schedule: A `CosineAnnealing`, a `SnapshotEnsemble`, or a plan of either.
-        epochs: The budget. Defaults to `None`, for a plan, which has one.
-        steps_per_epoch: Defaults to `100`.
+        schedule: A `CosineAnnealing`, a `SnapshotEnsemble`, or a plan made by either.
+        epochs: The budget. Defaults to `None`, for a plan, which has its own.
+        steps_per_epoch: Points to plot per epoch. Defaults to `100`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: epochs to the right, the learning rate upwards.
+        The `Axes`, with epochs on the x-axis and the learning rate on the y-axis.
 
     Raises:
-        ValueError: If there is no plan for these epochs.
+        ValueError: If the epochs cannot be split into whole cycles.
     """
     plan = schedule if isinstance(schedule, Sequence) else schedule.plan(epochs)  # type: ignore[arg-type]
     ax = _axes(ax)
@@ -96,11 +95,11 @@ def plot_schedule(
 def plot_history(
     ensemble: SnapshotEnsemble, metric: str = "loss", *, ax: "Axes | None" = None
 ) -> "Axes":
-    """Draws a metric over the epochs, the learning rate behind it, and where it restarts.
+    """Plots a metric and the learning rate over the epochs, and marks the restarts.
 
     Args:
-        ensemble: An ensemble that was trained.
-        metric: A name in `ensemble.history`; its validation value is drawn, too.
+        ensemble: A trained ensemble.
+        metric: A name in `ensemble.history`; its validation values are plotted, too.
         ax: Defaults to `None`, a new figure.
 
     Returns:
@@ -124,46 +123,46 @@ def plot_history(
     rate = ax.twinx()
     rate.plot(epochs, history["learning_rate"], color=GREY, alpha=0.5, linewidth=1)
     rate.set_ylabel("learning rate (end of the epoch)", color=GREY)
-    # The metric and the legend before the rate.
+    # Draw the metric and the legend in front of the rate.
     ax.set_zorder(rate.get_zorder() + 1)
     ax.patch.set_visible(False)
-    _count(ax.xaxis)
+    _use_integer_ticks(ax.xaxis)
     return _labelled(ax, "epoch", metric)
 
 
 def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
-    """Draws the curve of a range test.
+    """Plots the curve of a learning-rate range test.
 
     Args:
-        found: Of `ensemble.find_lr`.
+        found: The result of `ensemble.find_lr`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: the learning rate to the right, in powers of ten, the loss upwards.
+        The `Axes`, with the learning rate on a logarithmic x-axis and the loss on the y-axis.
     """
     ax = _axes(ax)
-    ax.plot(found.rates, found.losses, color=GREY, alpha=0.5, linewidth=1, label="of each batch")
+    ax.plot(found.rates, found.losses, color=GREY, alpha=0.5, linewidth=1, label="each batch")
     ax.plot(found.rates, found.smoothed, color=BLUE, label="smoothed")
-    told = f"suggested peak: {found.suggestion:.2g}"
-    ax.axvline(found.suggestion, color=ORANGE, linestyle="--", label=told)
+    label = f"suggested peak: {found.suggestion:.2g}"
+    ax.axvline(found.suggestion, color=ORANGE, linestyle="--", label=label)
     ax.set_xscale("log")
-    # What diverges would leave no room for the rest.
+    # Clip the diverging end, which would dwarf the rest of the curve.
     low, high = found.smoothed.min(), np.max(found.losses[: max(len(found.losses) // 5, 1)])
     ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
     return _labelled(ax, "learning rate", "loss")
 
 
 def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = None) -> "Axes":
-    """Draws what the mean of 1, 2, … members is worth, added from the last and from the first.
+    """Plots the error of the mean of 1, 2, … members, added from the last and from the first.
 
     Args:
-        report: Of `ensemble.report`.
-        metric: `"error"`, the share of wrong classes or the mean squared error of each output, or
-            `"loss"`, the compiled one. Defaults to `"error"`.
+        report: The result of `ensemble.report`.
+        metric: `"error"`, the error rate or the mean squared error of each output, or `"loss"`,
+            the compiled loss. Defaults to `"error"`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: the number of members to the right, the error or the loss upwards.
+        The `Axes`, with the number of members on the x-axis and the error or loss on the y-axis.
 
     Raises:
         ValueError: If `metric` is neither.
@@ -174,32 +173,32 @@ def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = N
     names = [name for name in report.added_from_last if (name == "loss") == (metric == "loss")]
     styles = ("-", "--", ":", "-.")
     for name, style in zip(names, styles * len(names), strict=False):
-        of = "" if len(names) == 1 else f" ({name})"
-        for curves, where, color in (
+        suffix = "" if len(names) == 1 else f" ({name})"
+        for curves, end, color in (
             (report.added_from_last, "last", BLUE),
             (report.added_from_first, "first", ORANGE),
         ):
             counts = np.arange(1, len(curves[name]) + 1)
-            label = f"from the {where}{of}"
+            label = f"from the {end}{suffix}"
             ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
-    ax.axvline(report.worth, color=GREY, linestyle=":", label=f"worth it: {report.worth}")
-    _count(ax.xaxis)
+    ax.axvline(report.worth, color=GREY, linestyle=":", label=f"enough members: {report.worth}")
+    _use_integer_ticks(ax.xaxis)
     return _labelled(ax, "number of members", metric)
 
 
 def plot_diversity(
     report: Report, output: str | None = None, *, ax: "Axes | None" = None
 ) -> "Axes":
-    """Draws how far each pair of members is apart.
+    """Plots the disagreement between each pair of members.
 
     Args:
-        report: Of `ensemble.report`.
-        output: The name of an output. Defaults to `None`, the first.
+        report: The result of `ensemble.report`.
+        output: The name of an output. Defaults to `None`, the first output.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: the share of rows for which a pair differs in the likeliest class; of values the
-        root of their mean squared difference.
+        The `Axes`, with the share of rows for which a pair predicts different classes; for
+        regression, the root of their mean squared difference.
 
     Raises:
         ValueError: If there is no such output.
@@ -215,7 +214,7 @@ def plot_diversity(
             color = "black" if value > matrix.max() / 2 else "white"
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
     for axis in (ax.xaxis, ax.yaxis):
-        _count(axis)
+        _use_integer_ticks(axis)
     ax.figure.colorbar(image, ax=ax, label="disagreement")
     ax.set_xlabel("member")
     ax.set_ylabel("member")
@@ -231,17 +230,17 @@ def plot_reliability(
     bins: int = metrics.BINS,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draws how often the likeliest class is right against how probable it was said to be.
+    """Plots a reliability diagram: accuracy against confidence.
 
-    Honest probabilities lie on the diagonal. Of an ensemble with a temperature both are drawn,
-    before and after it.
+    Well-calibrated probabilities lie on the diagonal. If the ensemble has a temperature, the
+    probabilities are plotted both without and with it.
 
     Args:
         ensemble: An ensemble of a classifier.
-        x: As for `model.evaluate`; data that training has not seen.
+        x: Held-out data, as for `model.evaluate`.
         y: As for `model.evaluate`.
         combine: As for `predict`. Defaults to `"mean"`.
-        bins: Number of bins of equal mass. Defaults to `15`.
+        bins: Number of bins, each with the same number of items. Defaults to `15`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
@@ -255,39 +254,40 @@ def plot_reliability(
     held = gather(pool, x, y, indices=indices)
     if not held.meanings[0].is_classes:
         raise ValueError(
-            "Reliability is that of probabilities. Received: a model whose first output is a "
+            "`plot_reliability` needs a classifier. Received: a model whose first output is a "
             "regression."
         )
     ax = _axes(ax)
-    cases = [(1.0, "as predicted" if ensemble.temperature == 1 else "before", ORANGE, "s")]
+    curves = [(1.0, "as predicted" if ensemble.temperature == 1 else "uncalibrated", ORANGE, "s")]
     if ensemble.temperature != 1:
-        cases.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
-    for temperature, label, color, marker in cases:
+        curves.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
+    for temperature, label, color, marker in curves:
         combined = combine_outputs(held.members(), combine, held.meanings, weights, temperature)
         logs = metrics.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
-        confidence, right, _ = metrics.reliability(logs, held.truths[0], bins).T
-        found = metrics.calibration_error(logs, held.truths[0], bins)
-        told = f"{label} (error {found:.3f})"
-        ax.plot(confidence, right, color=color, marker=marker, markersize=4, label=told)
-    ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="honest")
-    return _labelled(ax, "probability of the likeliest class", "share that is right")
+        confidence, accuracy, _ = metrics.reliability(logs, held.truths[0], bins).T
+        error = metrics.calibration_error(logs, held.truths[0], bins)
+        with_error = f"{label} (ECE {error:.3f})"
+        ax.plot(confidence, accuracy, color=color, marker=marker, markersize=4, label=with_error)
+    ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
+    return _labelled(ax, "confidence (probability of the predicted class)", "accuracy")
 
 
 def plot_uncertainty(
     ensemble: SnapshotEnsemble, x: Any, y: Any = None, *, ax: "Axes | None" = None
 ) -> "Axes":
-    """Draws the error among the items that are left as the least sure ones are set aside.
+    """Plots the error on the remaining items as the least certain ones are set aside.
 
-    An uncertainty that knows its errors falls steeply. Of the first output.
+    The better the uncertainty identifies errors, the more steeply the curve falls. Only the first
+    output is plotted.
 
     Args:
         ensemble: An ensemble.
-        x: As for `model.evaluate`; data that training has not seen.
+        x: Held-out data, as for `model.evaluate`.
         y: As for `model.evaluate`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: the share of wrong classes, or the mean squared error, upwards.
+        The `Axes`, with the error rate or the mean squared error on the y-axis.
 
     Raises:
         ValueError: If the data do not fit the model.
@@ -298,8 +298,8 @@ def plot_uncertainty(
     colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
     for name, (set_aside, error) in error_without_least_sure(held).items():
         ax.plot(set_aside, error, color=colors[name], label=f"by {name}")
-    what = "share of wrong classes" if held.meanings[0].is_classes else "mean squared error"
-    return _labelled(ax, "share set aside, the least sure first", f"{what}, of the rest")
+    quantity = "error rate" if held.meanings[0].is_classes else "mean squared error"
+    return _labelled(ax, "share set aside, least certain first", f"{quantity} of the rest")
 
 
 def plot_landscape(
@@ -311,23 +311,23 @@ def plot_landscape(
     batch_size: int | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draws the loss along the straight line from each snapshot to the next.
+    """Plots the loss along the straight line from each snapshot to the next.
 
-    Where it rises between them, they lie in different basins: their predictions are worth
-    averaging, their weights are not. All weights are taken from the line, the statistics of
-    `BatchNormalization` too: they are not renewed as `average_weights` renews them, so that of such
-    a model the rise shows both.
+    Where the loss rises between them, they lie in different basins: averaging their predictions
+    helps, averaging their weights does not. All weights are interpolated, including the
+    statistics of `BatchNormalization`. Unlike in `average_weights`, these are not estimated
+    again, so for a model with such layers part of the rise comes from them.
 
     Args:
         ensemble: An ensemble of at least two members.
         x: As for `model.evaluate`.
         y: As for `model.evaluate`.
-        points: Number of points from one snapshot to the next. Defaults to `9`.
+        points: Number of points per line. Defaults to `9`.
         batch_size: As for `model.predict`.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`: member numbers to the right, the loss upwards.
+        The `Axes`, with the members' numbers on the x-axis and the loss on the y-axis.
 
     Raises:
         ValueError: If there are fewer than two members, or the data do not fit the model.
@@ -339,26 +339,26 @@ def plot_landscape(
     ax = _axes(ax)
     ax.plot(positions, losses, color=BLUE)
     ax.plot(positions[::points], losses[::points], "o", color=RED, label="snapshot")
-    _count(ax.xaxis)
+    _use_integer_ticks(ax.xaxis)
     return _labelled(ax, "member, and the line to the next", "loss")
 
 
 def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> "Axes":
-    """Draws the snapshots in the plane of the first two principal components of their weights.
+    """Plots the snapshots in the plane of the first two principal components of their weights.
 
     Args:
         ensemble: An ensemble of at least three members.
         ax: Defaults to `None`, a new figure.
 
     Returns:
-        The `Axes`; its labels say which share of the variance each direction has.
+        The `Axes`; its labels give each component's share of the variance.
 
     Raises:
         ValueError: If there are fewer than three members.
     """
     if len(ensemble) < 3:
         raise ValueError(
-            "There is no plane through fewer than three members. Received: "
+            "`plot_trajectory` needs at least three members. Received: "
             f"{counted(len(ensemble), 'member')}."
         )
     trained = [variable.trainable for variable in ensemble.model.weights]
@@ -369,12 +369,12 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
         rows.append(np.concatenate(flat))
     centred = np.stack(rows) - np.mean(rows, axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    places, shares = left[:, :2] * sizes[:2], sizes**2 / max((sizes**2).sum(), 1e-300)
+    points, shares = left[:, :2] * sizes[:2], sizes**2 / max((sizes**2).sum(), 1e-300)
     ax = _axes(ax)
-    ax.plot(places[:, 0], places[:, 1], color=GREY, linewidth=1, zorder=1)
-    ax.scatter(places[:, 0], places[:, 1], c=range(len(rows)), cmap="cividis", zorder=2)
-    for index, place in enumerate(places):
-        ax.annotate(str(index), place, xytext=(5, 5), textcoords="offset points")
+    ax.plot(points[:, 0], points[:, 1], color=GREY, linewidth=1, zorder=1)
+    ax.scatter(points[:, 0], points[:, 1], c=range(len(rows)), cmap="cividis", zorder=2)
+    for index, point in enumerate(points):
+        ax.annotate(str(index), point, xytext=(5, 5), textcoords="offset points")
     ax.margins(0.1)
     labels = [f"principal component {k + 1} ({shares[k]:.0%} of the variance)" for k in (0, 1)]
     return _labelled(ax, labels[0], labels[1], legend=False)

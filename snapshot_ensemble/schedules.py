@@ -1,4 +1,4 @@
-"""From a budget of epochs to cycles, and from cycles to the learning rate of every step."""
+"""Splits a budget of epochs into cycles, and computes the learning rate of every step."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ from snapshot_ensemble.tables import text_table
 def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any = np) -> Any:
     """The learning rate at step `t` of a cycle of `n` steps.
 
-    One formula for the table (`xp=numpy`) and for the training graph (`xp=keras.ops`), so that
-    what is shown is what trains:
+    The same formula is used for plans and plots (`xp=numpy`) and in the training graph
+    (`xp=keras.ops`), so that what is shown is what training uses:
 
         lr_min + (lr_max - lr_min) * t / warmup                                           t < warmup
         lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * (t - warmup) / (n - warmup)))      otherwise
@@ -25,8 +25,8 @@ def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any
         n: Number of steps of the cycle.
         lr_max: The peak.
         lr_min: The floor.
-        warmup: Number of steps of linear rise.
-        xp: The namespace that has `cos` and `where`.
+        warmup: Number of steps of linear warmup.
+        xp: The namespace that provides `cos`, `maximum` and `where`.
 
     Returns:
         float64, the shape of `t`.
@@ -44,11 +44,11 @@ class Cycle:
     Attributes:
         index: Number of the cycle, from 0.
         first_epoch: Its first epoch, from 0.
-        last_epoch: Its last epoch, included. A snapshot is kept when it ends.
+        last_epoch: Its last epoch, inclusive. A snapshot is taken when it ends.
         lr_max: The learning rate at its first step (after `warmup`).
         lr_min: The floor that it anneals to.
-        warmup: Epochs of linear rise from `lr_min` to `lr_max` at its start.
-        shrink: The share of the weights that is carried over into it, as it was given.
+        warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
+        shrink: The share of the weights that is carried over into it, as passed by the user.
     """
 
     index: int
@@ -57,7 +57,7 @@ class Cycle:
     lr_max: float
     lr_min: float
     warmup: int = 0
-    # Plans are equal if they anneal alike, whatever a restart does to the weights.
+    # Plans compare equal if their learning rates do, whatever a restart does to the weights.
     shrink: float | str = dataclasses.field(default=1.0, compare=False)
 
     @property
@@ -73,7 +73,7 @@ class Cycle:
 
 
 class Plan(list[Cycle]):
-    """A list of `Cycle` that prints as a table."""
+    """A list of `Cycle`s that prints as a table."""
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]]
@@ -92,22 +92,23 @@ class Plan(list[Cycle]):
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 
-    def with_shrink(self, shrink: Any, *, goes_on: bool) -> "Plan":
-        """The same cycles, told what each restart carries over of the weights.
+    def with_shrink(self, shrink: Any, *, restarts_first: bool) -> "Plan":
+        """The same cycles, with the share of the weights that each restart carries over.
 
         Args:
             shrink: As for `SnapshotEnsemble`.
-            goes_on: Whether the first cycle begins with a restart, too.
+            restarts_first: Whether the first cycle also begins with a restart, as it does when
+                earlier cycles exist.
         """
         shown = str(shrink) if isinstance(shrink, Mapping) else shrink
         return Plan(
-            dataclasses.replace(cycle, shrink=shown) if number or goes_on else cycle
+            dataclasses.replace(cycle, shrink=shown) if number or restarts_first else cycle
             for number, cycle in enumerate(self)
         )
 
 
 class Schedule:
-    """What is common to all ways of splitting a budget into cycles."""
+    """Base class of the schedules: splits a budget of epochs into cycles."""
 
     lr_init: float | None
     lr_min: float
@@ -125,7 +126,7 @@ class Schedule:
         raise NotImplementedError
 
     def default_epochs(self) -> int:
-        """How many epochs to train for when nobody says."""
+        """The number of epochs to train for by default."""
         raise NotImplementedError
 
     def get_config(self) -> dict[str, Any]:
@@ -150,11 +151,11 @@ class Schedule:
         """The cycles of a budget.
 
         Args:
-            epochs: The budget. Every epoch of it belongs to a cycle.
-            lr_init: The peak, for a schedule that was made without one.
+            epochs: The budget. Every epoch belongs to a cycle.
+            lr_init: The peak, for a schedule that has none.
 
         Returns:
-            A list of `Cycle` that prints as a table.
+            A list of `Cycle`s that prints as a table.
 
         Raises:
             ValueError: If the budget cannot be split into whole cycles.
@@ -175,7 +176,7 @@ class Schedule:
 
         Args:
             epochs: The budget in epochs.
-            steps_per_epoch: Steps (batches) in an epoch.
+            steps_per_epoch: Steps (batches) per epoch.
 
         Returns:
             A float64 array of shape `(epochs * steps_per_epoch,)`.
@@ -185,7 +186,7 @@ class Schedule:
 
 
 class EqualCycles(Schedule):
-    """`cycles` cycles whose lengths differ by one epoch at most, the longer ones last."""
+    """`cycles` cycles whose lengths differ by at most one epoch; the longer ones come last."""
 
     def __init__(self, cycles: int = 5, lr_init: float | None = None, lr_min: float = 0.0):
         self.cycles = whole_number("cycles", cycles, 1)
@@ -215,10 +216,10 @@ class CosineAnnealing(Schedule):
 
         lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * t / n))
 
-    Cycle `k` is `round(cycle_length * cycle_length_multiplier**k)` epochs long (halves to the
-    even side, as Python rounds), and both of its bounds are `lr_multiplier**k` times those of
-    the first cycle. Epochs that are left over at the end of a budget lengthen the last cycle,
-    so that a budget always ends at the floor.
+    Cycle `k` is `round(cycle_length * cycle_length_multiplier**k)` epochs long (Python's `round`:
+    halves go to the even number), and its peak and floor are `lr_multiplier**k` times those of
+    the first cycle. Epochs left over at the end of a budget extend the last cycle, so training
+    always ends at the floor.
 
     Example:
 
@@ -234,15 +235,15 @@ class CosineAnnealing(Schedule):
 
     Args:
         cycle_length: Length of the first cycle in epochs. Defaults to `10`.
-        cycle_length_multiplier: How many times as long each cycle is as the one before.
+        cycle_length_multiplier: Factor by which each cycle is longer than the one before.
             Defaults to `1.0`.
         lr_init: The learning rate at the start of the first cycle. Defaults to `None`: the rate
             that the model was compiled with.
         lr_min: The learning rate that the first cycle anneals to. Defaults to `0.0`.
-        lr_multiplier: How many times as high both bounds are as in the cycle before.
-            Defaults to `1.0`.
-        warmup: Epochs of linear rise from `lr_min` at the start of the first cycle, which then
-            anneals over its other epochs. Defaults to `0`.
+        lr_multiplier: Factor by which the peak and the floor are multiplied from one cycle to the
+            next. Defaults to `1.0`.
+        warmup: Epochs of linear warmup from `lr_min` at the start of the first cycle, which then
+            anneals over its remaining epochs. Defaults to `0`.
 
     Raises:
         ValueError: If a value is negative, not finite, or `lr_min` is above `lr_init`.
@@ -276,7 +277,7 @@ class CosineAnnealing(Schedule):
         super().__init__(lr_init, lr_min)
 
     def _length(self, index: int) -> int:
-        # From the unrounded product, so that the error of a rounding is not multiplied on.
+        # From the unrounded product, so that rounding errors do not accumulate.
         length = round(self.cycle_length * self.cycle_length_multiplier**index)
         if length < 1:
             raise ValueError(
@@ -314,19 +315,19 @@ class CosineAnnealing(Schedule):
 def as_schedule(
     cycles: int, schedule: CosineAnnealing | None, lr_init: float | None, lr_min: float
 ) -> Schedule:
-    """A given schedule, or equal cycles."""
+    """The given schedule, or equal cycles if there is none."""
     if schedule is None:
         return EqualCycles(cycles, lr_init, lr_min)
     if not isinstance(schedule, CosineAnnealing):
         raise TypeError(
-            "`schedule` must be a `CosineAnnealing`, which knows where its cycles end. "
+            "`schedule` must be a `CosineAnnealing`, which defines where its cycles end. "
             f"Received: schedule={schedule!r}"
         )
     if lr_init is not None or lr_min:
         raise ValueError(
-            "A given `schedule` has its own learning rates. Received: "
-            f"schedule with lr_init={lr_init}, lr_min={lr_min} beside it. "
-            "Pass them to `CosineAnnealing`."
+            "A `schedule` has its own learning rates. Received: "
+            f"schedule=CosineAnnealing(...), lr_init={lr_init}, lr_min={lr_min}. "
+            "Pass the rates to `CosineAnnealing`."
         )
     return schedule
 
@@ -347,14 +348,14 @@ def plan_of_fit(
         return schedule.plan(schedule.default_epochs(), lr_init)
     if first and whole_number("epochs", epochs, 1) <= first:
         raise ValueError(
-            "`epochs` is the number of the last epoch, and must be above `initial_epoch`. "
-            f"Received: epochs={epochs}, initial_epoch={first}"
+            "`epochs` is the number of the final epoch, as in Keras, and must be above "
+            f"`initial_epoch`. Received: epochs={epochs}, initial_epoch={first}"
         )
     return schedule.plan(epochs - first if first else epochs, lr_init)
 
 
 def settings_of(schedule: Schedule) -> dict[str, Any]:
-    """The arguments of `SnapshotEnsemble` that make the same schedule, as JSON values."""
+    """The arguments of `SnapshotEnsemble` that give the same schedule, as JSON values."""
     if isinstance(schedule, EqualCycles):
         return {"schedule": None, **schedule.get_config()}
     return {"schedule": schedule.get_config()}

@@ -1,4 +1,4 @@
-"""Text tables, all in one form."""
+"""Plain-text tables."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def text_table(rows: Sequence[Sequence[str]], align: str = "lr") -> str:
 
     Args:
         rows: The cells, the same number in each row.
-        align: `"l"` or `"r"` for each column; the last one holds for all columns after it.
+        align: `"l"` or `"r"` for each column; the last one also applies to all later columns.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align + align[-1] * (len(widths) - len(align))

@@ -1,4 +1,4 @@
-"""What all tests share: quiet TensorFlow, a fixed seed, small models and data."""
+"""Shared by all tests: no TensorFlow logging, a fixed seed, small models and data."""
 
 import gc
 import os
@@ -9,15 +9,15 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import keras
 import pytest
 import tensorflow as tf
-from models import BreakOffError, three_classes
-from resume_cases import break_off_in, run
+from models import SimulatedCrashError, three_classes
+from resume_cases import crash_in_epoch, run
 
-# What was imported stays: the collector, which Keras calls whenever a session is cleared, need
-# not go through it again each time.
+# Keras runs the garbage collector whenever a session is cleared. Imported modules stay anyway, so
+# it can skip them.
 gc.collect()
 gc.freeze()
 
-# Tests make many small models, each traced anew, which TensorFlow would warn of.
+# TensorFlow would warn that tests retrace functions for their many small models.
 tf.get_logger().setLevel("ERROR")
 
 
@@ -51,14 +51,14 @@ def model():
 
 
 @pytest.fixture(scope="session")
-def broken_run_once(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("broken") / "ensemble"
-    with pytest.raises(BreakOffError):
-        run(directory, callbacks=[break_off_in(3)])
+def interrupted_run_once(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("interrupted") / "ensemble"
+    with pytest.raises(SimulatedCrashError):
+        run(directory, callbacks=[crash_in_epoch(3)])
     return directory
 
 
 @pytest.fixture
-def broken_run(broken_run_once, tmp_path):
-    """The directory of a run that broke off in its fourth epoch, with one of three members."""
-    return shutil.copytree(broken_run_once, tmp_path / "broken")
+def interrupted_run(interrupted_run_once, tmp_path):
+    """The directory of a run interrupted in its fourth epoch, with one of three members."""
+    return shutil.copytree(interrupted_run_once, tmp_path / "interrupted")

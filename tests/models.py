@@ -42,8 +42,8 @@ TWINS = {
 }
 
 
-class BreakOffError(Exception):
-    """What tests raise to break a run off."""
+class SimulatedCrashError(Exception):
+    """What tests raise to interrupt a run."""
 
 
 # Members
@@ -93,14 +93,14 @@ def ensemble_of(model, count=3, *, shared=lambda variable: False, **arguments):
 
 
 def same(left, right):
-    """Whether two nested lists of arrays are equal to the bit."""
+    """Whether two nested lists of arrays are equal bit for bit."""
     if isinstance(left, list):
         return len(left) == len(right) and all(map(same, left, right))
     return np.array_equal(left, right)
 
 
 def assert_same(left, right):
-    """Two nested lists of arrays are equal to the bit."""
+    """Two nested lists of arrays are equal bit for bit."""
     if isinstance(left, list):
         assert len(left) == len(right)
         for one, other in zip(left, right, strict=True):

@@ -1,9 +1,9 @@
-"""Runs that break off and go on, and all of them that must be the same."""
+"""Runs that are interrupted and resumed, and what must be equal afterwards."""
 
 import keras
 import numpy as np
 from keras import layers
-from models import BreakOffError, assert_same, member_weights, three_classes
+from models import SimulatedCrashError, assert_same, member_weights, three_classes
 
 from snapshot_ensemble import SnapshotEnsemble
 
@@ -11,17 +11,17 @@ ROWS = 24
 X, Y = three_classes(ROWS)
 
 
-def break_off_in(epoch):
-    """A callback that raises in an epoch, when a part of it is done."""
+def crash_in_epoch(epoch):
+    """A callback that raises in the middle of an epoch."""
 
-    def maybe(batch, logs):
-        if callback.now == epoch and batch == 1:
-            raise BreakOffError
+    def crash(batch, logs):
+        if callback.epoch == epoch and batch == 1:
+            raise SimulatedCrashError
 
-    def note(epoch, logs):
-        callback.now = epoch
+    def record_epoch(current, logs):
+        callback.epoch = current
 
-    callback = keras.callbacks.LambdaCallback(on_epoch_begin=note, on_train_batch_end=maybe)
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=record_epoch, on_train_batch_end=crash)
     return callback
 
 
@@ -35,7 +35,7 @@ def dense(optimizer="adam", **arguments):
             layers.Dense(3, "softmax"),
         ]
     )
-    # Eager: a few steps of a small model are done before a graph would be traced.
+    # Eager, since tracing takes longer than a few steps of a small model.
     arguments = {"run_eagerly": True, **arguments}
     model.compile(optimizer, "sparse_categorical_crossentropy", **arguments)
     return model
@@ -46,7 +46,7 @@ def arrays():
 
 
 def run(directory, make=dense, data=arrays, callbacks=(), epochs=6, **arguments):
-    """What a script does from its first line on."""
+    """Creates and fits an ensemble, as a script would."""
     keras.utils.set_random_seed(3)
     model = make()
     options = {} if "schedule" in arguments else {"cycles": 3, "lr_init": 0.1}
@@ -61,7 +61,7 @@ def run(directory, make=dense, data=arrays, callbacks=(), epochs=6, **arguments)
 
 
 def outcome(ens, history):
-    """All that must be the same."""
+    """Everything that must be equal."""
     members = member_weights(ens)
     optimizer = [variable.numpy() for variable in ens.model.optimizer.variables]
     facts = (ens.snapshots, ens.history, history.history, history.epoch)

@@ -7,7 +7,7 @@ import pathlib
 
 import keras
 import numpy as np
-from models import BreakOffError, classifier, three_classes
+from models import SimulatedCrashError, classifier, three_classes
 
 from snapshot_ensemble import SnapshotEnsemble
 
@@ -15,8 +15,8 @@ MANIFEST, LOCK = "ensemble.json", "ensemble.lock"
 X, Y = three_classes()
 
 
-def break_off(*_):
-    raise BreakOffError
+def crash(*_):
+    raise SimulatedCrashError
 
 
 def ensemble(directory=None, model=None, **arguments):

@@ -1,4 +1,4 @@
-"""The command line and its demonstration, run as a user would."""
+"""The demo, run from the command line as a user would."""
 
 import re
 import subprocess
@@ -12,13 +12,13 @@ from snapshot_ensemble.__main__ import main
 
 
 @pytest.mark.slow
-def test_demo_prints_the_plan_and_a_table_and_leaves_the_ensemble(tmp_path, capsys):
+def test_demo_prints_the_plan_and_scores_and_writes_the_ensemble(tmp_path, capsys):
     directory = tmp_path / "digits"
     assert main(["demo", "--epochs", "4", "--cycles", "2", "--directory", str(directory)]) == 0
     out = capsys.readouterr().out
     assert "cycle  epochs  length" in out
     assert len(re.findall(r"^Snapshot of cycle", out, re.M)) == 2
-    # The table, worked out again from what was left behind.
+    # The table, recomputed from the saved ensemble.
     _, (x, y) = demo.load_digits()
     ens = SnapshotEnsemble.load(directory / "ensemble")
     members = ens.predict_members(x, verbose=0)
@@ -53,15 +53,15 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message, tmp_path, caps
     assert not (tmp_path / "new").exists()
 
 
-def test_a_directory_that_holds_something_is_refused(tmp_path, capsys):
+def test_a_directory_that_is_not_empty_is_refused(tmp_path, capsys):
     (tmp_path / "ensemble").mkdir()
     (tmp_path / "ensemble" / "thesis.tex").write_text("irreplaceable")
     assert main(["demo", "--directory", str(tmp_path)]) == 2
-    assert "The directory holds something already." in capsys.readouterr().err
+    assert "The directory is not empty." in capsys.readouterr().err
     assert (tmp_path / "ensemble" / "thesis.tex").read_text() == "irreplaceable"
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main(["demo", "--directory", str(tmp_path / "new")]) == 2

@@ -75,8 +75,8 @@ SCHEDULE = CosineAnnealing(2, lr_init=0.5)
         (
             {"schedule": SCHEDULE, "lr_init": 0.1},
             ValueError,
-            "A given `schedule` has its own learning rates. Received: "
-            "schedule with lr_init=0.1, lr_min=0.0 beside it. Pass them to `CosineAnnealing`.",
+            "A `schedule` has its own learning rates. Received: schedule=CosineAnnealing(...), "
+            "lr_init=0.1, lr_min=0.0. Pass the rates to `CosineAnnealing`.",
         ),
         ({"schedule": SCHEDULE, "lr_min": 0.1}, ValueError, "its own learning rates"),
         ({"max_snapshots": 0}, ValueError, "`max_snapshots` must be at least 1"),

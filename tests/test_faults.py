@@ -105,7 +105,9 @@ def test_keep_going_continues_from_the_last_good_cycle(bad):
     ens.model.optimizer.build(ens.model.trainable_variables)
     own.extend(v.numpy() for v in (*ens.model.weights, *ens.model.optimizer.variables))
     note = keras.callbacks.LambdaCallback(on_epoch_begin=note)
-    with pytest.warns(UserWarning, match=rf"Cycle {bad} .*next cycle begins where the last one"):
+    with pytest.warns(
+        UserWarning, match=rf"Cycle {bad} .*next cycle starts from the end of the last"
+    ):
         fit(ens, 6, callbacks=[at_epoch(2 * bad + 1, spoil), note], keep_going=True)
     assert [snapshot.cycle for snapshot in ens.snapshots] == sorted({0, 1, 2} - {bad})
     begun, good = starts[2 * bad + 2], starts[2 * bad]
@@ -123,7 +125,7 @@ def test_a_straggler_is_named():
         model.weights[-1].assign(np.asarray([30.0, -30.0, 0.0]))
 
     message = (
-        r"Far worse than the others on the validation data: member 2 \(val_loss .*Leave out by"
+        r"Far worse than the others on the validation data: member 2 \(val_loss .*Leave them out"
     )
     with pytest.warns(UserWarning, match=message):
         fit(
@@ -207,7 +209,7 @@ def test_a_full_disk_is_reported_and_what_was_written_stays(fault):
     assert done.returncode == 0, done.stderr[-2000:]
     message, usable, members, loaded, left, in_the_end = json.loads(done.stdout)
     assert "cannot be written to: " in message
-    assert "What was written before is as it was, 2 snapshots with it." in message
+    assert "What was written before is intact, including 2 snapshots." in message
     assert (usable, members, loaded, left, in_the_end) == (True, 2, 2, [], 4)
 
 
@@ -215,7 +217,9 @@ def test_a_deleted_directory_is_an_error_that_says_so():
     with tempfile.TemporaryDirectory() as scratch:
         directory = pathlib.Path(scratch, "run")
         ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=directory)
-        with pytest.raises(OSError, match=r"cannot be written to: .*The directory is gone\."):
+        with pytest.raises(
+            OSError, match=r"cannot be written to: .*The directory no longer exists\."
+        ):
             fit(ens, callbacks=[at_epoch(4, lambda model: shutil.rmtree(directory))])
     assert len(ens) == 2
 

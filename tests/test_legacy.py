@@ -1,4 +1,4 @@
-"""The names of 1.0, in `model.fit`."""
+"""The callbacks of version 1.0, in `model.fit`."""
 
 import inspect
 import pathlib
@@ -35,7 +35,7 @@ def dense(optimizer="sgd", **arguments):
 
 
 class Rates(keras.callbacks.Callback):
-    """The rate of each step, and the weights at each epoch's end."""
+    """Records the rate of each step, and the weights at the end of each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -77,8 +77,8 @@ def test_signatures_and_defaults_are_those_of_1_0():
     assert actual == {"epochs": 500, **expected}
 
 
-def test_what_the_readme_of_1_0_shows(tmp_path):
-    snapshotCB = SnapshotEnsembleCallback()  # noqa: N806  As it stands there.
+def test_the_example_in_the_readme_of_1_0_works(tmp_path):
+    snapshotCB = SnapshotEnsembleCallback()  # noqa: N806  As in that README.
     model = dense(run_eagerly=False)
     model.fit(X, Y, epochs=26, verbose=0, callbacks=[snapshotCB])
     names = names_in("Ensemble/")
@@ -101,7 +101,7 @@ def test_each_step_has_the_rate_of_the_formula(eager):
     np.testing.assert_allclose(rates.steps, expected, rtol=1e-6)
 
 
-def test_nothing_is_made_or_printed_before_training(capsys):
+def test_no_file_is_written_and_nothing_printed_before_training(capsys):
     given = {"num_snapshots": 3}
     SnapshotEnsembleCallback(ensemble_options=given)
     GenerateSnapshotCallbacks(ensemble_options=given)
@@ -110,14 +110,14 @@ def test_nothing_is_made_or_printed_before_training(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_files_are_written_in_a_ring_and_load_into_an_ensemble():
+def test_files_rotate_and_load_into_an_ensemble():
     model, rates = dense(), Rates()
     given = {"num_snapshots": 2, "dirpath": "kept/here", "model_prefix": "Mine"}
     callback = SnapshotEnsembleCallback(**options(), ensemble_options=given)
     assert callback.paths == []
     fit(model, callback, rates)
     assert names_in("kept/here") == ["Mine-1.weights.h5", "Mine-2.weights.h5"]
-    # The third took the place of the first.
+    # The third replaced the first.
     assert [path.name for path in callback.paths] == ["Mine-2.weights.h5", "Mine-1.weights.h5"]
     ens = SnapshotEnsemble.from_weights(model, callback.paths)
     for member, epoch in zip(ens, (3, 5), strict=True):
@@ -138,7 +138,7 @@ def test_the_cycle_that_ends_with_training_is_saved_too(epochs, ends):
         np.testing.assert_array_equal(member.get_weights()[0], rates.weights[epoch][0])
 
 
-def test_without_an_ensemble_only_the_rate_is_set():
+def test_with_ensemble_false_only_the_rate_is_set():
     rates = Rates()
     history = fit(dense(), SnapshotEnsembleCallback(**options(), ensemble=False), rates)
     assert names_in(".") == []
@@ -146,7 +146,7 @@ def test_without_an_ensemble_only_the_rate_is_set():
     assert history.history["learning_rate"] == rates.steps[2::3]
 
 
-def test_a_second_fit_goes_on_with_the_next_file():
+def test_a_second_fit_continues_with_the_next_file():
     callback = SnapshotEnsembleCallback(**options(), ensemble_options={"num_snapshots": 3})
     model = dense()
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_a_second_fit_goes_on_with_the_next_file():
     assert [path.name[:7] for path in callback.paths] == ["Model-2", "Model-3", "Model-1"]
 
 
-def test_not_from_epoch_0():
+def test_initial_epoch_shifts_the_plan():
     rates = Rates()
     fit(dense(), SnapshotEnsembleCallback(**options()), rates, epochs=6, initial_epoch=2)
     assert len(rates.steps) == 12
@@ -162,7 +162,7 @@ def test_not_from_epoch_0():
     assert len(names_in("Ensemble")) == 2
 
 
-def of(rate):
+def with_rate(rate):
     return dense(keras.optimizers.SGD(rate))
 
 
@@ -170,8 +170,8 @@ SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.9)
 
 
 @pytest.mark.parametrize("rate", [0.25, SCHEDULE], ids=["number", "schedule"])
-def test_the_optimizer_has_its_own_rate_back(rate):
-    model = of(rate)
+def test_the_optimizers_own_rate_is_restored(rate):
+    model = with_rate(rate)
     fit(model, SnapshotEnsembleCallback(**options()))
     assert not {"train_step", "make_train_function"} & set(vars(model))
     own = model.optimizer._learning_rate
@@ -180,11 +180,11 @@ def test_the_optimizer_has_its_own_rate_back(rate):
 
 @pytest.mark.parametrize("again", ["fit", "train_on_batch", "the same callback"])
 @pytest.mark.parametrize("rate", [0.25, SCHEDULE], ids=["number", "schedule"])
-def test_after_an_exception_it_has_when_it_is_trained_again(rate, again):
+def test_after_an_exception_the_rate_is_restored_at_the_next_training(rate, again):
     def fail(epoch, logs):
         raise ZeroDivisionError
 
-    model, callback = of(rate), SnapshotEnsembleCallback(**options())
+    model, callback = with_rate(rate), SnapshotEnsembleCallback(**options())
     with pytest.raises(ZeroDivisionError):
         fit(model, callback, keras.callbacks.LambdaCallback(on_epoch_end=fail))
     if again == "fit":
@@ -200,7 +200,7 @@ def test_after_an_exception_it_has_when_it_is_trained_again(rate, again):
     assert own is SCHEDULE or float(own) == 0.25
 
 
-def test_the_checkpoint_beside_it_has_the_weights_of_least_validation_loss():
+def test_the_checkpoint_has_the_weights_with_the_lowest_validation_loss():
     callbacks = GenerateSnapshotCallbacks(**options(lr_init=0.5))
     model, rates = dense(), Rates()
     history = fit(model, *callbacks, rates, validation_data=(X, Y))
@@ -211,7 +211,7 @@ def test_the_checkpoint_beside_it_has_the_weights_of_least_validation_loss():
     assert len(callbacks[0].paths) == 3
 
 
-def test_a_figure_of_the_rates():
+def test_visualize_lr_plots_the_rates():
     before = plt.get_fignums()
     figure = VisualizeLR(epochs=6, cycle_length=2, cycle_length_multiplier=2.0, lr_init=0.1)
     assert isinstance(figure, Figure)
@@ -225,13 +225,16 @@ def test_a_figure_of_the_rates():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ensemble_options": {"snapshots": 3}}, "`ensemble_options` may have 'num_snapshots', "),
+        (
+            {"ensemble_options": {"snapshots": 3}},
+            "may have the keys 'num_snapshots', ",
+        ),
         ({"ensemble_options": {"num_snapshots": 0}}, "`num_snapshots` must be at least 1. Receiv"),
         ({"lr_init": 0}, "`lr_init` must be finite and above 0. Received: lr_init=0"),
         ({"cycle_length": 0}, "`cycle_length` must be at least 1. Received: cycle_length=0"),
     ],
 )
-def test_values_that_make_no_sense(arguments, message):
+def test_invalid_values_are_refused(arguments, message):
     for function in (SnapshotEnsembleCallback, GenerateSnapshotCallbacks):
         with pytest.raises(ValueError, match=message):
             function(**arguments)

@@ -1,4 +1,4 @@
-"""The command line beside the demonstration."""
+"""The commands of the command line, except `demo`."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def out_of(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_plan_prints_the_plan(capsys, tmp_path):
+def test_plan_prints_the_table_and_writes_the_plot(capsys, tmp_path):
     plot = tmp_path / "plan.png"
     arguments = ("plan", "--epochs", 7, "--cycle-length", 2, "--cycle-length-multiplier", 2)
     actual = out_of(capsys, *arguments, "--warmup", 1, "--lr-min", 0.01, "--plot", plot)
@@ -54,7 +54,7 @@ def test_plan_as_json(capsys):
     ]
 
 
-def test_inspect_shows_each_file(capsys, directory):
+def test_inspect_lists_each_file(capsys, directory):
     text = out_of(capsys, "inspect", directory)
     actual = json.loads(out_of(capsys, "inspect", directory, "--json"))
     assert actual["temperature"] == 1
@@ -67,24 +67,24 @@ def test_inspect_shows_each_file(capsys, directory):
     assert actual["files"][2]["metrics"] == ens.snapshots[1].metrics
 
 
-def test_inspect_tells_what_is_damaged(capsys, directory, tmp_path):
-    harmed = shutil.copytree(directory, tmp_path / "harmed")
-    path = next(harmed.glob("snapshot-*"))
+def test_inspect_reports_damaged_files(capsys, directory, tmp_path):
+    damaged = shutil.copytree(directory, tmp_path / "damaged")
+    path = next(damaged.glob("snapshot-*"))
     path.write_bytes(path.read_bytes()[:-1])
-    assert main(["inspect", str(harmed)]) == 2
+    assert main(["inspect", str(damaged)]) == 2
     captured = capsys.readouterr()
     assert f"{path.name}" in captured.err
-    assert re.search(rf"^{re.escape(path.name)} .*NOT AS IT WAS SAVED$", captured.out, re.M)
+    assert re.search(rf"^{re.escape(path.name)} .*DAMAGED$", captured.out, re.M)
 
 
-def test_report_is_that_of_the_ensemble(capsys, directory, data):
+def test_report_matches_the_ensembles_report(capsys, directory, data):
     expected = SnapshotEnsemble.load(directory).report(X, Y, verbose=0)
     assert out_of(capsys, "report", directory, "--data", data) == f"{expected}\n"
     actual = json.loads(out_of(capsys, "report", directory, "--data", data, "--json"))
     assert actual == json.loads(json.dumps(expected.to_dict()))
 
 
-def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_path):
+def test_export_predicts_like_the_ensemble(capsys, directory, tmp_path):
     out = tmp_path / "served"
     out_of(capsys, "export", directory, out, "--combine", "vote", "--members", 1)
     served = tf.saved_model.load(str(out)).signatures["serving_default"]
@@ -100,7 +100,7 @@ def test_export_gives_the_predictions_of_the_ensemble(capsys, directory, tmp_pat
         (["inspect", "nowhere"], "nowhere"),
         (["report", "nowhere", "--data", "nothing.npz"], "nothing.npz"),
         (["export", "{directory}", "out", "--combine", "most"], "`combine` must be one of"),
-        (["report", "{directory}", "--data", "{data}", "--x", "z"], "The file holds no 'z'"),
+        (["report", "{directory}", "--data", "{data}", "--x", "z"], "The file has no array 'z'"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments, message, capsys, directory, data):
@@ -120,7 +120,7 @@ def test_each_command_has_help(capsys):
         assert f"snapshot-ensemble {command}" in capsys.readouterr().out
 
 
-def test_a_typing_error_is_exit_code_2(capsys):
+def test_an_argument_that_cannot_be_parsed_is_exit_code_2(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "--epochs", "many"])
     assert ended.value.code == 2

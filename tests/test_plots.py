@@ -1,4 +1,4 @@
-"""What is drawn: the lines' data and the labels, from real training."""
+"""The data and labels of each plot, from real training."""
 
 import matplotlib as mpl
 
@@ -58,13 +58,13 @@ def line(ax, label):
 
 
 def check_shown(ax, x, y):
-    """Axes of a figure that can be drawn, with both its labels."""
+    """The figure can be drawn, and its axes have both labels."""
     assert x in ax.get_xlabel()
     assert y in ax.get_ylabel()
     ax.figure.canvas.draw()
 
 
-def test_it_draws_into_given_axes_and_else_into_a_figure_of_its_own(trained):
+def test_plots_go_into_the_given_axes_or_into_a_new_figure(trained):
     ens, _, _ = trained
     _, ax = plt.subplots()
     assert plots.plot_history(ens, ax=ax) is ax
@@ -72,7 +72,7 @@ def test_it_draws_into_given_axes_and_else_into_a_figure_of_its_own(trained):
 
 
 @pytest.mark.parametrize("kind", ["schedule", "plan", "ensemble"])
-def test_the_schedule_is_the_rate_of_each_step(trained, kind):
+def test_schedule_shows_the_rate_of_each_step(trained, kind):
     schedule = CosineAnnealing(2, 2.0, lr_init=0.1, lr_min=0.01, warmup=1)
     what, epochs = {
         "schedule": (schedule, 6),
@@ -89,13 +89,13 @@ def test_the_schedule_is_the_rate_of_each_step(trained, kind):
     check_shown(ax, "epoch", "learning rate")
 
 
-def test_the_history(trained):
+def test_history_shows_metrics_rates_and_restarts(trained):
     ens, _, _ = trained
     ax = plots.plot_history(ens, "accuracy")
     epochs, values = line(ax, "accuracy")
     np.testing.assert_array_equal(epochs, np.arange(1, EPOCHS + 1))
     np.testing.assert_array_equal(values, ens.history["accuracy"])
-    epochs, values = line(ax, "val_accuracy")  # Known every other epoch.
+    epochs, values = line(ax, "val_accuracy")  # Validated every other epoch.
     np.testing.assert_array_equal(epochs, [2, 4, 6])
     np.testing.assert_array_equal(values, ens.history["val_accuracy"][1::2])
     restarts = [one.get_xdata()[0] for one in ax.lines if one.get_linestyle() == ":"]
@@ -108,13 +108,13 @@ def test_the_history(trained):
         plots.plot_history(ens, "auc")
 
 
-def test_the_error_as_members_are_added(report):
+def test_members_shows_the_error_as_members_are_added(report):
     ax = plots.plot_members(report)
     for where in ("last", "first"):
         counts, errors = line(ax, f"from the {where}")
         np.testing.assert_array_equal(counts, np.arange(1, CYCLES + 1))
         np.testing.assert_array_equal(errors, getattr(report, f"added_from_{where}")["error"])
-    worth, _ = line(ax, f"worth it: {report.worth}")
+    worth, _ = line(ax, f"enough members: {report.worth}")
     assert set(worth) == {report.worth}
     check_shown(ax, "number of members", "error")
     ax = plots.plot_members(report, "loss")
@@ -126,7 +126,7 @@ def test_the_error_as_members_are_added(report):
         plots.plot_members(report, "accuracy")
 
 
-def test_the_disagreement_of_each_pair(trained, report):
+def test_diversity_shows_the_disagreement_of_each_pair(trained, report):
     ens, x, _ = trained
     ax = plots.plot_diversity(report)
     labels = ens.predict_members(x, verbose=0).argmax(-1)
@@ -146,7 +146,7 @@ def in_bins(probabilities, y, bins):
     return [confidence[p].mean() for p in parts], [right[p].mean() for p in parts]
 
 
-def test_reliability_before_and_after_a_temperature(trained):
+def test_reliability_without_and_with_a_temperature(trained):
     ens, x, y = trained
     ax = plots.plot_reliability(ens, x, y, bins=10)
     (label,) = [one.get_label() for one in ax.lines if "as predicted" in one.get_label()]
@@ -159,13 +159,17 @@ def test_reliability_before_and_after_a_temperature(trained):
     finally:
         ens.temperature = 1.0
     labels = [one.get_label() for one in ax.lines]
-    assert [label.split(" (")[0] for label in labels] == ["before", "T = 2", "honest"]
+    assert [label.split(" (")[0] for label in labels] == [
+        "uncalibrated",
+        "T = 2",
+        "perfect calibration",
+    ]
     np.testing.assert_allclose(line(ax, labels[0]), in_bins(before, y, 10), atol=1e-5)
     np.testing.assert_allclose(line(ax, labels[1]), in_bins(after, y, 10), atol=1e-5)
-    check_shown(ax, "probability", "right")
+    check_shown(ax, "confidence", "accuracy")
 
 
-def test_the_error_when_the_least_sure_are_set_aside(trained):
+def test_uncertainty_shows_the_error_when_the_least_certain_are_set_aside(trained):
     ens, x, y = trained
     ax = plots.plot_uncertainty(ens, x, y)
     wrong = ens.predict(x, verbose=0).argmax(-1) != y
@@ -176,10 +180,10 @@ def test_the_error_when_the_least_sure_are_set_aside(trained):
         np.testing.assert_allclose(errors, np.cumsum(kept) / np.arange(1, len(y) + 1), atol=0.02)
         np.testing.assert_allclose(aside, 1 - np.arange(1, len(y) + 1) / len(y), atol=1e-9)
         assert errors[-1] == pytest.approx(wrong.mean())
-    check_shown(ax, "set aside", "wrong")
+    check_shown(ax, "set aside", "error rate")
 
 
-def test_the_loss_between_snapshots(trained):
+def test_landscape_shows_the_loss_between_snapshots(trained):
     ens, x, y = trained
     ax = plots.plot_landscape(ens, x, y, points=2)
     (curve,) = [one for one in ax.lines if one.get_marker() == "None"]
@@ -196,7 +200,7 @@ def test_the_loss_between_snapshots(trained):
     check_shown(ax, "member", "loss")
 
 
-def test_the_path_of_the_weights(trained):
+def test_trajectory_shows_the_principal_components_of_the_weights(trained):
     from sklearn.decomposition import PCA
 
     ens, _, _ = trained
@@ -221,19 +225,19 @@ def regression(members):
     return ens, x, y
 
 
-def test_of_a_regression():
+def test_plots_of_a_regression():
     ens, x, y = regression(2)
     squares = (ens.predict(x, verbose=0)[:, 0] - y) ** 2
     _, errors = line(plots.plot_uncertainty(ens, x, y), "by std")
     assert errors[-1] == pytest.approx(squares.mean(), rel=1e-4)
     check_shown(plots.plot_members(ens.report(x, y, verbose=0)), "members", "error")
-    with pytest.raises(ValueError, match=r"that of probabilities\. Received: a model whose first"):
+    with pytest.raises(ValueError, match=r"needs a classifier\. Received: a model whose first"):
         plots.plot_reliability(ens, x, y)
 
 
-def test_too_few_members():
+def test_too_few_members_are_refused():
     ens, x, y = regression(1)
     with pytest.raises(ValueError, match=r"fewer than two members\. Received: 1 member"):
         plots.plot_landscape(ens, x, y)
-    with pytest.raises(ValueError, match=r"fewer than three members\. Received: 1 member"):
+    with pytest.raises(ValueError, match=r"at least three members\. Received: 1 member"):
         plots.plot_trajectory(ens)

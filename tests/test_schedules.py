@@ -1,4 +1,4 @@
-"""Plans and rates against integer arithmetic and the formula written out."""
+"""Plans and rates, compared with integer arithmetic and the formula."""
 
 import doctest
 import math
@@ -45,7 +45,7 @@ def test_a_plan_covers_each_epoch_once_and_ends_with_the_budget(schedule, epochs
 
 
 @given(st.integers(1, 60), st.integers(0, 500))
-def test_equal_cycles_differ_by_one_epoch_at_most_and_the_longer_come_last(cycles, more):
+def test_equal_cycles_differ_by_at_most_one_epoch_and_longer_ones_come_last(cycles, more):
     lengths = [c.length for c in EqualCycles(cycles, 0.1).plan(cycles + more)]
     assert len(lengths) == cycles
     assert lengths == sorted(lengths)
@@ -59,7 +59,7 @@ def test_lengths_grow_from_the_unrounded_product(length, multiplier, epochs):
     lengths = [c.length for c in CosineAnnealing(length, multiplier, 0.1).plan(epochs)]
     expected = [round(length * multiplier**k) for k in range(len(lengths))]
     assert lengths[:-1] == expected[:-1]
-    # What is left over is less than another cycle.
+    # The epochs left over are fewer than another cycle.
     left = lengths[-1] - expected[-1]
     assert 0 <= left < round(length * multiplier ** len(lengths))
 
@@ -74,7 +74,7 @@ def test_bounds_are_multiplied_from_cycle_to_cycle():
 
 
 @given(ANY_SCHEDULE, EPOCHS, st.integers(1, 7))
-def test_the_rate_of_every_step_is_the_formulas(schedule, epochs, steps):
+def test_the_rate_of_every_step_follows_the_formula(schedule, epochs, steps):
     try:
         plan = schedule.plan(epochs)
     except ValueError:
@@ -85,7 +85,7 @@ def test_the_rate_of_every_step_is_the_formulas(schedule, epochs, steps):
     np.testing.assert_allclose(rates, expected, rtol=1e-13, atol=1e-17)
 
 
-def test_each_cycle_starts_at_its_peak_and_all_but_reaches_its_floor():
+def test_each_cycle_starts_at_its_peak_and_nearly_reaches_its_floor():
     rates = EqualCycles(4, 0.1, 0.001).rates(40, 100).reshape(4, 1000)
     np.testing.assert_array_equal(rates[:, 0], 0.1)
     assert (np.diff(rates, axis=1) < 0).all()
@@ -93,7 +93,7 @@ def test_each_cycle_starts_at_its_peak_and_all_but_reaches_its_floor():
 
 
 def test_boundaries_are_exact_to_ten_million_steps():
-    """Where a float32 logarithm would come a step late."""
+    """A float32 logarithm would be a step late."""
     rates = CosineAnnealing(1, lr_init=1.0).rates(1000, 10_000)
     assert rates.shape == (10_000_000,)
     np.testing.assert_array_equal(np.flatnonzero(rates == 1.0), np.arange(1000) * 10_000)
@@ -102,7 +102,7 @@ def test_boundaries_are_exact_to_ten_million_steps():
     np.testing.assert_array_equal(np.flatnonzero(doubling == 1.0), starts)
 
 
-def test_warmup_is_keras_own_cosine_decay_with_warmup():
+def test_warmup_matches_cosine_decay_of_keras():
     rates = CosineAnnealing(5, lr_init=0.4, lr_min=0.1, warmup=2).rates(5, 10)
     theirs = keras.optimizers.schedules.CosineDecay(
         0.1, decay_steps=30, alpha=0.25, warmup_target=0.4, warmup_steps=20
@@ -110,7 +110,7 @@ def test_warmup_is_keras_own_cosine_decay_with_warmup():
     np.testing.assert_allclose(rates, [float(theirs(t)) for t in range(50)], rtol=1e-5)
 
 
-def test_warmup_is_in_the_first_cycle_alone():
+def test_only_the_first_cycle_has_a_warmup():
     schedule = CosineAnnealing(5, lr_init=0.4, warmup=2)
     assert [c.warmup for c in schedule.plan(15)] == [2, 0, 0]
     np.testing.assert_allclose(schedule.rates(10, 3)[15:], cosine(15, 0.4, 0.0), atol=1e-16)
@@ -134,7 +134,7 @@ def test_default_budget_is_ten_epochs_a_cycle_or_five_cycles(schedule, epochs):
     assert schedule.default_epochs() == epochs
 
 
-def test_a_schedule_can_be_made_anew_from_its_config():
+def test_a_schedule_can_be_recreated_from_its_config():
     schedule = CosineAnnealing(3, 1.5, 0.2, 0.01, 0.9, 1)
     again = CosineAnnealing(**schedule.get_config())
     np.testing.assert_array_equal(again.rates(20, 3), schedule.rates(20, 3))
@@ -166,7 +166,7 @@ def test_docstring_examples():
         ({"lr_init": 0.1, "lr_min": 0.2}, ValueError, "must not be above `lr_init`, the peak. Rec"),
     ],
 )
-def test_impossible_values_are_refused(arguments, error, message):
+def test_invalid_values_are_refused(arguments, error, message):
     with pytest.raises(error) as caught:
         CosineAnnealing(**arguments)
     assert message in str(caught.value)

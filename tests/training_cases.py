@@ -1,4 +1,4 @@
-"""A model whose one weight adds up its learning rates, to compare every step exactly."""
+"""A model whose only weight sums up its learning rates, to compare every step exactly."""
 
 import keras
 import numpy as np
@@ -11,13 +11,13 @@ from snapshot_ensemble import SnapshotEnsemble
 PEAK, FLOOR, OWN = 0.1, 0.001, 0.05
 X = np.zeros((32, 1), "float32")
 
-# What Keras says at the end of each pass over data of unknown length.
+# The warning of Keras at the end of each pass over data of unknown length.
 ran_out_of_data = pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 
 
 @keras.saving.register_keras_serializable("test_training")
 class OneWeight(keras.layers.Layer):
-    """Gives its one weight, which starts at 0, for every row."""
+    """Returns its only weight, which starts at 0, for every row."""
 
     def build(self, input_shape):
         self.w = self.add_weight(shape=(), initializer="zeros", name="w")
@@ -27,7 +27,7 @@ class OneWeight(keras.layers.Layer):
 
 
 def first_row(y, output):
-    """A loss whose gradient is exactly 1, whatever the data and the size of a batch."""
+    """A loss whose gradient is exactly 1, whatever the data and the batch size."""
     return output[0]
 
 
@@ -44,7 +44,7 @@ def ensemble(model, cycles=2, **arguments):
 
 
 def arrays(batch_size=4):
-    """8 batches an epoch, if nothing else is said."""
+    """8 batches per epoch by default."""
     return {"x": X, "y": X, "batch_size": batch_size}
 
 
@@ -62,7 +62,7 @@ def cosine(n, lr_max=PEAK, lr_min=FLOOR):
 
 
 def descend(*cycles, accumulate=1):
-    """The one weight at the end of each cycle: float32, one step after the other."""
+    """The only weight at the end of each cycle, computed step by step in float32."""
     w, ends, step = np.float32(0), [], 0
     for rates in cycles:
         for rate in rates.astype("float32"):
@@ -82,7 +82,7 @@ def members(ens):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the weight and the logs of the end of each epoch."""
+    """Records the weight and the logs at the end of each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def raiser(error):
 
 
 class AtBatch(keras.callbacks.Callback):
-    """Does something after a batch of an epoch, both counted from 0."""
+    """Runs an action after a batch of an epoch, both counted from 0."""
 
     def __init__(self, epoch, batch, action):
         super().__init__()
@@ -132,7 +132,7 @@ def endless():
         yield X[:2], X[:2]
 
 
-# Arguments of `fit`, and the steps that Keras takes in an epoch: one at a time, and 7 at a time.
+# Arguments of `fit`, and the steps that Keras takes per epoch with 1 and 7 steps per execution.
 DATA = {
     "arrays": (lambda: arrays(2), 16, 16),
     "arrays with all steps": (lambda: {**arrays(2), "steps_per_epoch": 16}, 16, 16),

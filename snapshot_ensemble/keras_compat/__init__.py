@@ -1,5 +1,5 @@
-"""The only place for private names and patches of Keras and TensorFlow.
+"""The only package that uses private names of Keras and TensorFlow, or patches them.
 
-Each function is named after what it does, and has a contract test that says what broke when Keras
-changes. Imports nothing else of this package.
+Each function has a contract test that shows what broke when Keras changes. Imports nothing else
+of this package.
 """

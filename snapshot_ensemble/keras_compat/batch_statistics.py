@@ -1,4 +1,4 @@
-"""Batch normalisation: the layers, and the statistics of each batch that they take."""
+"""Batch normalisation: finding the layers, and recording the statistics of each batch."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ STATISTICS = ("count", "mean", "variance")
 
 
 def normalizing_layers(model: keras.Model) -> list[Any]:
-    """The layers that keep the statistics of batches, unless they are frozen."""
+    """The layers with moving batch statistics, except frozen ones."""
     needed = ("moving_mean", "moving_variance", "momentum")
     layers = [layer for layer in all_layers(model) if layer.trainable]
     return [layer for layer in layers if all(hasattr(layer, name) for name in needed)]
@@ -21,17 +21,17 @@ def normalizing_layers(model: keras.Model) -> list[Any]:
 
 @contextlib.contextmanager
 def recorded_by_batch(layers: Sequence[Any]) -> Iterator[list[list[dict[str, Any]]]]:
-    """Lets these layers, and no others, work as in training, and forget all earlier batches.
+    """Makes these layers, and no others, work as in training, and records their statistics.
 
-    Yields a list for each layer, to which each of its calls adds the statistics that it took, and
-    of how many items.
+    Their momentum is set to 0, so that they hold the statistics of the last batch only. Yields a
+    list for each layer, to which each call adds a dict with the statistics and the number of items.
     """
     calls: list[list[dict[str, Any]]] = [[] for _ in layers]
     momenta = [layer.momentum for layer in layers]
     try:
         for layer, seen in zip(layers, calls, strict=True):
             layer.momentum = 0.0
-            # Past Keras's own tracking of attributes, which would note the change.
+            # Bypasses Keras's attribute tracking, which would register the change.
             object.__setattr__(layer, "call", _in_training(layer, seen))
         yield calls
     finally:

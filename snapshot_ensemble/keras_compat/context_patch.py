@@ -1,4 +1,4 @@
-"""A patch of a class that acts only for the code that asked for it."""
+"""A patch of a class that only affects the code that activated it."""
 
 import contextlib
 import contextvars
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class ContextPatch:
-    """Replaces a method of a class in the caller's own context and nowhere else.
+    """Replaces a method of a class, but only in the caller's own context.
 
-    The class is patched while at least one caller needs it, and is as before afterwards. Other
-    threads, and other code in the same thread after `active()` has ended, get the original method
-    all the while: the replacement asks a `ContextVar`, which starts empty in each thread.
+    The class is patched while at least one caller needs it, and is restored afterwards. Other
+    threads, and code in the same thread after `active()` has ended, still get the original
+    method: the patch checks a `ContextVar`, which starts empty in each thread.
 
     Example:
 
@@ -33,7 +33,7 @@ class ContextPatch:
         owner: The class.
         name: The method's name.
         replacement: Called as `replacement(value, original, self, *args, **kwargs)`, where `value`
-            is what was given to `active`.
+            is the argument of `active`.
     """
 
     def __init__(self, owner: type, name: str, replacement: Callable[..., Any]) -> None:
@@ -47,7 +47,7 @@ class ContextPatch:
 
     @contextlib.contextmanager
     def active(self, value: Any) -> Iterator[None]:
-        """Lets the replacement act, in this context; `value` is anything but `None`."""
+        """Activates the replacement in this context; `value` must not be `None`."""
         self._install()
         try:
             token = self._value.set(value)
@@ -71,7 +71,7 @@ class ContextPatch:
     def _remove(self) -> None:
         with self._lock:
             self._users -= 1
-            # If somebody else has patched the method since, theirs calls ours: both stay.
+            # If other code has patched the method since, its patch calls this one: both must stay.
             if self._users or vars(self._owner).get(self._name) is not self._patched:
                 return
             if self._inherited:
@@ -84,9 +84,9 @@ class ContextPatch:
 
         @functools.wraps(original)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = value.get()
-            if given is None:
+            current = value.get()
+            if current is None:
                 return original(self, *args, **kwargs)
-            return replacement(given, original, self, *args, **kwargs)
+            return replacement(current, original, self, *args, **kwargs)
 
         return wrapper

@@ -16,7 +16,7 @@ class _Passes:
 
 
 def _noticed(passes: _Passes, original: Any, iterator: Any) -> Any:
-    # The first iterator to be asked is that of training, others are of validation.
+    # The first iterator is that of training; others are for validation.
     passes.training = iterator if passes.training is None else passes.training
     if iterator is passes.training:
         passes.before()

@@ -1,4 +1,4 @@
-"""Other initializers for the weights of layers that are made meanwhile."""
+"""Replaces the initializers of layers that are built in a context."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -25,11 +25,11 @@ _adding_weights = ContextPatch(keras.layers.Layer, "add_weight", _add_weight)
 
 @contextlib.contextmanager
 def random_initializers_replaced(replace: Callable[[Any], Any]) -> Iterator[None]:
-    """Puts other initializers in the place of random ones, for weights made meanwhile.
+    """Replaces random initializers, for weights that are created inside the context.
 
     Args:
-        replace: Takes an initializer of Keras's that gives random numbers. Any other might be a
-            table that no file holds, and is left as it is.
+        replace: Takes one of Keras's random initializers and returns another initializer. Other
+            initializers are not replaced: they may hold data, such as a table of embeddings.
     """
     with _adding_weights.active(replace):
         yield

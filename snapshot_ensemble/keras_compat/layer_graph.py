@@ -11,31 +11,31 @@ from snapshot_ensemble.keras_compat.context_patch import ContextPatch
 
 
 def graph_of(model: Any) -> Any:
-    """The graph of layers that a model runs; None for anything else and for code of its own."""
+    """The graph of layers that a model runs; None if it runs its own code instead."""
     if isinstance(model, keras.Sequential):
         return model._functional
-    # A subclass that overrides `call` does something else than its graph says.
+    # A subclass that overrides `call` does not run its graph.
     is_graph = getattr(type(model).call, "__qualname__", "") == "Functional.call"
     return model if is_graph else None
 
 
 def all_layers(layer: Any) -> list[Any]:
-    """The layer itself and all layers inside, at any depth, each once."""
+    """The layer itself and all layers inside it, at any depth, each once."""
     return list(layer._flatten_layers())
 
 
 def direct_layers(layer: Any) -> list[Any]:
-    """The layers that a layer has as its own, without those inside of them."""
+    """The layers directly inside a layer, without those inside them."""
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
 def own_trainable_variables(layer: Any) -> list[Any]:
-    """The trainable variables that a layer made itself, without those of layers inside."""
+    """The trainable variables that a layer created itself, without those of layers inside it."""
     return [variable for variable in layer._trainable_variables if variable.trainable]
 
 
 def source_of(tensor: Any) -> tuple[Any, int, int]:
-    """The operation that gave a symbolic tensor, the number of its call, and of its output."""
+    """The operation that returned a symbolic tensor, and the numbers of its call and output."""
     operation, node, index = tensor._keras_history
     return operation, node, index
 
@@ -57,7 +57,7 @@ def takes_training(operation: Any) -> bool:
 
 
 def run_graph(graph: Any, inputs: Any, call: Callable[..., Any]) -> Any:
-    """Goes through a graph and calls each operation as `call(operation, *args, **kwargs)`."""
+    """Runs a graph, calling each operation as `call(operation, *args, **kwargs)`."""
     return graph._run_through_graph(inputs, lambda operation: operation, call)
 
 
@@ -73,11 +73,11 @@ _running_graphs = ContextPatch(Function, "_run_through_graph", _run_replaced)
 
 @contextlib.contextmanager
 def operations_replaced(wrap: Callable[..., tuple[Any, Any]]) -> Iterator[None]:
-    """Lets the caller see and replace what graphs of layers call meanwhile.
+    """Lets the caller replace the operations of all graphs that run inside the context.
 
     Args:
-        wrap: Takes a graph, its inputs and the function that gives the callable for an operation;
-            returns the inputs and the function to use instead.
+        wrap: Takes a graph, its inputs and the function that returns the callable for an
+            operation; returns the inputs and the function to use instead.
     """
     with _running_graphs.active(wrap):
         yield

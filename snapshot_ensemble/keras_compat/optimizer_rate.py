@@ -8,14 +8,14 @@ import keras
 
 
 def rate_holder(optimizer: Any) -> Any:
-    """The optimizer that has the learning rate: a `LossScaleOptimizer` only wraps it."""
+    """The optimizer that has the learning rate, inside any `LossScaleOptimizer`."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
 
 
 def held_rate(optimizer: Any) -> Any:
-    """What an optimizer holds as its rate, not the number that it comes to now."""
+    """The variable, schedule or function that an optimizer holds as its rate, not its value."""
     return rate_holder(optimizer)._learning_rate
 
 
@@ -23,12 +23,12 @@ def held_rate(optimizer: Any) -> Any:
 def rate_replaced(optimizer: Any, variable: keras.Variable) -> Iterator[None]:
     """Lets the optimizer hold a plain variable in place of a schedule or function.
 
-    The setter of `learning_rate` refuses a number once there was a schedule.
+    The setter of `learning_rate` refuses a number if the optimizer has a schedule.
     """
     optimizer = rate_holder(optimizer)
     own = optimizer._learning_rate
     optimizer._learning_rate = variable
-    # Its place is that in an optimizer made with a number, which the order in files depends on.
+    # Second, as in an optimizer created with a number: files depend on this order.
     variables = optimizer._variables
     variables.insert(1, variables.pop())
     try:
@@ -40,7 +40,7 @@ def rate_replaced(optimizer: Any, variable: keras.Variable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rate_shown(optimizer: Any, rate: Any) -> Iterator[None]:
-    """Shows another rate (a schedule, say) in place of the held one, while a model is saved."""
+    """Lets an optimizer hold another rate, such as a schedule, while a model is saved."""
     optimizer = rate_holder(optimizer)
     variable = optimizer._learning_rate
     optimizer._learning_rate = rate

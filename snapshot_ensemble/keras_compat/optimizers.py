@@ -10,10 +10,10 @@ from snapshot_ensemble.keras_compat.layer_graph import all_layers
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
-    """The model's optimizers, of which one with a training step of its own may have several."""
+    """The model's optimizers; a model with a custom training step may have several."""
     own = [v for v in vars(model).values() if isinstance(v, keras.Optimizer)]
     every = [model.optimizer, *(optimizer for optimizer in own if optimizer is not model.optimizer)]
-    # A `LossScaleOptimizer` has one inside, which goes before it: it may ask for its variables.
+    # The optimizer inside a `LossScaleOptimizer` comes first: the outer one needs its variables.
     inner = [o.inner_optimizer for o in every if hasattr(o, "inner_optimizer")]
     return [*inner, *every]
 
@@ -25,16 +25,16 @@ def built_for(optimizer: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def optimizers_hidden(model: keras.Model) -> Iterator[None]:
-    """Hides the optimizers, whose slots Keras would write beside the weights, or ask for.
+    """Hides the optimizers, whose slots Keras would otherwise save with the weights, or expect.
 
-    Those of models inside too, such as a backbone that was compiled to be trained before.
+    This includes optimizers of models inside, such as a backbone that was trained before.
     """
     inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
     models = [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
     optimizers = [inner.optimizer for inner in models]
     try:
         for inner in models:
-            # Past Keras's own tracking of attributes, which would note the change.
+            # Bypasses Keras's attribute tracking, which would register the change.
             object.__setattr__(inner, "optimizer", None)
         yield
     finally:

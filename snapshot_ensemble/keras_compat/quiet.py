@@ -1,18 +1,18 @@
-"""Warnings of Keras and TensorFlow that would say nothing of use to the caller."""
+"""Suppresses warnings of Keras and TensorFlow that are of no use to the caller."""
 
 import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
 
-# Python's filters are those of the whole process: two threads that change them at once would each
-# restore what the other had set.
+# Warning filters are global to the process. Without the lock, two threads that change them at once
+# could each restore the other's filters.
 _lock = threading.RLock()
 
 
 @contextlib.contextmanager
 def warnings_ignored(message: str = "", category: type[Warning] = Warning) -> Iterator[None]:
-    """Ignores warnings meanwhile whose text begins with `message`, a regular expression."""
+    """Ignores warnings whose text starts with `message`, a regular expression."""
     with _lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message, category)
         yield

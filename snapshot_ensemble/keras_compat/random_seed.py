@@ -1,4 +1,4 @@
-"""The generator that Keras draws from where nobody gave a seed."""
+"""The global generator that Keras uses where no seed is given."""
 
 import numpy as np
 from keras.src.backend.common import global_state
@@ -13,5 +13,5 @@ def global_seed() -> np.ndarray | None:
 
 
 def set_global_seed(state: np.ndarray) -> None:
-    """Gives Keras's global generator a state."""
+    """Sets the state of Keras's global generator."""
     global_seed_generator().state.assign(state)

@@ -1,4 +1,4 @@
-"""A `.keras` file that was saved without its optimizer's variables."""
+"""Loads `.keras` files that were saved without the optimizer's variables."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import keras
 def load_without_slots(
     path: str | os.PathLike[str], custom_objects: dict[str, Any] | None = None
 ) -> keras.Model:
-    """Loads a model, compiled as it was, with a new optimizer. Nothing in the file is executed."""
-    # Compiled while it is loaded, it would miss its optimizer's variables, and say so.
+    """Loads a model and compiles it with a new optimizer. No code in the file is executed."""
+    # With `compile=True`, Keras would warn of the missing variables of the optimizer.
     model = keras.models.load_model(
         path, custom_objects=custom_objects, compile=False, safe_mode=True
     )

@@ -1,4 +1,4 @@
-"""A model run with other weights than its own."""
+"""Runs a model with weights other than its own."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from snapshot_ensemble.keras_compat.context_patch import ContextPatch
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
 
 
-def _call_traced_afresh(_: Any, original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_retraced(_: Any, original: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     return original(function._clone(None), *args, **kwargs)
 
 
-# Left alone, a `tf.function` on a method of a user's layer would keep the weights of the first
-# member that it was traced with, for all the others.
-_calling_functions = ContextPatch(type(tf.function(lambda: None)), "__call__", _call_traced_afresh)
+# Without retracing, a `tf.function` on a method of a user's layer would use the weights of the
+# first member for all others.
+_calling_functions = ContextPatch(type(tf.function(lambda: None)), "__call__", _call_retraced)
 
 
 @contextlib.contextmanager
 def _normalizing(model: keras.Model) -> Iterator[None]:
-    """Lets `Normalization` layers work with the weights of the scope, which they hold twice."""
+    """Makes `Normalization` layers use the weights of the scope instead of their copies."""
     layers = [x for x in all_layers(model) if isinstance(x, keras.layers.Normalization)]
     own = [(layer.mean, layer.variance) for layer in layers]
     try:
@@ -36,7 +36,7 @@ def _normalizing(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_weights(model: keras.Model, weights: Sequence[Any]) -> Iterator[None]:
-    """Lets the model run with these weights; its own are not touched.
+    """Makes the model run with these weights, without changing its own.
 
     Args:
         model: A built model of any kind.

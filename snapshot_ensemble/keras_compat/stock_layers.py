@@ -1,4 +1,4 @@
-"""What is Keras's own, as opposed to a user's subclass."""
+"""Distinguishes Keras's own classes from users' subclasses."""
 
 from typing import Any
 
@@ -18,5 +18,5 @@ def is_stock_callback(callback: Any) -> bool:
 
 
 def has_own_predict_step(model: keras.Model) -> bool:
-    """Whether a model predicts by code of its own."""
+    """Whether a model overrides `predict_step`."""
     return type(model).predict_step is not keras.Model.predict_step

@@ -15,13 +15,13 @@ def before_each_step(model: keras.Model, action: Callable[[], None]) -> Iterator
     overridden = "train_step" in vars(model)
 
     def train_step(data: Any) -> Any:
-        # Not before there is a batch: the last call on data of unknown length finds none.
+        # Only if there is a batch: with data of unknown length, the last call gets none.
         with tf.control_dependencies(_tensors(data)):
             action()
         return step(data)
 
     model.train_step = train_step
-    model.train_function = None  # It was traced with the other step.
+    model.train_function = None  # The old function was traced without `action`.
     try:
         yield
     finally:
@@ -38,7 +38,7 @@ def _tensors(data: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def next_fit_noticed(model: keras.Model, action: Callable[[], None]) -> Iterator[None]:
-    """Runs `action` when another `fit` of this model begins, before its function is made."""
+    """Runs `action` when the next `fit` of this model begins, before it builds its function."""
     make_train_function = model.make_train_function
 
     def make(force: bool = False) -> Any:
@@ -46,7 +46,7 @@ def next_fit_noticed(model: keras.Model, action: Callable[[], None]) -> Iterator
             action()
         return make_train_function(force=force)
 
-    # Past Keras's own tracking of attributes, which would note the change.
+    # Bypasses Keras's attribute tracking, which would register the change.
     object.__setattr__(model, "make_train_function", make)
     try:
         yield
@@ -55,5 +55,5 @@ def next_fit_noticed(model: keras.Model, action: Callable[[], None]) -> Iterator
 
 
 def remake_train_function(model: keras.Model) -> None:
-    """Traces the training step anew in mid-`fit`: Keras itself looks only once."""
+    """Retraces the training step during `fit`; Keras itself builds it only at the start."""
     type(model).make_train_function(model, force=True)

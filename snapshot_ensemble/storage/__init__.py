@@ -1,4 +1,4 @@
 """Snapshots in memory and in a directory.
 
-Knows models only as something whose weights are saved and loaded. May import `keras_compat`.
+The storage saves and loads the weights of models; it does not run them. May import `keras_compat`.
 """

@@ -1,4 +1,4 @@
-"""Files that appear in a directory whole, or not at all, and are found as they were written."""
+"""Files that are written completely or not at all, and whose contents are verified."""
 
 import dataclasses
 import hashlib
@@ -21,14 +21,14 @@ def _plain_name(name: str, field: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a directory, as it was written."""
+    """A file in a directory, with the size and hash that it was written with."""
 
     name: Annotated[str, _plain_name]
     size: Count
     sha256: str
 
     def checked(self, directory: pathlib.Path) -> pathlib.Path:
-        """Its path; raises `SnapshotError` if it is not as it was written."""
+        """Its path; raises `SnapshotError` if its contents have changed."""
         path = directory / self.name
         try:
             with path.open("rb") as opened:
@@ -38,31 +38,31 @@ class File:
             raise SnapshotError(f"'{path}' cannot be read: {error}") from error
         if size != self.size or digest != self.sha256:
             raise SnapshotError(
-                f"'{path}' is not the file that was saved. Received: {size} bytes with SHA-256 "
-                f"{digest}; the manifest says {self.size} bytes with {self.sha256}"
+                f"'{path}' differs from the file that was saved. Received: {size} bytes with "
+                f"SHA-256 {digest}; expected {self.size} bytes with {self.sha256}"
             )
         return path
 
 
 class Draft:
-    """A file on its way into a directory: written beside its place, then moved there.
+    """A file that is being written: to a temporary name first, then renamed.
 
     Args:
         directory: The directory.
         name: The file's name in it.
-        write: Takes a path, and writes the content there.
+        write: Takes a path, and writes the contents to it.
     """
 
     def __init__(self, directory: pathlib.Path, name: str, write: Callable[[str], Any]) -> None:
         self.name = name
-        self._place, self._write = directory / name, write
-        # Keras tells formats apart by the ending.
+        self._path, self._write = directory / name, write
+        # The suffix is kept, since Keras chooses the format by it.
         self._temporary = directory / f"writing-{uuid.uuid4().hex}-{name}"
         self._written = False
         self._file: File | None = None
 
     def write(self) -> "Draft":
-        """Writes the content now, from what may be something else later."""
+        """Writes the contents now, before what they are made from changes."""
         try:
             self._write(str(self._temporary))
         except BaseException:
@@ -72,11 +72,11 @@ class Draft:
         return self
 
     def discard(self) -> None:
-        """Leaves nothing of it that is not in its place."""
+        """Removes the temporary file."""
         self._temporary.unlink(missing_ok=True)
 
     def finish(self) -> File:
-        """Makes it safe and moves it into its place; once, if asked again."""
+        """Flushes the file to disk and renames it; does nothing more if called again."""
         if self._file is not None:
             return self._file
         if not self._written:
@@ -86,17 +86,17 @@ class Draft:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = os.fstat(file.fileno()).st_size
                 os.fsync(file.fileno())
-            self._temporary.replace(self._place)
+            self._temporary.replace(self._path)
         except BaseException:
             self.discard()
             raise
-        _sync_directory(self._place.parent)
+        _sync_directory(self._path.parent)
         self._file = File(self.name, size, digest)
         return self._file
 
 
 def _sync_directory(directory: pathlib.Path) -> None:
-    if os.name == "posix":  # Elsewhere a directory cannot be opened.
+    if os.name == "posix":  # Other systems cannot open directories.
         handle = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,11 +1,11 @@
-"""Work that does not stop training: one task after another, in a thread of its own."""
+"""Runs tasks one after another in a background thread, while training continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Background:
-    """Runs tasks in the order in which they come; after one that fails, none."""
+    """Runs tasks in the order of submission; after one that fails, no more are run."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
@@ -13,18 +13,18 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """Whether there are tasks whose end nobody has waited for."""
+        """Whether there are tasks that `finish` has not yet been called for."""
         return self._last is not None
 
     @property
     def failed(self) -> bool:
-        """Whether it is known by now that a task failed."""
+        """Whether a task has failed so far."""
         return self._last is not None and self._last.done() and bool(self._last.exception())
 
     def wait(self) -> None:
         """Waits until all tasks have ended, whether they failed or not.
 
-        An interrupt (Ctrl-C) meanwhile is raised when they have: what they write is whole then.
+        An interrupt (Ctrl-C) is raised only after that, so that their files are complete.
         """
         interrupt: KeyboardInterrupt | None = None
         while self._last is not None and not self._last.done():
@@ -36,12 +36,12 @@ class Background:
             raise interrupt
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Runs a task when those before it have ended."""
+        """Runs a task after all earlier ones have ended."""
         before = self._last
 
         def run() -> None:
             if before is not None:
-                before.result()  # It has ended; this is its exception, if it had one.
+                before.result()  # It has ended; this raises its exception, if any.
             task()
 
         if self._thread is None:
@@ -49,7 +49,7 @@ class Background:
         self._last = self._thread.submit(run)
 
     def finish(self) -> None:
-        """Ends the thread when `wait` has ended; raises what the first task that failed raised."""
+        """Ends the thread, after `wait`; raises the exception of the first task that failed."""
         thread, last = self._thread, self._last
         self._thread = self._last = None
         if thread is not None and last is not None:

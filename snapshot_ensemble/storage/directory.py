@@ -36,18 +36,18 @@ class DirectoryStore(ManifestDirectory):
     """Snapshots as files in a directory: a `SnapshotStore`.
 
     Args:
-        directory: Path of the directory. It is made when something is written.
+        directory: Path of the directory. It is created when something is written.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__(directory)
-        # The last base that was read or written, by its file's name.
+        # The base that was last read or written, with the name of its file.
         self._base: tuple[str, Weights] = ("", [])
-        self._savable = True  # Until it shows that the model is not.
+        self._savable = True  # Until saving the model fails.
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """The snapshots that there are, oldest first."""
+        """The snapshots, oldest first."""
         return list(self._now.kept.snapshots)
 
     def add(self, model: keras.Model, snapshot: Snapshot, *, commit: bool = True) -> None:
@@ -76,7 +76,7 @@ class DirectoryStore(ManifestDirectory):
     def _write_weights(
         self, model: keras.Model, number: int, begun: Manifest, model_file: Any
     ) -> tuple[Draft, Any]:
-        """A file with the model's weights, and the base of those that are differences."""
+        """A file with the model's weights, and the base of the files that hold differences."""
         if not is_worth_it(model):
             return self._whole(model, number), begun.base
         weights, base = model.get_weights(), begun.base or model_file
@@ -102,13 +102,15 @@ class DirectoryStore(ManifestDirectory):
 
     def base(self, model: keras.Model) -> Weights:
         if self._now.kept.base is None:
-            raise SnapshotError(f"'{self.directory / NAME}' names no file that others are part of.")
+            raise SnapshotError(
+                f"'{self.directory / NAME}' names no base file, which the other files need."
+            )
         return self._weights_of(model, self._now.kept.base)
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
-        """Keeps a file with the state of training in the place of the one before.
+        """Replaces the file with the state of training.
 
-        It is written later, by `write`, which takes the path, and weights that are kept already.
+        It is written later, by `write`, which takes the path, and weights that are already saved.
         """
         with self._explained(), self.writing():
             begun, number = self._begun()
@@ -119,12 +121,12 @@ class DirectoryStore(ManifestDirectory):
 
     @property
     def state(self) -> pathlib.Path | None:
-        """The file with the state of the run that was last; None if none was kept."""
+        """The file with the state of the last run; None if none was saved."""
         self.settle()
         return self._path(self._now.kept.state)
 
     def take_back(self, cycles: int) -> None:
-        # The directory keeps them until something newer is safe.
+        # They stay in the directory until something newer is on disk.
         kept = [s for s in self._now.kept.snapshots if s.cycle is None or s.cycle < cycles]
         if len(kept) < len(self._now.kept.snapshots):
             files = self._now.kept.files[: len(kept)]
@@ -140,7 +142,7 @@ class DirectoryStore(ManifestDirectory):
             self.commit()
 
     def inspect(self) -> dict[str, Any]:
-        """What the manifest says, and of each file whether it is as it was saved."""
+        """The manifest's contents, and whether each file is intact."""
         self.settle()
         kept = self._now.kept
         files: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
@@ -163,7 +165,7 @@ class DirectoryStore(ManifestDirectory):
 
     @contextlib.contextmanager
     def settings_checked(self) -> Iterator[dict[str, Any]]:
-        """Gives the settings; an error of whoever uses them becomes a `SnapshotError`."""
+        """Yields the settings; an error while they are used becomes a `SnapshotError`."""
         try:
             yield dict(self.record.settings)
         except (KeyError, TypeError, ValueError) as error:
@@ -171,14 +173,14 @@ class DirectoryStore(ManifestDirectory):
             raise SnapshotError(f"The settings in '{manifest}' are not valid: {error}") from error
 
     def leave_out_damaged(self, model: keras.Model, skip_damaged: bool) -> None:
-        """Checks all snapshots, and goes on without damaged ones, here and not in the directory.
+        """Checks all snapshots, and drops damaged ones from memory but not from the directory.
 
         Args:
             model: The model that they belong to.
             skip_damaged: Whether damaged ones may be left out, with a warning.
 
         Raises:
-            SnapshotError: If one is damaged and may not be left out, or all are.
+            SnapshotError: If one is damaged and `skip_damaged` is false, or if all are damaged.
         """
         damaged, count = self._damaged(model if skip_damaged else None), len(self.snapshots)
         if damaged and (not skip_damaged or len(damaged) == count):
@@ -195,7 +197,7 @@ class DirectoryStore(ManifestDirectory):
             self._leave_out(set(damaged))
 
     def _damaged(self, model: keras.Model | None) -> dict[int, SnapshotError]:
-        """What is wrong with snapshots, by index; with a model also whether they are its own."""
+        """The errors of snapshots, by index; with a model, also of those that do not fit it."""
         self.settle()
         errors = {}
         for index, file in enumerate(self._now.kept.files):
@@ -232,7 +234,7 @@ class DirectoryStore(ManifestDirectory):
         if _is_difference(file) or type(member) is not type(model):
             set_weights(member, self.weights(model, index))
             return
-        # Right into it: nothing else of its size is in memory.
+        # Read directly into the model, so that no second copy is in memory.
         self.settle()
         load_into(member, self._path(self._now.kept.files[index]))
 
@@ -241,12 +243,12 @@ class DirectoryStore(ManifestDirectory):
         self.settle()
         if not self._now.kept.files:
             raise SnapshotError(
-                f"'{self.directory / NAME}' names no snapshot yet: its run has not come to the "
-                "end of a cycle. Go on with it by `fit(..., resume=True)`."
+                f"'{self.directory / NAME}' names no snapshot yet: its run has not reached the "
+                "end of a cycle. Resume it with `fit(..., resume=True)`."
             )
         if self._now.kept.model is None:
             raise SnapshotError(
-                f"'{self.directory / NAME}' names no model, since it could not be saved. "
+                f"'{self.directory / NAME}' names no model file: the model could not be saved. "
                 "Build and compile the same model, and pass it as `model=`."
             )
         path = self._path(self._now.kept.model)
@@ -278,14 +280,14 @@ def copy_snapshots(
     settings: dict[str, Any],
     overwrite: bool,
 ) -> None:
-    """Writes all that a store holds into another directory; nothing or all of it.
+    """Copies a store into another directory, completely or not at all.
 
     Args:
         model: The model that the snapshots belong to. Its weights are restored.
         source: The store.
         directory: Path of the other directory.
         settings: Arguments of the ensemble's constructor.
-        overwrite: Whether what is in the directory may be replaced.
+        overwrite: Whether the contents of the directory may be replaced.
     """
     target = DirectoryStore(directory)
     progress = source.record.progress.copy()

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that its holder's death releases."""
+"""A lock that allows one writer at a time, and is released if its process dies."""
 
 import pathlib
 from types import TracebackType
@@ -9,18 +9,17 @@ NAME = "ensemble.lock"
 
 
 class DirectoryLock:
-    """The right to write to a directory, as a context manager that may be entered again inside.
+    """The right to write to a directory, as a re-entrant context manager.
 
-    It keeps out other processes and other locks of this one, whatever opens and closes the lock
-    file.
+    It keeps out other processes, and other locks in the same process.
 
     Args:
-        directory: Path of a directory. It is made when the lock is acquired.
+        directory: Path of a directory. It is created when the lock is acquired.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
         self._path = directory / NAME
-        # The thread that writes behind training's back works under the lock of the one that trains.
+        # The background thread that writes uses the lock of the training thread.
         self._lock = filelock.FileLock(self._path, timeout=0, thread_local=False)
 
     @property
@@ -28,14 +27,14 @@ class DirectoryLock:
         return self._lock.is_locked
 
     def __enter__(self) -> "DirectoryLock":
-        if not self.held:  # A directory that is deleted meanwhile stays so.
+        if not self.held:  # A directory deleted during a run is not recreated.
             self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except filelock.Timeout:
             raise BlockingIOError(
-                f"Another run writes to the directory. Received: directory='{self._path.parent}'. "
-                "Wait until it has ended, or choose another directory."
+                f"Another run is writing to the directory. Received: "
+                f"directory='{self._path.parent}'. Wait until it has ended, or choose another one."
             ) from None
         return self
 
@@ -48,5 +47,5 @@ class DirectoryLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Removes the lock file, while the lock is held: nobody can have locked it since."""
+        """Removes the lock file while the lock is held, so that nobody else can have locked it."""
         self._path.unlink(missing_ok=True)

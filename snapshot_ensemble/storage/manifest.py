@@ -1,4 +1,4 @@
-"""The manifest of a directory: what is in it, in JSON, believed only if it is well formed."""
+"""The manifest of a directory: a validated JSON file that lists its contents."""
 
 import dataclasses
 import hashlib
@@ -18,16 +18,16 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What is in a directory.
+    """The contents of a directory.
 
     Attributes:
         snapshots: The members, oldest first.
         files: The weight file of each.
         model: The file of the model that they belong to; None if it could not be saved.
         state: The file of the state of training; None if no run can be resumed.
-        base: The file with all weights that those ending in `.npz` are differences from.
-        replacing: Whether a run has begun that will replace all this.
-        written: Number of files that were ever written; it numbers them.
+        base: The file with all weights, which snapshots in `.npz` files store differences to.
+        replacing: Whether a run has begun that will replace all of this.
+        written: How many files were written so far; used to number them.
         ensemble: The ensemble's `Record`, as JSON.
     """
 
@@ -46,7 +46,7 @@ class Manifest:
         return {file.name for file in every if file is not None}
 
     def finished(self) -> "Manifest":
-        """The same, with every file in its place."""
+        """The same manifest, after all files have been written."""
 
         def finish(file: Any) -> Any:
             return file.finish() if isinstance(file, Draft) else file
@@ -56,7 +56,7 @@ class Manifest:
         return dataclasses.replace(self, files=files, **others)
 
     def to_json(self) -> str:
-        """Strict JSON, signed by its own SHA-256."""
+        """Strict JSON that includes its own SHA-256."""
         entries = []
         for snapshot, file in zip(self.snapshots, self.files, strict=True):
             entries.append({"file": file, **dataclasses.asdict(snapshot)})
@@ -79,7 +79,7 @@ class Manifest:
 
 @dataclasses.dataclass
 class _Entry:
-    """A snapshot as a manifest has it."""
+    """A snapshot as stored in a manifest."""
 
     file: File
     cycle: Count | None
@@ -94,7 +94,7 @@ class _Entry:
 
 @dataclasses.dataclass
 class _Content:
-    """What a manifest of this version says."""
+    """The contents of a manifest of this version."""
 
     written: Count
     replacing: bool
@@ -106,27 +106,27 @@ class _Content:
 
 
 def describe(record: Record) -> dict[str, Any]:
-    """A record as JSON: what was learned and the progress side by side with the settings."""
+    """A record as JSON: the settings, what was learned, and the progress, in one object."""
     return encode(
         {"settings": record.settings, **encode(record.learned), **encode(record.progress)}
     )
 
 
 def read_record(ensemble: dict[str, Any]) -> Record:
-    """A record out of JSON; raises `ValueError` unless all of it is as `describe` says it."""
+    """Reads what `describe` returned; raises `ValueError` for anything else."""
     settings = decode(dict[str, Any], ensemble.get("settings"), "settings")
     learned, progress = (decode(kind, ensemble, "ensemble") for kind in (Learned, Progress))
     return Record(settings, learned, progress)
 
 
 def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
-    """Reads a manifest; raises `SnapshotError` that names it unless all of it is as written."""
+    """Reads a manifest; raises `SnapshotError` that names it if it is damaged."""
     try:
         if text is None:
-            raise FileNotFoundError("there is no such file, or it cannot be read")
+            raise FileNotFoundError("the file does not exist or cannot be read")
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise SnapshotError(f"'{path}' is no readable manifest: {error}") from error
+        raise SnapshotError(f"'{path}' is not a readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SnapshotError(f"'{path}' is not a manifest of {FORMAT}.")
     if content.get("version") != VERSION:
@@ -135,12 +135,12 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
             f"version {VERSION}. Update snapshot-ensemble to read it."
         )
     if content.pop("sha256", None) != _digest(content):
-        raise SnapshotError(f"'{path}' is not as it was written: its SHA-256 is another.")
+        raise SnapshotError(f"'{path}' is damaged: its SHA-256 does not match.")
     try:
         typed: _Content = decode(_Content, content, "manifest")
         read_record(typed.ensemble).learned.check_for(len(typed.snapshots))
     except ValueError as error:
-        raise SnapshotError(f"'{path}' is not as it was written: {error}") from error
+        raise SnapshotError(f"'{path}' is damaged: {error}") from error
     return Manifest(
         snapshots=tuple(entry.snapshot(index) for index, entry in enumerate(typed.snapshots)),
         files=tuple(entry.file for entry in typed.snapshots),
@@ -154,6 +154,6 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Of all that a manifest says, in one way of writing it."""
+    """The SHA-256 of a manifest's contents in canonical form."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

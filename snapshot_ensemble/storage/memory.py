@@ -16,7 +16,7 @@ class MemoryStore:
     """Snapshots as arrays in memory: a `SnapshotStore`."""
 
     claimed = True
-    # No run that was interrupted is resumed from here.
+    # Interrupted runs cannot be resumed from memory.
     replacing = False
     state = None
 
@@ -46,7 +46,7 @@ class MemoryStore:
         self.add_weights(model.get_weights(), snapshot)
 
     def add_weights(self, weights: Weights, snapshot: Snapshot) -> None:
-        """Keeps arrays; one that equals the last snapshot's (a frozen layer) is not kept twice."""
+        """Adds arrays; those equal to the last snapshot's (frozen layers) are stored only once."""
         if self._weights:
             pairs = zip(self._weights[-1], weights, strict=True)
             weights = [old if np.array_equal(old, new) else new for old, new in pairs]
@@ -67,7 +67,7 @@ class MemoryStore:
         set_weights(member, self._weights[index])
 
     def commit(self) -> None:
-        pass  # Memory has nothing to add.
+        pass  # Memory is always up to date.
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         pass  # It would not outlive the process.

@@ -1,6 +1,6 @@
-"""What an ensemble keeps beside its snapshots, in memory and in the manifest of a directory.
+"""What an ensemble keeps besides its snapshots, in memory and in the manifest of a directory.
 
-A field that lasts is added here and nowhere else.
+To store a new field, add it here and nowhere else.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ History = dict[str, list[Number]]
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """What was learned on held-out data about the members; forgotten when the members change.
+    """What was learned about the members on held-out data; reset when the members change.
 
     Attributes:
-        weights: The member weights of `combine="weighted"`, one a member, summing to 1.
-        temperature: What the logarithms of combined probabilities are divided by.
+        weights: The member weights of `combine="weighted"`, one per member, summing to 1.
+        temperature: The divisor of the logarithms of the combined probabilities.
         members: The members that predict by default: None for all, an int for the last that many,
             or a list of indices.
     """
@@ -34,23 +34,23 @@ class Learned:
             )
 
     def check_for(self, count: int) -> None:
-        """Raises `ValueError` unless it is about so many members."""
+        """Raises `ValueError` unless it fits this number of members."""
         weights = self.weights
         if weights is not None and not (
             len(weights) == count and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6
         ):
-            raise ValueError(f"`weights` are not those of {count} members")
+            raise ValueError(f"`weights` are not valid for {count} members")
         if isinstance(self.members, list):
-            are_some = all(index < count for index in self.members)
+            are_valid = all(index < count for index in self.members)
         else:
-            are_some = self.members is None or 0 < self.members <= count
-        if not are_some:
-            raise ValueError(f"`members` are not some of {count}")
+            are_valid = self.members is None or 0 < self.members <= count
+        if not are_valid:
+            raise ValueError(f"`members` are not valid for {count} members")
 
 
 @dataclasses.dataclass
 class Counts:
-    """How much training is done, over all runs."""
+    """How much training has been done, over all runs."""
 
     cycles: Count
     epochs: Count
@@ -59,7 +59,7 @@ class Counts:
 
     @classmethod
     def zero(cls) -> Self:
-        """Before the first run."""
+        """The counts before the first run."""
         return cls(0, 0, 0, 0)
 
 
@@ -68,11 +68,11 @@ class Progress:
     """How far training has come.
 
     Attributes:
-        history: A column for each metric, one value an epoch.
-        done: The numbers of cycles, epochs, steps and runs that are done.
+        history: A column for each metric, with one value per epoch.
+        done: The numbers of finished cycles, epochs, steps and runs.
         run_epochs: The number of epochs of each run that has ended.
         saves_state: Whether the last run saves states to resume from.
-        pretrained: The places of the parts of the model that were trained before the first run
+        pretrained: The indices of the parts of the model that were trained before the first run
             (see `training.shrink_perturb`); None until that is known.
     """
 
@@ -83,7 +83,7 @@ class Progress:
     pretrained: list[Count] | None = dataclasses.field(default=None, metadata={"json": "spared"})
 
     def copy(self) -> Self:
-        """One that can grow while this one stays as it is."""
+        """A copy that can change without changing this one."""
         return dataclasses.replace(
             self,
             history={name: list(column) for name, column in self.history.items()},
@@ -92,18 +92,18 @@ class Progress:
         )
 
     def go_back_to(self, done: Counts) -> None:
-        """Forgets what came after so many epochs."""
+        """Drops everything after these counts."""
         self.done = dataclasses.replace(done)
         self.history = {name: column[: done.epochs] for name, column in self.history.items()}
 
     def record_epoch(self, values: dict[str, Any]) -> None:
-        """Adds an epoch; a metric that is not there every epoch leaves gaps."""
+        """Adds an epoch; a metric without a value in it gets a `None`."""
         epochs = len(self.history.get("cycle", ()))
         for name in {**self.history, **values}:
             self.history.setdefault(name, [None] * epochs).append(values.get(name))
 
     def columns(self, first: int, last: int) -> dict[str, list[Any]]:
-        """The history of some epochs as Keras has it, without gaps."""
+        """The history of epochs `first` to `last - 1` as in Keras, without `None`s."""
         return {
             name: [value for value in column[first:last] if value is not None]
             for name, column in self.history.items()
@@ -112,7 +112,7 @@ class Progress:
 
 @dataclasses.dataclass
 class Record:
-    """All of it.
+    """Everything that is kept besides the snapshots.
 
     Attributes:
         settings: Arguments of the ensemble's constructor.

@@ -1,4 +1,4 @@
-"""What a snapshot is."""
+"""The description of a snapshot, and the error for damaged ones."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ Weights = list[np.ndarray]
 
 
 class SnapshotError(Exception):
-    """A directory of snapshots that cannot be trusted; the message names the file."""
+    """A file or directory of snapshots is damaged or invalid; the message names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """One member of an ensemble: where in training its weights were taken.
+    """A stored member of an ensemble: when in training its weights were saved.
 
-    A value is `None` where it is not known, as for weights that something else trained.
+    A value is `None` if it is not known, as for weights from other training.
 
     Attributes:
-        index: Its place among the members, from 0: `ensemble[index]` is its model.
+        index: Its number among the members, from 0: `ensemble[index]` is its model.
         cycle: Number of the cycle that it ends, from 0, counted over all calls of `fit`.
         epoch: Number of the epoch that it ends, from 0, counted over all calls of `fit`.
         step: Training steps (batches) taken when it was saved.
@@ -36,5 +36,5 @@ class Snapshot:
 
 
 def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The snapshots with `index` as their place in the list."""
+    """The snapshots with `index` set to their position in the list."""
     return [dataclasses.replace(s, index=index) for index, s in enumerate(snapshots)]

@@ -1,4 +1,4 @@
-"""What training and inference ask of a place for snapshots."""
+"""The interface of stores, which training and inference keep snapshots in."""
 
 import contextlib
 import pathlib
@@ -12,38 +12,38 @@ from snapshot_ensemble.storage.snapshot import Snapshot, Weights
 
 
 class SnapshotSink(Protocol):
-    """Where a run puts its snapshots.
+    """What a run saves its snapshots to.
 
     Attributes:
-        snapshots: Those that there are, oldest first.
+        snapshots: The snapshots, oldest first.
     """
 
     @property
     def snapshots(self) -> list[Snapshot]: ...
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
-        """Keeps the model's weights of this moment."""
+        """Saves the current weights of the model."""
 
     def keep_newest(self, count: int) -> None:
         """Drops all but the newest `count` snapshots."""
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
-        """Replaces the saved state of training, where there is a directory.
+        """Replaces the saved state of training; does nothing without a directory.
 
         Args:
-            write: Takes a path, and weights that need not be written there.
+            write: Takes a path, and weights that need not be written because another file has them.
         """
 
 
 class SnapshotStore(SnapshotSink, Protocol):
-    """Where snapshots are kept, and found again.
+    """What an ensemble keeps its snapshots in.
 
     Attributes:
-        record: What is kept beside the snapshots.
-        version: Another number whenever the snapshots change. What was learned about them, in
-            `record`, is forgotten then.
-        claimed: Whether what lies in the directory is this store's. Until a run or `load` claims
-            it, a directory is only a path.
+        record: What is kept besides the snapshots.
+        version: A number that changes whenever the snapshots change. `record.learned` is reset
+            then.
+        claimed: Whether the contents of the directory belong to this store. Until a run or `load`
+            claims it, a directory is only a path.
         replacing: Whether a run has begun that will replace the snapshots.
         state: The file with the state of the last run, if there is one.
     """
@@ -65,24 +65,25 @@ class SnapshotStore(SnapshotSink, Protocol):
     def transaction(
         self, *, resume: bool = False, overwrite: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Claims the place and keeps other writers out until the end.
+        """Claims the directory and keeps other writers out until the end.
 
-        If an exception ends it before a new snapshot or state is safe, the store (its `record`,
-        too) and the directory are as they were before; later ones keep what is safe.
+        After an exception before a new snapshot or state is on disk, the store (including its
+        `record`) and the directory are as they were before. After a later exception, everything
+        on disk is kept.
 
         Args:
-            resume: Whether what lies there is gone on with.
-            overwrite: Whether what lies there may be replaced, which `restart` begins.
+            resume: Whether existing contents are continued from.
+            overwrite: Whether existing contents may be replaced, by calling `restart`.
         """
 
     def restart(self) -> None:
-        """Lets the next `add` or `keep_state` replace all snapshots that there are by then."""
+        """Makes the next `add` or `keep_state` replace all existing snapshots."""
 
     def take_back(self, cycles: int) -> None:
-        """Drops the snapshots of this cycle and later ones, which a run will make again."""
+        """Drops the snapshots of this cycle and later ones, which the run will take again."""
 
     def base(self, model: keras.Model) -> Weights:
-        """The weights that a state leaves out."""
+        """The weights that a saved state leaves out."""
 
     def weights(self, model: keras.Model, index: int) -> Weights:
         """The weights of one snapshot, in the order of `model.weights`."""
@@ -91,4 +92,4 @@ class SnapshotStore(SnapshotSink, Protocol):
         """Gives a model of the same architecture the weights of one snapshot."""
 
     def commit(self) -> None:
-        """Makes sure that `record` is kept as it is now."""
+        """Saves the current `record`."""

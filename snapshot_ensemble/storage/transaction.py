@@ -1,4 +1,4 @@
-"""A directory that goes from one manifest to the next, whole at every moment."""
+"""A directory that changes from one manifest to the next and is consistent at any time."""
 
 import contextlib
 import dataclasses
@@ -19,26 +19,26 @@ from snapshot_ensemble.storage.manifest import NAME, Manifest, describe, read_ma
 from snapshot_ensemble.storage.record import Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 
-# Those of this process that have something under way, by their directories' real paths.
+# The stores of this process that are writing, by the real paths of their directories.
 _writers: weakref.WeakValueDictionary[str, "ManifestDirectory"] = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass
 class Contents:
-    """What a directory holds, as far as this process knows: all that a transaction rolls back.
+    """What this process knows of a directory: everything that a transaction rolls back.
 
     Attributes:
-        record: What is kept beside the snapshots; grows as training goes.
-        kept: The manifest that will be in the directory when all is written.
-        saved: The manifest that is in the directory.
-        version: Another number whenever the snapshots change.
-        saved_version: The one that belongs to `saved`.
-        pending: Written or to be written, and not yet committed.
+        record: What is kept besides the snapshots; updated during training.
+        kept: The manifest that the directory will have when all writes have finished.
+        saved: The manifest in the directory.
+        version: A number that changes whenever the snapshots change.
+        saved_version: The version of `saved`.
+        pending: The manifest with additions that are not yet committed.
         known: The manifest's text when it was last read or written; None if there was none.
-        claimed: Whether what lies in the directory is ours.
-        restarting: Whether the next file that is added replaces all that there is.
-        trusted: Whether the manifest, if there is one, could be read: what it does not name is
-            then left over from a writer that was killed.
+        claimed: Whether the contents of the directory belong to this store.
+        restarting: Whether the next added file replaces all existing ones.
+        trusted: Whether the manifest, if any, could be read. Only then are files that it does not
+            name known to be left over from a killed writer.
     """
 
     record: Record = dataclasses.field(default_factory=Record)
@@ -53,37 +53,37 @@ class Contents:
     trusted: bool = True
 
     def copy(self) -> "Contents":
-        """One to go back to."""
+        """A copy to roll back to."""
         return dataclasses.replace(self, record=dataclasses.replace(self.record))
 
 
 class ManifestDirectory:
-    """Files, beside a manifest that alone says what they are.
+    """A directory of files, and a manifest that names those that count.
 
-    Files are written first and never changed; then the manifest is replaced in one step; then
-    files that it no longer names are removed. A reader, or a run that is resumed, finds the state
-    before a change or the state after it.
+    A file is written completely and never changed. Then the manifest is replaced atomically, and
+    files that it no longer names are removed. A reader, or a resumed run, therefore sees the
+    contents either before or after a change.
 
-    Inside `transaction()` that happens in a thread of its own, in the same order: what is kept is
-    seen at once, and an error comes with a later call, at the latest with the end of the
-    transaction, and then nothing is kept that is not in the directory.
+    Inside `transaction()` a background thread does this, in the same order. The store shows a
+    change at once. If a write fails, a later call raises the error, at the latest at the end of
+    the transaction, and the store drops everything that is not in the directory.
 
     Args:
-        directory: Path of the directory. It is made when something is written.
+        directory: Path of the directory. It is created when something is written.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = pathlib.Path(directory).absolute()  # Whoever changes folder later.
+        self.directory = pathlib.Path(directory).absolute()  # The working folder may change.
         self._now = Contents()
         self._lock = DirectoryLock(self.directory)
         self._background = Background()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
-        """The store that a manifest describes; raises `SnapshotError` if there is none."""
+        """Opens the store in a directory; raises `SnapshotError` if there is none."""
         writer = _writers.get(os.path.realpath(directory))
         if writer is not None:
-            writer.wait_for_writes()  # What this process has kept is there for it at once.
+            writer.wait_for_writes()  # So that it sees what this process has kept.
         store = cls(directory)
         store.read()
         return store
@@ -106,14 +106,14 @@ class ManifestDirectory:
 
     @property
     def replacing(self) -> bool:
-        """Whether a run has begun that will replace what there is."""
+        """Whether a run has begun that will replace the existing contents."""
         return self._now.kept.replacing
 
     def read(self) -> None:
-        """Takes over what the directory holds.
+        """Reads the contents of the directory.
 
         Raises:
-            SnapshotError: If there is no manifest, or it is not as it was written.
+            SnapshotError: If there is no manifest, or it is damaged.
         """
         known = self._manifest_now()
         manifest = read_manifest(self.directory / NAME, known)
@@ -121,11 +121,11 @@ class ManifestDirectory:
         self._now = Contents(record, manifest, manifest, known=known, claimed=True)
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Makes what lies in the directory this store's own, as far as it may.
+        """Makes the contents of the directory this store's own, if that is allowed.
 
         Raises:
-            ValueError: If something lies there that may be neither resumed nor overwritten.
-            SnapshotError: If there is a manifest to resume from that cannot be trusted.
+            ValueError: If the directory has contents that may be neither resumed nor overwritten.
+            SnapshotError: If the manifest to resume from is damaged.
         """
         if self.claimed:
             return
@@ -135,8 +135,8 @@ class ManifestDirectory:
             return
         if not free and not overwrite:
             raise ValueError(
-                f"The directory holds something already. Received: directory='{self.directory}'. "
-                "Choose another one, load what is there with `SnapshotEnsemble.load`, or pass "
+                f"The directory is not empty. Received: directory='{self.directory}'. Choose "
+                "another one, load the ensemble in it with `SnapshotEnsemble.load`, or pass "
                 "`overwrite=True` to replace it."
             )
         if self.directory.exists() and not self.directory.is_dir():
@@ -150,7 +150,7 @@ class ManifestDirectory:
         self._now.record, self._now.known, self._now.claimed = record, known, True
 
     def _is_free(self) -> bool:
-        """Whether nothing lies there but what a writer leaves that was killed at once."""
+        """Whether the directory holds nothing but what a writer killed at its start leaves."""
         if not self.directory.exists():
             return True
         if not self.directory.is_dir():
@@ -165,7 +165,7 @@ class ManifestDirectory:
             if manifest.names() or manifest.replacing:
                 return False
             written = manifest.written
-        # Without a manifest, a numbered file may be a member of an ensemble that lost it.
+        # Without a manifest, a numbered file may belong to an ensemble whose manifest was lost.
         return all(name in (LOCK, NAME) or _is_left_over(name, written) for name in names)
 
     @contextlib.contextmanager
@@ -180,7 +180,7 @@ class ManifestDirectory:
                     yield
                     self.settle()
                 except BaseException:
-                    # What is raised already matters more than what this meets.
+                    # The original exception matters more than an error in here.
                     with contextlib.suppress(OSError):
                         self.settle()
                     is_safe = self._now.saved.names() != claimed.saved.names()
@@ -197,7 +197,7 @@ class ManifestDirectory:
             raise
 
     def _undo(self, claimed: Contents, is_new: bool) -> None:
-        """Makes the directory what it was when it was claimed; nothing new is named in it."""
+        """Restores the directory as it was when claimed; its manifest names no new files yet."""
         self._now.kept = claimed.kept
         self._clean()
         if claimed.known is None:
@@ -209,22 +209,22 @@ class ManifestDirectory:
             self.directory.rmdir()
 
     def restart(self) -> None:
-        """Lets the next file that is added replace all that there is by then."""
+        """Makes the next added file replace all existing ones."""
         now = self._now
         if not now.kept.replacing and now.saved.names():
-            # So that, if the run is killed before it has replaced anything, it is not taken for
-            # the one that is still here.
+            # So that, if the run is killed before it has replaced anything, resuming it does not
+            # resume the old run instead.
             now.kept = dataclasses.replace(now.kept, replacing=True)
             self._submit()
         now.restarting = True
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Keeps other writers out, and makes sure that none was here since it was read.
+        """Keeps other writers out, and checks that none has written since the last read.
 
         Raises:
-            BlockingIOError: If another process writes.
-            SnapshotError: If another one has written.
+            BlockingIOError: If another process is writing.
+            SnapshotError: If another process has written.
         """
         entered = self._lock.held
         with self._lock:
@@ -243,13 +243,13 @@ class ManifestDirectory:
                     self.settle()
 
     def wait_for_writes(self) -> None:
-        """Waits until what is kept so far is in the directory, or has failed to get there."""
+        """Waits until everything kept so far has been written, or has failed to be."""
         self._background.wait()
 
     def settle(self) -> None:
-        """Waits until all that is kept is in the directory; if it cannot be, it is not kept.
+        """Waits until everything kept is in the directory, and drops what could not be written.
 
-        An interrupt (Ctrl-C) meanwhile is raised when that is so.
+        An interrupt (Ctrl-C) is raised only after that.
         """
         if not self._background.busy:
             return
@@ -274,7 +274,7 @@ class ManifestDirectory:
             raise interrupt
 
     def is_current(self) -> bool:
-        """Whether nobody else has written since it was read."""
+        """Whether nobody else has written to the directory since it was read."""
         self.settle()
         return self._manifest_now() == self._now.known
 
@@ -285,7 +285,7 @@ class ManifestDirectory:
             return None
 
     def _clean(self) -> None:
-        """Removes what a writer that was killed has left: no manifest ever named it."""
+        """Removes files left over from a killed writer, which no manifest names."""
         if not self._now.trusted:
             return
         for path in self.directory.iterdir():
@@ -294,11 +294,11 @@ class ManifestDirectory:
                     path.unlink()
 
     def _begun(self) -> tuple[Manifest, int]:
-        """What the next file is added to, and the number of that file."""
+        """The manifest that the next file is added to, and the number of that file."""
         if self._background.failed:
             self.settle()
         now = self._now
-        # Names are used once, also those of a write that failed.
+        # Each number is used once, even if its write failed.
         number = (now.pending or now.kept).written + 1
         now.kept = dataclasses.replace(now.kept, written=number)
         if now.pending is not None:
@@ -306,17 +306,17 @@ class ManifestDirectory:
         return (Manifest(written=number) if now.restarting else now.kept), number
 
     def _add(self, **changes: Any) -> None:
-        """Changes what the next commit puts into the manifest."""
+        """Changes the manifest that the next commit will write."""
         now = self._now
         begun = changes.pop("begun", now.kept)
         now.pending = dataclasses.replace(begun, replacing=False, **changes)
         now.restarting = False
 
     def commit(self, learned: Learned | None = None) -> None:
-        """Lets the manifest say what is kept.
+        """Writes the manifest for what is kept.
 
         Args:
-            learned: What is known about the members, if they have changed.
+            learned: What was learned about the members, if they have changed.
         """
         if not self.claimed:
             return
@@ -334,7 +334,7 @@ class ManifestDirectory:
         self._now.record.learned = learned or Learned()
 
     def _submit(self) -> None:
-        """Lets the manifest say what is kept."""
+        """Writes the manifest of what is kept, in the background."""
         kept, version = self._now.kept, self._now.version
 
         def write() -> None:
@@ -346,15 +346,15 @@ class ManifestDirectory:
     def _write(self, manifest: Manifest, version: int) -> None:
         now = self._now
         if now.known is None:
-            # Numbered files that a manifest never knew could be anyone's, and would stop a run
-            # that was killed here from being resumed.
-            nothing = {**manifest.ensemble, "weights": None, "members": None}
-            self._publish(Manifest(ensemble=nothing).to_json().encode())
+            # Begin with an empty manifest: numbered files without one could be anyone's, and would
+            # keep a run that is killed here from being resumed.
+            record = {**manifest.ensemble, "weights": None, "members": None}
+            self._publish(Manifest(ensemble=record).to_json().encode())
         manifest, before = manifest.finished(), now.saved
         self._publish(manifest.to_json().encode())
         now.saved, now.saved_version, now.trusted = manifest, version, True
         for name in before.names() - manifest.names():
-            with contextlib.suppress(OSError):  # No longer named, it does no harm.
+            with contextlib.suppress(OSError):  # A leftover file does no harm.
                 (self.directory / name).unlink()
 
     def _publish(self, text: bytes) -> None:
@@ -363,7 +363,7 @@ class ManifestDirectory:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says of an error of the operating system what it means for the ensemble."""
+        """Adds to an error of the operating system what it means for the ensemble."""
         try:
             yield
         except OSError as error:
@@ -371,9 +371,9 @@ class ManifestDirectory:
                 raise
             if self.directory.exists():
                 kept = counted(len(self._now.saved.snapshots), "snapshot")
-                consequence = f"What was written before is as it was, {kept} with it."
+                consequence = f"What was written before is intact, including {kept}."
             else:
-                consequence = "The directory is gone."
+                consequence = "The directory no longer exists."
             explained = OSError(
                 error.errno, f"'{self.directory}' cannot be written to: {error}. {consequence}"
             )
@@ -384,11 +384,11 @@ class ManifestDirectory:
         return Draft(self.directory, name, write)
 
     def _path(self, file: Any) -> Any:
-        """The path of a file that is as it was saved; None of none."""
+        """The path of a file, after checking that it is intact; None for None."""
         return None if file is None else file.checked(self.directory)
 
 
 def _is_left_over(name: str, written: float) -> bool:
-    """Whether a file of this name is not whole, or later than a manifest that says `written`."""
+    """Whether a file name is temporary, or numbered above the manifest's `written`."""
     number = re.fullmatch(r"(?:snapshot|model|state)-(\d{4,})\.(?:weights\.h5|keras|npz)", name)
     return name.startswith("writing-") or (number is not None and int(number[1]) > written)

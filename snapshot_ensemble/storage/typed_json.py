@@ -1,7 +1,7 @@
-"""Dataclasses to JSON and back: a value is believed only if it has the type that its field says.
+"""Dataclasses to JSON and back, with a check that each value has the type of its field.
 
-A field that lasts is defined once, in its dataclass: name, type and default are all that reading
-and writing need. `metadata={"json": name}` gives it another name in JSON.
+A stored field is defined once, in its dataclass: reading and writing use its name, type and
+default. `metadata={"json": name}` gives it another name in JSON.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def at_least_zero(value: Any, name: str) -> Any:
 
 
 def number(value: Any, name: str) -> Any:
-    """A number, or a list of numbers, out of JSON; None stays None."""
+    """A number or a list of numbers from JSON; None stays None."""
     if isinstance(value, list):
         return [number(item, name) for item in value]
     if isinstance(value, str) and value in ("nan", "inf", "-inf"):
@@ -31,12 +31,12 @@ def number(value: Any, name: str) -> Any:
 
 
 Count = Annotated[int, at_least_zero]
-# A metric of one epoch; None in an epoch that has none (`validation_freq`).
+# A metric of one epoch; None in an epoch without it (`validation_freq`).
 Number = Annotated[Any, number]
 
 
 def encode(value: Any) -> Any:
-    """A copy of a value in what JSON can represent; numbers that it cannot become strings."""
+    """A copy of a value as JSON types; NaN and infinities, which JSON lacks, become strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         return {_key(field): encode(getattr(value, field.name)) for field in fields}
@@ -52,12 +52,12 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, name: str) -> Any:
-    """A value of a type, out of JSON.
+    """A value of a given type, from JSON.
 
     Args:
         kind: A dataclass, a plain type, a list, dict, union or `Annotated` with a check.
-        value: What JSON gave.
-        name: What error messages call it.
+        value: The value as read from JSON.
+        name: Its name in error messages.
 
     Raises:
         ValueError: If the value is not of the type.

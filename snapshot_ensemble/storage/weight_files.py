@@ -1,4 +1,4 @@
-"""Weight files of Keras: a model's weights without its optimizer's slots."""
+"""Keras weight files with a model's weights but not its optimizer's slots."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 
 
 def save_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
-    """Writes a `.weights.h5` file of the model's weights alone."""
+    """Writes a `.weights.h5` file with only the model's weights."""
     with optimizers_hidden(model):
         model.save_weights(path)
 
@@ -25,13 +25,13 @@ def save_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
 def load_weights(
     model: keras.Model, path: str | os.PathLike[str], *, foreign: bool = True
 ) -> Weights:
-    """Reads a weight file of Keras into arrays; the model is as it was afterwards.
+    """Reads a Keras weight file into arrays; the model keeps its own weights.
 
     Args:
         model: A built model.
         path: The file.
-        foreign: Whether the file may belong to another model. Keras itself accepts one that has
-            more layers than the model.
+        foreign: Whether the file may belong to another model, and its layout must be checked.
+            Keras itself accepts a file with more layers than the model.
 
     Raises:
         SnapshotError: If the file does not hold the weights of this model.
@@ -43,18 +43,18 @@ def load_weights(
                 _check_layout(model, path)
             model.load_weights(path)
         return model.get_weights()
-    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
+    except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     finally:
         set_weights(model, own)
 
 
 def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
-    """Reads a weight file into the model, with hardly more memory than the model has.
+    """Reads a weight file directly into the model, with little additional memory.
 
     Args:
         model: A built model, whose weights are lost if there is an error.
-        path: A file of the model's own.
+        path: A file of the same model's weights.
 
     Raises:
         SnapshotError: If the file does not hold the weights of this model.
@@ -62,26 +62,26 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
     try:
         with optimizers_hidden(model):
             model.load_weights(path)
-    except Exception as error:  # Keras and h5py raise errors of many classes for a broken file.
+    except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     refresh_derived_state(model)
-    gc.collect()  # Reading leaves cycles of objects that hold its arrays.
+    gc.collect()  # Reading leaves reference cycles that hold arrays.
     if sys.platform == "linux":
-        # glibc keeps what is freed there in pieces into which the next arrays do not fit.
+        # glibc keeps the freed memory in pieces too small for the next arrays.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def set_weights(model: Any, weights: Sequence[Any]) -> None:
-    """Sets the weights of a model or layer, and what its layers derive from them."""
+    """Sets the weights of a model or layer, and updates what its layers derive from them."""
     model.set_weights(weights)
     refresh_derived_state(model)
 
 
 def refresh_derived_state(model: Any) -> None:
-    """Lets layers derive anew what they hold beside their weights."""
+    """Updates values that layers derive from their weights."""
     for layer in all_layers(model):
         if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # It holds its mean and variance a second time.
+            layer.finalize_state()  # It holds copies of its mean and variance.
 
 
 def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:
@@ -94,7 +94,7 @@ def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:
 
 
 def _layout(path: str | os.PathLike[str]) -> set[str]:
-    """The names of the arrays in a file, without an optimizer's and those of random seeds."""
+    """The names of the arrays in a file, except for those of optimizers and random seeds."""
     names: set[str] = set()
     with h5py.File(path) as file:
         file.visititems(lambda name, item: names.add(name) if hasattr(item, "shape") else None)

@@ -1,4 +1,4 @@
-"""Passes over a dataset: their order is a matter of the epoch alone."""
+"""Passes over a dataset, whose order of rows must depend only on the epoch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,14 +10,15 @@ from snapshot_ensemble.keras_compat.epoch_iterator import training_passes_notice
 
 
 class Passes:
-    """Makes the order of a dataset that shuffles with a seed a matter of the epoch alone.
+    """Makes the order of a dataset that shuffles with a seed depend only on the epoch.
 
-    Such a dataset draws the seed of a pass from a generator whenever a pass over it begins, and
-    Keras begins one or two for an epoch. So that a run which goes on in mid-way sees the order
-    that the unbroken one sees, both begin exactly two for each epoch before, and one more.
+    Such a dataset draws a new shuffling seed from its generator each time an iterator is created,
+    and Keras creates one or two per epoch. For a resumed run to see the same order as an
+    uninterrupted one, both must create the same number of iterators: exactly two for each earlier
+    epoch, and one for the current epoch.
 
     Args:
-        x: The data of a run.
+        x: The training data of a run.
     """
 
     def __init__(self, x: Any) -> None:
@@ -26,11 +27,11 @@ class Passes:
         self._wanted = 0
 
     def up_to(self, epoch: int) -> None:
-        """Before the next pass, as many must have begun as belong before this epoch."""
+        """Sets how many passes must have begun before the next one, which is for this epoch."""
         self._wanted = 1 + 2 * epoch
 
     def end(self, epochs: int) -> None:
-        """After a run, as many have begun as belong to its epochs."""
+        """Begins the passes that are missing at the end of a run of so many epochs."""
         self.up_to(epochs)
         self._catch_up()
 
@@ -41,7 +42,7 @@ class Passes:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Counts the passes that Keras begins in training, and adds to them meanwhile."""
+        """Counts the passes that Keras begins in training, and begins missing ones before each."""
         if self._data is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Whether a run is the one that broke off: the same plan, model and size of the data."""
+"""Checks that a resumed run has the plan, model and data size of the interrupted one."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from snapshot_ensemble.schedules import Plan
 def fingerprint(
     model: keras.Model, plan: Plan, shrink: Any, x: Any, arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must be the same for a run to go on: the plan, the model, the size of the data."""
+    """What must be the same to resume a run: the plan, the model and the size of the data."""
     cycles = [[c.first_epoch, c.last_epoch, c.lr_max, c.lr_min, c.warmup] for c in plan]
     sizes = {name: arguments.get(name) for name in ("batch_size", "steps_per_epoch")}
     return {
@@ -37,10 +37,10 @@ def _size(x: Any) -> int | None:
 
 
 def _digest(model: keras.Model) -> str:
-    """The classes and settings of the layers; their names may differ from process to process."""
+    """A hash of the layers' classes and settings, without names, which depend on the process."""
     try:
-        config = _nameless(model.get_config())
-    except Exception:  # A subclass need not have one; its variables' shapes are compared anyway.
+        config = _without_names(model.get_config())
+    except Exception:  # Optional for a subclass; variable shapes are compared anyway.
         config = None
     text = json.dumps([type(model).__name__, config], sort_keys=True, default=_class_name)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -50,22 +50,22 @@ def _class_name(value: Any) -> str:
     return type(value).__name__
 
 
-def _nameless(value: Any) -> Any:
+def _without_names(value: Any) -> Any:
     if isinstance(value, dict):
         skipped = ("name", "inbound_nodes", "input_layers", "output_layers", "build_config")
-        return {str(k): _nameless(v) for k, v in value.items() if k not in skipped}
+        return {str(k): _without_names(v) for k, v in value.items() if k not in skipped}
     if isinstance(value, (list, tuple)):
-        return [_nameless(item) for item in value]
+        return [_without_names(item) for item in value]
     return value
 
 
-def check_same(found: dict[str, Any], now: dict[str, Any], where: Any) -> None:
-    """Raises `ValueError` that says what differs between a broken run and the one to go on."""
-    found, now = json.loads(json.dumps(found)), json.loads(json.dumps(now))
-    different = [name for name in now if found.get(name) != now[name]]
+def check_same(saved: dict[str, Any], current: dict[str, Any], directory: Any) -> None:
+    """Raises `ValueError` that lists how a run differs from the interrupted one, if it does."""
+    saved, current = json.loads(json.dumps(saved)), json.loads(json.dumps(current))
+    different = [name for name in current if saved.get(name) != current[name]]
     if different:
-        told = "; ".join(f"{name}: {found.get(name)}, now {now[name]}" for name in different)
+        listed = "; ".join(f"{name}: {saved.get(name)}, now {current[name]}" for name in different)
         raise ValueError(
-            f"The run in '{where}' cannot go on as another one. Received: {told}. Give the same "
-            "model, data and plan, or start anew with `overwrite=True`."
+            f"The run in '{directory}' can only be resumed with the same model, data and plan. "
+            f"Received: {listed}. Pass the same ones, or start over with `overwrite=True`."
         )

@@ -1,4 +1,4 @@
-"""The arguments of `model.fit`: what is refused, and what they say of the number of steps."""
+"""The arguments of `model.fit`: checks, the number of steps, and the validation data."""
 
 import inspect
 import math
@@ -11,25 +11,25 @@ RATE_SETTERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLRO
 
 
 def check_callbacks(callbacks: Any) -> None:
-    """Raises `ValueError` if a callback would set the learning rate, which the plan sets."""
+    """Raises `ValueError` for callbacks that set the learning rate or restore the model."""
     for callback in flat_callbacks(callbacks):
         if isinstance(callback, keras.callbacks.BackupAndRestore):
             raise ValueError(
-                "`BackupAndRestore` puts back the model, and not the snapshots nor the place in "
-                "the schedule. Received: callbacks with BackupAndRestore. Leave it out, and go on "
-                "with a broken run by `fit(..., resume=True)` and a `directory`."
+                "`BackupAndRestore` restores the model, but not the snapshots or the position in "
+                "the schedule. Received: callbacks with BackupAndRestore. Leave it out, and resume "
+                "an interrupted run with `fit(..., resume=True)` and a `directory`."
             )
         if isinstance(callback, RATE_SETTERS):
             name = type(callback).__name__
             raise ValueError(
                 "The learning rate is set by the ensemble's schedule, so no callback may set it. "
-                f"Received: callbacks with {name}. Leave {name} out, or choose the rates by "
+                f"Received: callbacks with {name}. Leave {name} out, or choose the rates with "
                 "`schedule`, `lr_init` and `lr_min`."
             )
 
 
 def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
-    """Raises `TypeError` for an argument that `model.fit` does not have; checks the callbacks."""
+    """Checks the callbacks, and raises `TypeError` for an argument that `model.fit` lacks."""
     parameters = inspect.signature(model.fit).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
@@ -37,16 +37,16 @@ def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
             known = ", ".join(sorted(set(parameters) - {"x", "y", "epochs"}))
             raise TypeError(
                 f"`fit` has no argument `{name}`. Received: {name}={value!r}. "
-                f"Beside x, y and epochs it takes: {known}"
+                f"Besides x, y and epochs it takes: {known}"
             )
     check_callbacks(arguments.get("callbacks"))
 
 
 def steps_in_epoch(model: keras.Model, x: Any, arguments: dict[str, Any], steps: int) -> int:
-    """How many steps Keras will take in an epoch that it says has `steps`.
+    """The number of steps that Keras actually takes in an epoch of nominally `steps`.
 
-    With `steps_per_epoch` it takes whole executions of `steps_per_execution`, as long as there
-    is data: 16 steps, 7 an execution, are 21.
+    With `steps_per_epoch` it always runs whole executions of `steps_per_execution` steps, as long
+    as there are data: 16 steps at 7 per execution become 21.
     """
     size = model.steps_per_execution
     if arguments.get("steps_per_epoch") is None or steps % size == 0:
@@ -58,7 +58,7 @@ def steps_in_epoch(model: keras.Model, x: Any, arguments: dict[str, Any], steps:
 
 
 def _batches(x: Any, batch_size: int | None, split: float) -> int | None:
-    """Number of batches in one pass over `x`; None if it is not known, or has no end."""
+    """Number of batches in one pass over `x`; None if unknown or infinite."""
     if hasattr(x, "cardinality"):  # tf.data.Dataset
         count = int(x.cardinality())
         return count if count >= 0 else None
@@ -71,7 +71,7 @@ def _batches(x: Any, batch_size: int | None, split: float) -> int | None:
 
 
 def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
-    """All callbacks one by one, out of lists and `CallbackList`s however nested."""
+    """All callbacks as a flat list, from lists and `CallbackList`s at any depth."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
     elif isinstance(callbacks, keras.callbacks.Callback) or callbacks is None:
@@ -79,7 +79,7 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
     return [flat for callback in keras.tree.flatten(callbacks) for flat in flat_callbacks(callback)]
 
 
-def is_validated(arguments: dict[str, Any]) -> bool:
+def has_validation(arguments: dict[str, Any]) -> bool:
     """Whether `fit` with these arguments has validation data."""
     return arguments.get("validation_data") is not None or bool(arguments.get("validation_split"))
 
@@ -87,7 +87,7 @@ def is_validated(arguments: dict[str, Any]) -> bool:
 def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] | None:
     """The validation data of `fit` as arguments of `choose_members`.
 
-    None where there are none, or they can be read only once.
+    None if there are none, or if they can be read only once.
     """
     given, split = arguments.get("validation_data"), arguments.get("validation_split") or 0
     if given is None and split:
@@ -102,7 +102,7 @@ def validation_of(x: Any, y: Any, arguments: dict[str, Any]) -> dict[str, Any] |
 
 
 def _last_rows(arrays: Any, share: float) -> Any:
-    """The last rows of each array, those that Keras takes for `validation_split`."""
+    """The last rows of each array, which Keras holds out for `validation_split`."""
     rows = next(len(array) for array in keras.tree.flatten(arrays) if array is not None)
     first = math.floor(rows * (1.0 - share))
     return keras.tree.map_structure(lambda a: None if a is None else a[first:], arrays)

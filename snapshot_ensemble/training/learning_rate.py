@@ -19,7 +19,7 @@ from snapshot_ensemble.schedules import Cycle, anneal
 
 
 def compiled_rate(model: keras.Model) -> float:
-    """The learning rate that the model was compiled with; of a schedule, that of step 0."""
+    """The learning rate that the model was compiled with; for a schedule, its rate at step 0."""
     rate = held_rate(model.optimizer)
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = rate(0)
@@ -31,31 +31,32 @@ def compiled_rate(model: keras.Model) -> float:
 class AnnealedRate:
     """The learning rate of a model's optimizer, computed in its training graph.
 
-    While `installed`, every training step first assigns the optimizer's rate from a counter of
-    steps that it then raises, both inside the compiled function: exact under
-    `steps_per_execution`, `jit_compile`, gradient accumulation and loss scaling, whatever
-    `optimizer.iterations` says. Python is asked once an epoch, by `begin_epoch`.
+    While `installed`, every training step first sets the optimizer's rate from a step counter and
+    then increments the counter, both inside the compiled function. The rate is therefore exact
+    with `steps_per_execution`, `jit_compile`, gradient accumulation and loss scaling, whatever
+    `optimizer.iterations` is. Python code runs only once per epoch, in `begin_epoch`.
 
-    The optimizer holds a plain variable all the while, so that a checkpoint written in
-    mid-training is that of an ordinary optimizer.
+    The optimizer holds a plain variable during training, so that a checkpoint written by another
+    callback is one of an ordinary optimizer.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self.model = model
         self._own: Any = None
         with model.distribute_strategy.scope():
-            # First step, length and warmup of the cycle in steps; its peak and its floor.
+            # The epoch's first step in its cycle, the cycle's length and warmup (in steps), its
+            # peak and its floor.
             self._position = _variable(np.zeros(5), "float64")
             self._step = _variable(0, "int64")
 
     def begin_epoch(self, cycle: Cycle, epoch: int, steps: int | None) -> None:
-        """Takes the place of an epoch in its cycle.
+        """Sets where in its cycle the next epoch is.
 
         Args:
             cycle: The cycle.
             epoch: The epoch within the cycle, from 0.
-            steps: Steps in an epoch. If they are not known yet, the whole epoch runs at the mean
-                of the rates that the cycle has for it.
+            steps: Steps per epoch. If they are not known yet, the whole epoch runs at the mean of
+                the rates that the cycle has for it.
         """
         if steps is None:
             mean = cycle.rates(1000)[epoch * 1000 : (epoch + 1) * 1000].mean()
@@ -68,7 +69,7 @@ class AnnealedRate:
 
     @property
     def _optimizer(self) -> Any:
-        return rate_holder(self.model.optimizer)  # Another one after a new `compile`.
+        return rate_holder(self.model.optimizer)  # A new `compile` replaces it.
 
     @property
     def steps_taken(self) -> int:
@@ -82,7 +83,7 @@ class AnnealedRate:
 
     def _assign(self) -> None:
         first, n, warmup, lr_max, lr_min = ops.unstack(self._position.value, 5)
-        # An epoch that turns out longer than was known stays at the end of its cycle.
+        # An epoch with more steps than expected stays at the rate of its cycle's last step.
         t = ops.minimum(first + ops.cast(self._step.value, "float64"), n - 1)
         rate = anneal(t, n, lr_max, lr_min, warmup, xp=ops)
         variable = self._optimizer.learning_rate
@@ -91,19 +92,19 @@ class AnnealedRate:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Puts the rate into the model, and takes it out again whatever happens."""
+        """Makes training use this rate; restores the optimizer's own rate in any case."""
         with self._in_a_variable(), before_each_step(self.model, self._assign):
             yield
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[float], None]]:
-        """Lets the caller set the rate from step to step, instead of the graph."""
+        """Gives the caller a function that sets the rate, instead of setting it in the graph."""
         with self._in_a_variable():
             yield self._optimizer.learning_rate.assign
 
     @contextlib.contextmanager
     def _in_a_variable(self) -> Iterator[None]:
-        """Lets the optimizer hold its rate in a variable, and afterwards what it held before."""
+        """Lets the optimizer hold its rate in a variable, and restores what it held before."""
         optimizer = self._optimizer
         own = held_rate(optimizer)
         is_number = isinstance(own, keras.Variable)
@@ -123,7 +124,7 @@ class AnnealedRate:
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Shows the optimizer's own rate for a moment, to save the model as it was compiled."""
+        """Temporarily restores the optimizer's own rate, to save the model as it was compiled."""
         if self._own is None:  # Not installed.
             yield
             return

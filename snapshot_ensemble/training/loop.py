@@ -1,4 +1,4 @@
-"""The callbacks that walk a plan, and the one `model.fit` that they walk through."""
+"""The callbacks that carry out a plan, and the one `model.fit` that they run in."""
 
 import logging
 import warnings
@@ -18,15 +18,15 @@ from snapshot_ensemble.training.state import build, variables_of
 
 
 class CycleCallback(keras.callbacks.Callback):
-    """Walks a plan: sets each epoch's place, and keeps a snapshot where a cycle ends.
+    """Carries out a plan: sets the learning rate, restarts cycles and takes snapshots.
 
-    Goes first among the callbacks, so that a snapshot has the weights that were trained, whatever
-    another callback puts in their place, and all others see `learning_rate` in `logs`.
+    It must be the first callback. Then a snapshot has the trained weights, even if another
+    callback replaces them, and all other callbacks see `learning_rate` in `logs`.
 
     Args:
         run: The run.
-        steps_of: What makes of Keras's number of steps the number that it will really take.
-        passes: The passes over the data.
+        steps_of: Turns the number of steps that Keras reports into the number that it takes.
+        passes: The passes over the training data.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CycleCallback(keras.callbacks.Callback):
         super().__init__()
         self._run, self._steps_of, self._passes = run, steps_of, passes
         self._message: str | None = None
-        self._good: list[Any] = []
+        self._last_good: list[Any] = []
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = self._run
@@ -52,7 +52,7 @@ class CycleCallback(keras.callbacks.Callback):
                 stacklevel=2,
             )
         if run.keep_going:
-            self._good = training_values(self.model)
+            self._last_good = training_values(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._log()
@@ -61,7 +61,9 @@ class CycleCallback(keras.callbacks.Callback):
         if epoch - run.first_epoch == cycle.first_epoch and run.cycles_before + cycle.index > 0:
             share = run.restarter.restart(self.model, run.progress)
             if share < 1:
-                self._message = f"Restart with {share:.3g} of the weights, the rest drawn anew"
+                self._message = (
+                    f"Restart with shrink={share:.3g}: weights are mixed with a new draw"
+                )
                 self._log()
         run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, run.steps)
         self._passes.up_to(epoch - run.first_epoch)
@@ -74,7 +76,7 @@ class CycleCallback(keras.callbacks.Callback):
         metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         steps = run.rate.steps_taken
         # Another callback may have stopped training before the last batch.
-        whole = not self.model.stop_training or steps == run.steps
+        is_complete = not self.model.stop_training or steps == run.steps
         if run.steps is None:
             run.steps = steps or None
         progress = run.progress
@@ -83,34 +85,34 @@ class CycleCallback(keras.callbacks.Callback):
         logs["learning_rate"] = run.rate.last
         columns: dict[str, float] = {"cycle": number}
         if run.restarter.share < 1 or "shrink" in progress.history:
-            # No column for runs of which every restart was the paper's.
+            # There is no such column as long as every restart was warm, as in the paper.
             progress.history.setdefault("shrink", [1.0] * len(progress.history.get("cycle", ())))
             columns["shrink"] = run.restarter.share
         progress.record_epoch({**logs, **columns})
-        if epoch - run.first_epoch == cycle.last_epoch and whole:
+        if epoch - run.first_epoch == cycle.last_epoch and is_complete:
             if cause := not_finite(self.model, metrics):
-                self._refuse(number, cause)
+                self._reject(number, cause)
             else:
                 self._keep(number, metrics)
 
-    def _refuse(self, number: int, cause: str) -> None:
+    def _reject(self, number: int, cause: str) -> None:
         run = self._run
-        goes_on = (
-            "The next cycle begins where the last one ended."
+        consequence = (
+            "The next cycle starts from the end of the last good one."
             if run.keep_going
             else (
-                "Training stops. Try a lower peak (`lr_init`) or `clipnorm` in the optimizer; "
-                "`keep_going=True` goes on."
+                "Training stops. Try a lower peak (`lr_init`) or `clipnorm` in the optimizer, or "
+                "continue in such cases with `keep_going=True`."
             )
         )
         warnings.warn(
             f"Cycle {number} gives no member: {cause}. Kept: "
-            f"{counted(len(run.store.snapshots), 'member')}. {goes_on}",
+            f"{counted(len(run.store.snapshots), 'member')}. {consequence}",
             stacklevel=2,
         )
         run.progress.done.cycles = number + 1
         if run.keep_going:
-            for variable, value in zip(variables_of(self.model), self._good, strict=True):
+            for variable, value in zip(variables_of(self.model), self._last_good, strict=True):
                 variable.assign(value)
         else:
             self.model.stop_training = True
@@ -138,7 +140,7 @@ class CycleCallback(keras.callbacks.Callback):
         if run.max_snapshots is not None:
             run.store.keep_newest(run.max_snapshots)
         if run.keep_going:
-            self._good = training_values(self.model)
+            self._last_good = training_values(self.model)
         shown = " - ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
         self._message = (
             f"Snapshot of cycle {number} (epoch {epoch + 1}, "
@@ -149,7 +151,7 @@ class CycleCallback(keras.callbacks.Callback):
         self._log()
 
     def _log(self) -> None:
-        # One line, when the progress bar has ended its own.
+        # Delayed until the progress bar has ended its line.
         message, self._message = self._message, None
         if message is None or (self.params or {}).get("verbose") == 0:
             return
@@ -160,7 +162,7 @@ class CycleCallback(keras.callbacks.Callback):
 
 
 class StateCallback(keras.callbacks.Callback):
-    """Goes last among the callbacks: saves the state when all others have seen an epoch's end.
+    """Saves the state of training. It must be the last callback, to include the others' state.
 
     Args:
         run: The run.
@@ -181,14 +183,14 @@ class StateCallback(keras.callbacks.Callback):
 
 
 def training_values(model: keras.Model) -> list[np.ndarray]:
-    """Copies of all that training changes."""
+    """Copies of all variables that training changes."""
     return [keras.ops.convert_to_numpy(variable.value) for variable in variables_of(model)]
 
 
 def train(
     model: keras.Model, run: Run, *, x: Any, y: Any, arguments: dict[str, Any]
 ) -> keras.callbacks.History:
-    """Runs a plan through one `model.fit`, or what an interrupted run has left of it.
+    """Runs a plan, or the rest of an interrupted one, in one `model.fit`.
 
     Args:
         model: A compiled model.
@@ -198,7 +200,7 @@ def train(
         arguments: The other arguments of `model.fit`, without `epochs`.
 
     Returns:
-        What `model.fit` returns, with the epochs before an interruption.
+        The `History` of `model.fit`, including the epochs before an interruption.
     """
     if run.state is not None:
         build(model, x)
@@ -211,7 +213,8 @@ def train(
 
     callbacks = [CycleCallback(run, steps_of, passes), *own, StateCallback(run, own)]
     with run.rate.installed(), passes.counted():
-        # Of a run that has ended this is no epoch; it builds the model, and gives all its state.
+        # For a run that has ended this runs no epoch; it only builds the model and restores the
+        # state.
         result = model.fit(x, y, epochs=run.epochs, callbacks=callbacks, **arguments)
         if run.save_every is not None and not (run.state and run.state.position.finished):
             run.save_state(model, own, run.epochs, finished=True)
@@ -220,7 +223,7 @@ def train(
 
 
 def _complete(result: keras.callbacks.History, run: Run) -> keras.callbacks.History:
-    """The `History` of the whole run, also of its epochs before an interruption."""
+    """The `History` of the whole run, including its epochs before an interruption."""
     history, epochs = run.progress.history, run.epochs_done
     if run.state is None:
         for name in {"cycle", "shrink"} & set(history):

@@ -1,4 +1,4 @@
-"""A range test: which learning rates a model still learns at."""
+"""The learning-rate range test, which suggests a peak."""
 
 import contextlib
 import dataclasses
@@ -14,20 +14,20 @@ from snapshot_ensemble.training.fit_arguments import check_fit_arguments
 from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.state import RunPosition, TrainingState, build
 
-# The loss is averaged over rates that are a factor of about this apart, and a test ends where it is
-# so many times the least.
+# The loss is averaged over rates within a factor of about `SMOOTHED_OVER`. A test ends when the
+# loss exceeds its initial value by a factor of `DIVERGED`.
 SMOOTHED_OVER, DIVERGED = 1.5, 4.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RangeTest:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
         rates: The learning rate of each step, float64 of shape `(steps,)`.
-        losses: The loss of each step's batch before it, the same shape.
+        losses: The loss of each step's batch, before the step; the same shape.
         smoothed: The losses averaged over neighbouring rates, the same shape.
-        suggestion: The peak that it suggests.
+        suggestion: The suggested peak.
     """
 
     rates: np.ndarray
@@ -38,7 +38,7 @@ class RangeTest:
     def __str__(self) -> str:
         return (
             f"suggested peak: {self.suggestion:.2g} (loss {self.smoothed[0]:.4g} at "
-            f"{self.rates[0]:.2g}, least {self.smoothed.min():.4g} at "
+            f"{self.rates[0]:.2g}, minimum {self.smoothed.min():.4g} at "
             f"{self.rates[self.smoothed.argmin()]:.2g}, {self.smoothed[-1]:.4g} at "
             f"{self.rates[-1]:.2g})"
         )
@@ -47,7 +47,7 @@ class RangeTest:
 
 
 class _Sweep(keras.callbacks.Callback):
-    """Sets each step's rate, and keeps its loss."""
+    """Sets the rate of each step and records its loss."""
 
     def __init__(self, rates: np.ndarray, set_rate: Any) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Sweep(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.losses.append(float(logs["loss"]))
-        self.model.reset_metrics()  # What Keras gives is the mean since then.
+        self.model.reset_metrics()  # Keras reports the mean since the last reset.
         if len(self.losses) == len(self.rates) or self._has_diverged():
             self.model.stop_training = True
 
@@ -71,19 +71,20 @@ class _Sweep(keras.callbacks.Callback):
 
 
 def smooth(rates: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Averages over neighbours, weighted by a normal density of the logarithm of the rate."""
-    places = np.log(rates)
-    weights = np.exp(-0.5 * ((places[:, None] - places) / math.log(SMOOTHED_OVER)) ** 2)
+    """Smooths the losses with a Gaussian kernel over the logarithm of the rate."""
+    logs = np.log(rates)
+    weights = np.exp(-0.5 * ((logs[:, None] - logs) / math.log(SMOOTHED_OVER)) ** 2)
     return np.asarray(weights @ losses / weights.sum(axis=1))
 
 
 def suggest(rates: np.ndarray, smoothed: np.ndarray) -> float:
-    """The lowest rate at which nine tenths of the whole fall of the loss are reached.
+    """The lowest rate at which nine tenths of the total fall of the loss are reached.
 
-    Above it the loss still falls, or is about to rise: rates at which a long run does not train.
+    Higher rates still lower the loss in a short test, but are too close to divergence for a long
+    run.
     """
-    least = int(smoothed.argmin())
-    reached = smoothed <= smoothed[least] + 0.1 * (smoothed[0] - smoothed[least])
+    lowest = int(smoothed.argmin())
+    reached = smoothed <= smoothed[lowest] + 0.1 * (smoothed[0] - smoothed[lowest])
     return float(rates[int(reached.argmax())])
 
 
@@ -98,26 +99,25 @@ def range_test(
     steps: int,
     **fit_arguments: Any,
 ) -> RangeTest:
-    """Trains with a rate that grows from step to step, and puts everything back.
+    """Trains with a rate that grows from step to step, and then restores everything.
 
     Args:
         model: A compiled model.
-        rate: That of its optimizer.
+        rate: The learning rate of its optimizer.
         x: As for `model.fit`.
         y: As for `model.fit`.
         lr_min: The rate of the first step.
         lr_max: The rate of the last step.
-        steps: Number of steps, each at a rate the same factor above the one before.
+        steps: Number of steps; the rate grows by the same factor from each to the next.
         **fit_arguments: As for `model.fit`.
 
     Raises:
-        ValueError: If a rate or the number of steps is impossible, or the loss never falls, so that
-            there is nothing to choose by.
+        ValueError: If a rate or the number of steps is invalid, or the loss never falls.
         TypeError: If `model.fit` has no such argument.
     """
     rates = _rates(lr_min, lr_max, steps, fit_arguments)
     check_fit_arguments(model, fit_arguments)
-    with _put_back(model, x), rate.held() as set_rate:
+    with _restored(model, x), rate.held() as set_rate:
         sweep = _Sweep(rates, set_rate)
         given = {"verbose": 0, **fit_arguments, "callbacks": [sweep]}
         model.fit(x, y, epochs=len(rates), **given)
@@ -127,19 +127,20 @@ def range_test(
     smoothed = smooth(rates, losses)
     if not len(losses) or smoothed.min() >= smoothed[0]:
         raise ValueError(
-            "The loss never falls, so that there is no rate to suggest. Received: "
-            f"lr_min={lr_min}, lr_max={lr_max}, steps={steps}. Begin lower, or look at the data."
+            "The loss never falls, so there is no rate to suggest. Received: "
+            f"lr_min={lr_min}, lr_max={lr_max}, steps={steps}. Use a lower `lr_min`, or check the "
+            "data."
         )
     return RangeTest(rates, losses, smoothed, suggest(rates, smoothed))
 
 
 def _rates(lr_min: Any, lr_max: Any, steps: Any, fit_arguments: dict[str, Any]) -> np.ndarray:
-    """The rate of each step, or an error if there can be no such test."""
-    not_taken = {"epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"}
-    if given := sorted(not_taken & set(fit_arguments)):
+    """The rate of each step; raises an error for invalid arguments."""
+    unsupported = {"epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"}
+    if given := sorted(unsupported & set(fit_arguments)):
         raise ValueError(
-            "A range test counts in steps, and does nothing but train. Received: "
-            f"{', '.join(given)}. Leave it out."
+            "A range test takes a number of steps, and neither callbacks nor validation data. "
+            f"Received: {', '.join(given)}. Leave out these arguments."
         )
     steps = whole_number("steps", steps, 10)
     lr_min = real_number("lr_min", lr_min, positive=True)
@@ -152,8 +153,8 @@ def _rates(lr_min: Any, lr_max: Any, steps: Any, fit_arguments: dict[str, Any]) 
 
 
 @contextlib.contextmanager
-def _put_back(model: keras.Model, x: Any) -> Iterator[None]:
-    """Gives the model, its optimizer and the random generators back the state that they had."""
+def _restored(model: keras.Model, x: Any) -> Iterator[None]:
+    """Restores the model, its optimizer and the random generators afterwards."""
     build(model, x)
     if not model.optimizer.built:
         with model.distribute_strategy.scope():

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-# All are shares of the loss that they compare with.
+# All thresholds are fractions of the loss that they are compared with.
 # The training loss is at least this far below the validation loss.
 MIN_GAP = 0.5
 # The validation loss has risen by more than this above its lowest value so far, ...
@@ -12,7 +12,7 @@ MIN_RISE = 0.05
 # ... or it has fallen by less than this since the cycles before.
 MIN_FALL = 0.1
 # The first cycle came this close to the lowest validation loss so far: one cycle is long enough to
-# learn again what a restart takes away.
+# relearn what a restart removes.
 MAX_FIRST_CYCLE_GAP = 0.3
 
 
@@ -23,7 +23,7 @@ def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
     have raised it.
 
     Args:
-        history: Columns `cycle`, `loss` and `val_loss`, one value an epoch.
+        history: Columns `cycle`, `loss` and `val_loss`, one value per epoch.
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
     epochs = [row for row in zip(*columns, strict=False) if row[-1] is not None]

@@ -1,4 +1,4 @@
-"""One run of a plan: what is given, and how far it has come."""
+"""One run of a plan: its settings, and how far it has come."""
 
 import dataclasses
 from typing import Any
@@ -22,11 +22,11 @@ class Run:
         first_epoch: Keras's number of the plan's first epoch.
         store: Takes the snapshots.
         rate: The learning rate of the model's optimizer.
-        restarter: Changes the weights where a cycle begins.
-        progress: Grows by an epoch at a time, also if the run is interrupted.
-        number: Of the runs in this place, from 0.
-        max_snapshots: Keep the newest that many.
-        keep_going: Whether to go on after a cycle that ends in numbers that are not finite.
+        restarter: Changes the weights at the start of a cycle.
+        progress: Updated after every epoch, so it is up to date if the run is interrupted.
+        number: The run's number among those of its store, from 0.
+        max_snapshots: How many of the newest snapshots are kept; None: all.
+        keep_going: Whether to continue after a cycle that ends with values that are not finite.
         save_every: After how many epochs the state is saved; None: never.
         fingerprint: What must be the same for the run to be resumed.
         state: The state of an interrupted run to resume from, or None.
@@ -46,7 +46,7 @@ class Run:
     state: TrainingState | None = None
 
     def __post_init__(self) -> None:
-        self.steps: int | None = None  # In an epoch, once it is known.
+        self.steps: int | None = None  # Per epoch, once it is known.
         self.cycles_before = self.progress.done.cycles
         self.epochs_before = self.progress.done.epochs
         if self.state is not None:
@@ -61,7 +61,7 @@ class Run:
             self.next_epoch = self.epochs if position.finished else position.next_epoch
 
     def cycle_of(self, epoch: int) -> Cycle:
-        """The cycle that Keras's epoch belongs to."""
+        """The cycle of an epoch, given by Keras's number."""
         in_plan = epoch - self.first_epoch
         return next(cycle for cycle in self.plan if in_plan <= cycle.last_epoch)
 
@@ -71,7 +71,7 @@ class Run:
         return self.progress.done.epochs - self.epochs_before
 
     def is_state_due(self, epoch: int) -> bool:
-        """Whether the state is saved after an epoch; that after the last belongs to the end."""
+        """Whether the state is saved after an epoch; after the last one, `train` saves it."""
         if self.save_every is None or epoch == self.epochs - 1:
             return False
         in_plan = epoch - self.first_epoch
@@ -80,7 +80,7 @@ class Run:
     def save_state(
         self, model: keras.Model, callbacks: list[Any], next_epoch: int, finished: bool = False
     ) -> None:
-        """Saves the state of this moment."""
+        """Saves the current state of training."""
         position = RunPosition(
             run=self.number,
             fingerprint=self.fingerprint,

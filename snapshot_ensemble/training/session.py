@@ -11,7 +11,7 @@ from snapshot_ensemble.storage.record import Counts, Progress
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fingerprint import check_same, fingerprint
-from snapshot_ensemble.training.fit_arguments import is_validated
+from snapshot_ensemble.training.fit_arguments import has_validation
 from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.loop import train
 from snapshot_ensemble.training.run import Run
@@ -23,20 +23,20 @@ from snapshot_ensemble.training.state import TrainingState
 class FitSession:
     """One `fit`, from its arguments to its commit.
 
-    Whatever ends it before the first new snapshot or state is safe leaves the store, its record and
-    the directory as they were.
+    If it ends early, before the first new snapshot or state is on disk, the store, its record and
+    the directory are left as they were.
 
     Attributes:
         model: The compiled model.
         store: Where snapshots are kept.
-        settings: Arguments of the ensemble's constructor, to be kept beside the snapshots.
+        settings: Arguments of the ensemble's constructor, which are stored with the snapshots.
         rate: The learning rate of the model's optimizer.
-        restarter: Changes the weights where a cycle begins.
+        restarter: Changes the weights at the start of a cycle.
         plan: The cycles to run.
-        directory: As the user gave it, or None for memory.
-        next_run: The number of the run that this is, if it resumes: a script with several `fit`
-            goes through the runs of a directory one by one.
-        max_snapshots: Keep the newest that many.
+        directory: The directory as passed by the user; None for memory.
+        next_run: The number of the run to resume. A script with several `fit` calls goes through
+            the runs of a directory one by one.
+        max_snapshots: How many of the newest snapshots are kept; None: all.
         resume: As for `SnapshotEnsemble.fit`.
         overwrite: As for `SnapshotEnsemble.fit`.
         save_every: As for `SnapshotEnsemble.fit`.
@@ -58,18 +58,18 @@ class FitSession:
     keep_going: bool = False
 
     def __post_init__(self) -> None:
-        self.has_trained = False  # Not if the run had ended before.
+        self.has_trained = False  # Stays so if the run had already ended.
         if self.save_every is not None:
             self.save_every = whole_number("save_every", self.save_every, 1)
         if self.resume and (self.overwrite or self.directory is None):
-            why = "`overwrite=True` starts anew" if self.overwrite else "that needs a `directory`"
+            why = "`overwrite=True` starts over" if self.overwrite else "that needs a `directory`"
             raise ValueError(
-                f"`resume=True` resumes a run that was interrupted, and {why}. Received: "
+                f"`resume=True` resumes a run that was interrupted, but {why}. Received: "
                 f"resume=True, overwrite={self.overwrite}, directory={self.directory}"
             )
 
     def run(self, x: Any, y: Any, arguments: dict[str, Any]) -> keras.callbacks.History:
-        """Trains.
+        """Starts or resumes the run, and commits it.
 
         Args:
             x: As for `model.fit`.
@@ -80,13 +80,15 @@ class FitSession:
             The `History` of the whole run.
         """
         with self.store.transaction(resume=self.resume, overwrite=self.overwrite):
-            # What was interrupted may have been about to replace what is still here.
-            anew = self.overwrite or (self.resume and self.store.replacing)
-            progress = self._begin(anew, is_validated(arguments))
-            if not self.resume or anew:
+            # The interrupted run may have been about to replace the snapshots that are still there.
+            starts_over = self.overwrite or (self.resume and self.store.replacing)
+            progress = self._begin(starts_over, has_validation(arguments))
+            if not self.resume or starts_over:
                 self.next_run = progress.done.runs
-            same = fingerprint(self.model, self.plan, self.restarter.shrink, x, arguments)
-            state = self._state_to_resume(progress, same) if self.resume and not anew else None
+            current = fingerprint(self.model, self.plan, self.restarter.shrink, x, arguments)
+            state = None
+            if self.resume and not starts_over:
+                state = self._state_to_resume(progress, current)
             if self.resume and state is None and self.next_run < progress.done.runs:
                 return self._history_of_ended_run(progress, x)
             progress.saves_state = self.directory is not None and self.save_every is not None
@@ -101,7 +103,7 @@ class FitSession:
                 max_snapshots=self.max_snapshots,
                 keep_going=self.keep_going,
                 save_every=self.save_every if progress.saves_state else None,
-                fingerprint=same,
+                fingerprint=current,
                 state=state,
             )
             history = train(self.model, run, x=x, y=y, arguments=arguments)
@@ -111,51 +113,51 @@ class FitSession:
             self.store.commit()
         return history
 
-    def _begin(self, anew: bool, validated: bool) -> Progress:
-        """The progress that this run adds to; the one before stays as it is until all is safe."""
-        if anew:
+    def _begin(self, starts_over: bool, validated: bool) -> Progress:
+        """The progress that this run adds to: a copy, so that the old one can be restored."""
+        if starts_over:
             self.store.restart()
         record = self.store.record
-        progress = Progress() if anew else record.progress.copy()
+        progress = Progress() if starts_over else record.progress.copy()
         progress.pretrained = self.restarter.prepare(
             self.model, record.progress.pretrained, is_validated=validated
         )
         record.progress, record.settings = progress, self.settings
         return progress
 
-    def _state_to_resume(self, progress: Progress, same: dict[str, Any]) -> TrainingState | None:
-        """The state of this run in the directory; None if another run was the last to save one.
+    def _state_to_resume(self, progress: Progress, current: dict[str, Any]) -> TrainingState | None:
+        """The saved state of this run; None if another run saved its state last.
 
-        Progress and snapshots go back to the moment of the state.
+        Progress and snapshots are rolled back to the time of the state.
         """
         path = self.store.state
         state = None if path is None else TrainingState.read(path, self.store.base)
         if state is not None:
             progress.run_epochs = state.position.epochs_of_runs()
             if state.position.run == self.next_run:
-                check_same(state.position.fingerprint, same, self.directory)
+                check_same(state.position.fingerprint, current, self.directory)
                 self._go_back_to(state.position.done, progress)
                 return state
         self._check_unsaved(progress, Counts.zero() if state is None else state.position.done)
         return None
 
     def _check_unsaved(self, progress: Progress, saved: Counts) -> None:
-        """Goes back to the last state if a run was killed before its own; else it must not be lost.
+        """Rolls back to the last state if the run was killed before it saved its own.
 
         Raises:
-            ValueError: If the run has epochs and keeps no state to resume from.
+            ValueError: If the run has finished epochs but saves no state to resume from.
         """
         done = progress.done
         if done.epochs <= saved.epochs or self.next_run != done.runs:
             return
         if progress.saves_state and done.cycles <= saved.cycles + 1:
-            # It was killed between its first snapshot and the state of the same epoch.
+            # The run was killed between its first snapshot and the state of the same epoch.
             self._go_back_to(dataclasses.replace(saved, runs=self.next_run), progress)
             return
         raise ValueError(
-            "The directory holds no state of training to resume from. Received: "
-            f"resume=True, directory='{self.directory}'. `fit` saves one with `save_every`. "
-            "Start anew with `overwrite=True`, or add cycles by "
+            "The directory has no state of training to resume from. Received: "
+            f"resume=True, directory='{self.directory}'. `fit` saves one if `save_every` is set. "
+            "Start over with `overwrite=True`, or add cycles with "
             "`SnapshotEnsemble.load(directory).fit(...)`."
         )
 

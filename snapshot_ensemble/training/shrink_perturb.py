@@ -1,4 +1,4 @@
-"""What a restart leaves of the weights: shrink and perturb."""
+"""Restarts that shrink the weights and perturb them with a new draw (shrink and perturb)."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ from snapshot_ensemble.training.overfitting import has_overfitted
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
 
-# What `"auto"` carries over once the run has overfitted.
+# The share that `"auto"` carries over once the run has overfitted.
 AUTO_SHARE = 0.5
 
 
 def check_shrink(shrink: Any) -> Any:
-    """The value, or an error that says what it may be."""
+    """The value, normalised; raises an error that says what is valid."""
     if isinstance(shrink, str):
         if shrink != "auto":
             raise ValueError(
-                "`shrink` must be a number from 0 to 1, a dict of such by layer name, or 'auto'. "
-                f"Received: shrink={shrink!r}"
+                "`shrink` must be a number from 0 to 1, a dict of numbers by layer name, or "
+                f"'auto'. Received: shrink={shrink!r}"
             )
         return shrink
     if isinstance(shrink, Mapping):
@@ -41,14 +41,14 @@ def _share(shrink: Any) -> float:
 
 
 class Part:
-    """A layer that can be made anew by itself: its weights, and how they begin.
+    """A layer that can be recreated from its config, to draw new initial weights.
 
     Args:
         layer: A built layer.
-        path: The names of the layers around it and its own.
+        path: The names of the enclosing layers, and its own.
 
     Raises:
-        ValueError: If it cannot be made from its config.
+        ValueError: If it cannot be recreated from its config.
     """
 
     def __init__(self, layer: Any, path: tuple[str, ...]) -> None:
@@ -59,19 +59,19 @@ class Part:
         self.constants = {i: one[i] for i, equal in enumerate(same) if equal}
 
     def draw(self) -> list[np.ndarray]:
-        """What its weights would be if it were made now, from Python's random numbers."""
+        """New initial weights, with seeds drawn from Python's random generator."""
         layer = self.layer
-        with random_initializers_replaced(_drawn_anew):
+        with random_initializers_replaced(_with_new_seed):
             fresh = type(layer).from_config(layer.get_config())
             if not fresh.built:
                 fresh.build_from_config(layer.get_build_config())
-        found: list[np.ndarray] = fresh.get_weights()
-        if [a.shape for a in found] != [tuple(v.shape) for v in self.weights]:
-            raise ValueError("Its config does not say what it is.")
-        return found
+        weights: list[np.ndarray] = fresh.get_weights()
+        if [a.shape for a in weights] != [tuple(v.shape) for v in self.weights]:
+            raise ValueError("The layer's config gives weights of other shapes.")
+        return weights
 
     def was_trained(self) -> bool | None:
-        """Whether a weight that begins as a constant is something else; None without such."""
+        """Whether a weight with a constant initial value has changed; None if there is none."""
         if not self.constants:
             return None
         return any(
@@ -80,63 +80,64 @@ class Part:
         )
 
 
-def _drawn_anew(initializer: Any) -> Any:
-    """The same kind with another seed: one of a layer's own would draw the same again."""
+def _with_new_seed(initializer: Any) -> Any:
+    """The same initializer with a new seed; with its own it would draw the same values again."""
     config = initializer.get_config()
     return type(initializer).from_config({**config, "seed": random.randrange(1, 2**31)})
 
 
 def parts_of(model: keras.Model) -> list[Part]:
-    """The parts of a model, from its inputs to its outputs as far as that is known.
+    """The parts of a model, in the order of its layers.
 
     Raises:
-        ValueError: If weights belong to a layer that cannot be made anew.
+        ValueError: If weights belong to a layer that cannot be recreated.
     """
     return list(_parts(model, ()))
 
 
-def _parts(layer: Any, around: tuple[str, ...]) -> Iterator[Part]:
-    path = (*around, layer.name)
+def _parts(layer: Any, enclosing: tuple[str, ...]) -> Iterator[Part]:
+    path = (*enclosing, layer.name)
     if not layer.weights:
         return
     if not isinstance(layer, keras.Model):
         try:
             yield Part(layer, path)
             return
-        except Exception:  # Of one that cannot be made, the layers inside may be.
+        except Exception:  # Then the layers inside may be recreated one by one.
             pass
     if own := own_trainable_variables(layer):
         raise ValueError(
-            "`shrink` below 1 draws weights anew, and nothing is known of how these began: "
-            f"{', '.join(v.path for v in own)}. Give the layer that makes them a `get_config` "
-            "from which it can be made, or use `shrink=1`."
+            "`shrink` below 1 draws new weights, but it is not known how these are initialised. "
+            f"Received: {', '.join(v.path for v in own)}. Give the layer that creates them a "
+            "`get_config` from which it can be recreated, or use `shrink=1`."
         )
     for inner in direct_layers(layer):
         yield from _parts(inner, path)
 
 
 def trained_before(parts: Sequence[Part]) -> list[int]:
-    """The places of parts that are not as they begin.
+    """The indices of the parts that have been trained.
 
-    A bias that is not zero tells, or a scale that is not one. Parts without such go with the
-    next one that has them, as a convolution with the normalisation behind it, else with the last.
+    A trained part is recognised by a bias that is not zero, or a scale that is not one. A part
+    without such weights counts as trained if the next part that has them does (a convolution and
+    the normalisation after it), or, if there is no next one, the previous part.
     """
     known = [part.was_trained() for part in parts]
     for order in (range(len(parts) - 2, -1, -1), range(1, len(parts))):
-        for place in order:
-            if known[place] is None:  # Of the next one, and then of the one before.
-                known[place] = known[place + (1 if order.step < 0 else -1)]
-    return [place for place, found in enumerate(known) if found]
+        for index in order:
+            if known[index] is None:  # First from the next part, then from the previous one.
+                known[index] = known[index + (1 if order.step < 0 else -1)]
+    return [index for index, is_trained in enumerate(known) if is_trained]
 
 
 class Restarter:
-    """Shrinks the weights towards a fresh draw where a cycle begins.
+    """Mixes the weights with a new draw at the start of a cycle.
 
     Args:
-        shrink: A value that `check_shrink` has passed.
+        shrink: A value that `check_shrink` has returned.
 
     Attributes:
-        share: What the last restart carried over.
+        share: The share of the weights that the last restart carried over.
     """
 
     def __init__(self, shrink: Shrink = 1.0) -> None:
@@ -145,34 +146,34 @@ class Restarter:
 
     @property
     def is_warm(self) -> bool:
-        """Whether every restart is the paper's, which carries all weights over."""
+        """Whether every restart is warm, as in the paper, and carries all weights over."""
         return self.shrink == 1
 
     def prepare(
         self, model: keras.Model, pretrained: list[int] | None, *, is_validated: bool = True
     ) -> list[int] | None:
-        """Checks before a run that the weights can shrink, and looks what was trained before.
+        """Checks before a run that new weights can be drawn, and finds the pretrained parts.
 
         Args:
-            model: What will be trained.
-            pretrained: The places of parts that were trained before the first run, if known.
+            model: The model to train.
+            pretrained: The indices of the parts that were trained before the first run, if known.
             is_validated: Whether there are validation data, which `"auto"` needs to do anything.
 
         Returns:
-            `pretrained`, found out if it can be.
+            `pretrained`, determined if it was not known.
 
         Raises:
-            ValueError: If the model is not one whose weights can shrink as they are to.
+            ValueError: If `shrink` cannot be applied to this model.
         """
         if not model.built:
-            return [] if pretrained is None else pretrained  # Nothing in it is trained.
+            return [] if pretrained is None else pretrained  # Nothing is trained yet.
         if self.is_warm or (self.shrink == "auto" and not is_validated):
             return pretrained
         generator = random.getstate()
         try:
             parts = self._parts(model)
         finally:
-            random.setstate(generator)  # To have looked changes nothing.
+            random.setstate(generator)  # This check must not change later draws.
         if pretrained is None:
             pretrained = trained_before(parts)
         self._check_for(parts, pretrained)
@@ -184,23 +185,23 @@ class Restarter:
             if unknown := sorted(set(self.shrink) - names):
                 raise ValueError(
                     f"`shrink` must name layers with weights. Received: {', '.join(unknown)}. "
-                    f"There are: {', '.join(sorted(names))}"
+                    f"The layers with weights are: {', '.join(sorted(names))}"
                 )
         elif self.shrink != "auto" and len(pretrained) == len(parts):
             raise ValueError(
-                "`shrink` leaves layers alone that were trained before, and these are all that "
-                f"there are. Received: shrink={self.shrink}. Name those that it is meant for: "
+                "`shrink` does not change layers that were trained before, and all layers of this "
+                f"model were. Received: shrink={self.shrink}. Name the layers to change, such as "
                 f"shrink={{{parts[-1].path[-1]!r}: {self.shrink}}}"
             )
 
     def restart(self, model: keras.Model, progress: Progress) -> float:
-        """Changes the weights; returns the share carried over, the least if there are several."""
+        """Changes the weights; returns the share carried over, the lowest if there are several."""
         self.share = 1.0
         if self.is_warm or (self.shrink == "auto" and not has_overfitted(progress.history)):
             return self.share
         trained = {id(variable) for variable in model.trainable_variables}
-        for place, part in enumerate(self._parts(model)):
-            share = self._share_of(part, place in (progress.pretrained or ()))
+        for index, part in enumerate(self._parts(model)):
+            share = self._share_of(part, index in (progress.pretrained or ()))
             if share == 1 or not trained & {id(variable) for variable in part.weights}:
                 continue
             self.share = min(self.share, share)
@@ -216,12 +217,12 @@ class Restarter:
         except ValueError:
             if self.shrink != "auto":
                 raise
-            return []  # Then all restarts are warm.
+            return []  # All restarts of such a model are warm.
 
     def _share_of(self, part: Part, is_pretrained: bool) -> float:
         if isinstance(self.shrink, Mapping):
             named = [self.shrink[name] for name in part.path if name in self.shrink]
-            return named[-1] if named else 1.0  # The innermost name counts.
+            return named[-1] if named else 1.0  # The innermost name takes precedence.
         if is_pretrained:
             return 1.0
         return AUTO_SHARE if isinstance(self.shrink, str) else self.shrink

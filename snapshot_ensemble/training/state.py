@@ -23,18 +23,18 @@ from snapshot_ensemble.storage.weight_delta import as_bits, from_bits, same
 
 @dataclasses.dataclass
 class RunPosition:
-    """How far a run has come.
+    """How far a run has come; saved in the state.
 
     Attributes:
-        run: Its number, from 0, of the runs in its directory.
+        run: Its number among the runs of its directory, from 0.
         fingerprint: What must be the same for it to be resumed.
         next_epoch: Keras's number of the epoch to resume with.
         finished: Whether it has ended.
-        steps: Steps in an epoch; None until that is known.
+        steps: Steps per epoch; None until that is known.
         cycles_before: Number of cycles before the run.
-        epochs: Number of its epochs that are done.
-        run_epochs: Number of epochs of each run before.
-        done: What is done over all runs.
+        epochs: Number of its finished epochs.
+        run_epochs: Number of epochs of each earlier run.
+        done: Totals over all runs.
     """
 
     run: Count = 0
@@ -54,14 +54,14 @@ class RunPosition:
 
 @dataclasses.dataclass
 class _Facts:
-    """What a state file says beside its arrays and the position of the run.
+    """What a state file holds besides its arrays and the position of the run.
 
     Attributes:
         callbacks: Class name and state of each callback.
-        optimizers: For each optimizer the numbers of the variables that it was built for.
+        optimizers: For each optimizer, the numbers of the variables that it was built for.
         random: The states of Python's and NumPy's generators.
-        weights: For each of the model's weights its number among the variables.
-        shared: Numbers of variables that the file leaves out, with their places in the base.
+        weights: For each of the model's weights, its number among the variables.
+        shared: For each variable that the file leaves out, its index in the base.
     """
 
     callbacks: list[Any]
@@ -72,13 +72,13 @@ class _Facts:
 
 
 class TrainingState:
-    """What resuming a run needs: plain arrays, and facts that JSON can represent.
+    """Everything needed to resume a run: arrays, and facts that JSON can represent.
 
     Args:
-        arrays: By name.
+        arrays: The arrays by name.
         position: How far the run has come.
         facts: The other facts.
-        base: Gives the weights of a model that are kept elsewhere.
+        base: Returns the weights that the state leaves out because another file has them.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TrainingState:
 
     @classmethod
     def of(cls, model: keras.Model, callbacks: Sequence[Any], position: RunPosition) -> Self:
-        """The state of this moment."""
+        """The current state."""
         arrays, variables = {}, variables_of(model)
         for number, variable in enumerate(variables):
             arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
@@ -108,71 +108,71 @@ class TrainingState:
         return cls(arrays, position, _Facts(states, _built_for(model), _random_state(), weights))
 
     def write(self, path: str | os.PathLike[str], base: Weights | None = None) -> None:
-        """Writes it as `.npz`, in which nothing is pickled; without what a base has."""
+        """Writes the state as `.npz` without pickles, leaving out arrays that the base has."""
         plain = {name: as_bits(array) for name, array in self.arrays.items()}
         shared = {}
-        for place, number in enumerate(self._facts.weights if base is not None else ()):
-            if base is not None and same(self.arrays[f"variable_{number}"], base[place]):
-                shared[str(number)] = place
+        for index, number in enumerate(self._facts.weights if base is not None else ()):
+            if base is not None and same(self.arrays[f"variable_{number}"], base[index]):
+                shared[str(number)] = index
                 del plain[f"variable_{number}"]
         facts = dataclasses.replace(self._facts, shared=shared)
         text = json.dumps({**encode(self.position), **encode(facts)}).encode()
-        with open(path, "wb") as file:  # noqa: PTH123  A file, so that NumPy adds no ending.
+        with open(path, "wb") as file:  # noqa: PTH123  For a path, NumPy adds a suffix.
             np.savez(file, **plain, facts=np.frombuffer(text, "uint8"))  # type: ignore[arg-type]
 
     @classmethod
     def read(
         cls, path: str | os.PathLike[str], base: Callable[[keras.Model], Weights] | None = None
     ) -> Self:
-        """Reads what `write` wrote; raises `SnapshotError` if it is something else."""
+        """Reads what `write` wrote; raises `SnapshotError` for any other file."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             content = json.loads(arrays.pop("facts").tobytes())
             position, facts = (decode(kind, content, "facts") for kind in (RunPosition, _Facts))
-        except Exception as error:  # NumPy raises errors of many classes for a broken file.
-            raise SnapshotError(f"'{path}' is no state of training: {error}") from error
+        except Exception as error:  # NumPy raises many classes of errors for a damaged file.
+            raise SnapshotError(f"'{path}' is not a valid state of training: {error}") from error
         return cls(arrays, position, facts, base)
 
     def restore_model(self, model: keras.Model) -> None:
-        """Gives the model, its optimizers and the random generators this state."""
+        """Restores the model, its optimizers and the random generators."""
         _build_optimizers(model, self._facts.optimizers)
         variables = variables_of(model)
         if self._facts.shared and self._base is not None:
             base = self._base(model)
-            for shared, place in self._facts.shared.items():
-                self.arrays[f"variable_{shared}"] = base[place]
+            for key, index in self._facts.shared.items():
+                self.arrays[f"variable_{key}"] = base[index]
         self._check_for(variables)
         for number, variable in enumerate(variables):
             array = self.arrays[f"variable_{number}"]
-            own = keras.ops.convert_to_numpy(variable.value).dtype
-            variable.assign(from_bits(array, own))
+            dtype = keras.ops.convert_to_numpy(variable.value).dtype
+            variable.assign(from_bits(array, dtype))
         if "keras_seed" in self.arrays:
             set_global_seed(self.arrays["keras_seed"])
         _set_random_state(self._facts.random)
 
     def _check_for(self, variables: Sequence[Any]) -> None:
-        """Raises `SnapshotError` unless it has an array for each of the variables, and no other."""
+        """Raises `SnapshotError` unless there is exactly one array for each variable."""
         kept = [name for name in self.arrays if name.startswith("variable_")]
         for number, variable in enumerate(variables):
             array = self.arrays.get(f"variable_{number}")
             if array is None or array.shape != tuple(variable.shape) or len(kept) > len(variables):
                 shape = None if array is None else array.shape
                 raise SnapshotError(
-                    "The state of training is not this model's and its optimizer's. Received: "
-                    f"{variable.path} of shape {tuple(variable.shape)}, in the state {shape}; "
-                    f"{len(variables)} variables, in the state {len(kept)}"
+                    "The state of training belongs to another model or optimizer. Received: "
+                    f"{variable.path} of shape {tuple(variable.shape)}, but {shape} in the state; "
+                    f"{len(variables)} variables, but {len(kept)} in the state"
                 )
 
     def restore_callbacks(self, callbacks: Sequence[Any]) -> None:
-        """Gives the callbacks, those that are of the same class as then, their state."""
+        """Restores the callbacks that have the same class as when the state was saved."""
         for callback, (kind, state) in zip(callbacks, self._facts.callbacks, strict=False):
             if type(callback).__name__ == kind and state is not None:
-                _give_back(callback, _unpack(state, self.arrays))
+                _set_state_of(callback, _unpack(state, self.arrays))
 
 
 def variables_of(model: keras.Model) -> list[Any]:
-    """All that training changes: weights, seeds of dropout, the slots of optimizers."""
+    """All variables that training changes: weights, dropout seeds, optimizer slots."""
     variables = list(model.variables)
     for optimizer in optimizers_of(model):
         variables += optimizer.variables
@@ -180,7 +180,7 @@ def variables_of(model: keras.Model) -> list[Any]:
 
 
 def _built_for(model: keras.Model) -> list[list[int] | None]:
-    """The model's variables that each optimizer was built for, by their numbers."""
+    """For each optimizer, the numbers of the variables that it was built for."""
     numbers = {id(variable): number for number, variable in enumerate(model.variables)}
     return [
         [numbers[id(v)] for v in built_for(optimizer)] if optimizer.built else None
@@ -189,7 +189,7 @@ def _built_for(model: keras.Model) -> list[list[int] | None]:
 
 
 def _build_optimizers(model: keras.Model, variables: list[list[int] | None]) -> None:
-    """Builds those that had been, which Keras does at their first step."""
+    """Builds the optimizers that were built, without waiting for their first step."""
     for optimizer, numbers in zip(optimizers_of(model), variables, strict=True):
         if numbers and not optimizer.built:
             with model.distribute_strategy.scope():
@@ -197,22 +197,22 @@ def _build_optimizers(model: keras.Model, variables: list[list[int] | None]) -> 
 
 
 def build(model: keras.Model, x: Any) -> None:
-    """Builds a model that Keras would build at its first step, so that it can take a state."""
+    """Builds a model before its first step, so that its state can be restored."""
     if model.built:
         return
     if hasattr(x, "__next__"):
         raise ValueError(
-            "Only a model that is built can go on with data that are gone through once. Received: "
+            "With data that can be read only once, the model must be built. Received: "
             f"model={model.name!r}, not built, x={type(x).__name__}. Call it on a batch first."
         )
-    if isinstance(x, tf.data.Dataset):  # Of its kind, without beginning a pass.
+    if isinstance(x, tf.data.Dataset):  # From its spec, without beginning a pass.
         spec = keras.utils.unpack_x_y_sample_weight(x.element_spec)[0]
-        batch = (keras.tree.map_structure(lambda s: np.zeros(_one_row(s.shape), _name(s)), spec),)
+        batch = (keras.tree.map_structure(lambda s: np.zeros(_one_row(s.shape), _dtype(s)), spec),)
     elif isinstance(x, keras.utils.PyDataset):
         batch = x[0]
     else:
         batch = (keras.tree.map_structure(lambda array: np.asarray(array[:1]), x),)
-    # One that cannot be called is told from the state by its variables, when it takes them.
+    # If the model cannot be called, restoring its state reports the missing variables.
     with contextlib.suppress(NotImplementedError):
         model(keras.utils.unpack_x_y_sample_weight(batch)[0])
 
@@ -221,12 +221,12 @@ def _one_row(shape: Any) -> list[int]:
     return [1 if size is None else size for size in shape]
 
 
-def _name(spec: Any) -> str:
+def _dtype(spec: Any) -> Any:
     return spec.dtype.as_numpy_dtype
 
 
 def _state_of(callback: Any) -> Any:
-    """What a callback says of itself, and what a callback of Keras holds in plain attributes."""
+    """The result of `get_state`, or the plain attributes of one of Keras's own callbacks."""
     if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
         return callback.get_state()
     if not is_stock_callback(callback):
@@ -240,11 +240,11 @@ def _state_of(callback: Any) -> Any:
 
 
 def _is_operation(value: Any) -> bool:
-    """Whether it is one of Keras's, such as the comparison that `EarlyStopping` chose."""
+    """Whether it is a Keras operation, such as the comparison that `EarlyStopping` uses."""
     return callable(value) and getattr(keras.ops, getattr(value, "__name__", ""), None) is value
 
 
-def _give_back(callback: Any, state: Any) -> None:
+def _set_state_of(callback: Any, state: Any) -> None:
     if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
         callback.set_state(state)
     else:
@@ -252,7 +252,7 @@ def _give_back(callback: Any, state: Any) -> None:
 
 
 def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
-    """What JSON can say of a value; arrays go beside it."""
+    """A value as JSON; arrays are added to `arrays`, and the JSON names them."""
     if isinstance(value, np.ndarray) and value.ndim:
         arrays[name] = value
         return {"array": name}
@@ -280,8 +280,8 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _random_state() -> dict[str, Any]:
-    """Python's and NumPy's generators, by which generators and callbacks may shuffle."""
-    state: Any = np.random.get_state()  # noqa: NPY002  It is that one's state.
+    """The states of Python's and NumPy's generators, which data and callbacks may use."""
+    state: Any = np.random.get_state()  # noqa: NPY002  The global generator is needed.
     kind, keys, *rest = state
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
 

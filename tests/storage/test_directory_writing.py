@@ -7,13 +7,13 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from models import BreakOffError, assert_same, classifier, member_weights, same
+from models import SimulatedCrashError, assert_same, classifier, member_weights, same
 from storage_cases import (
     LOCK,
     MANIFEST,
     X,
     Y,
-    break_off,
+    crash,
     each_epoch,
     ensemble,
     file_entries,
@@ -168,8 +168,8 @@ def test_weights_that_were_set_do_not_outlive_their_members_on_disk(made):
 
 def test_a_fit_that_breaks_off_leaves_the_members_that_it_finished(made):
     ens = SnapshotEnsemble.load(made.directory)
-    with pytest.raises(BreakOffError):
-        fit(ens, epochs=6, callbacks=[each_epoch(lambda e: break_off() if e == 2 else None)])
+    with pytest.raises(SimulatedCrashError):
+        fit(ens, epochs=6, callbacks=[each_epoch(lambda e: crash() if e == 2 else None)])
     assert len(ens) == 4
     again = SnapshotEnsemble.load(made.directory)
     assert_same(member_weights(again), member_weights(ens))
@@ -178,7 +178,7 @@ def test_a_fit_that_breaks_off_leaves_the_members_that_it_finished(made):
 
 def test_the_history_on_disk_has_the_epochs_of_a_fit_that_broke_off(made):
     ens = SnapshotEnsemble.load(made.directory)
-    with pytest.raises(BreakOffError):
-        fit(ens, epochs=6, callbacks=[each_epoch(lambda e: break_off() if e == 2 else None)])
+    with pytest.raises(SimulatedCrashError):
+        fit(ens, epochs=6, callbacks=[each_epoch(lambda e: crash() if e == 2 else None)])
     assert len(ens.history["loss"]) == 6
     assert SnapshotEnsemble.load(made.directory).history == ens.history

@@ -238,7 +238,7 @@ def test_a_script_goes_on_from_wherever_it_was_killed(tmp_path):
 def test_a_file_that_lost_its_manifest_is_not_taken_for_a_killed_writers(made):
     (made.directory / MANIFEST).unlink()
     before = contents(made.directory)
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty"):
         fit(new_run(made.directory), resume=True)
     assert contents(made.directory) == before
 

@@ -21,16 +21,16 @@ with DirectoryLock(pathlib.Path(sys.argv[1])):
 
 
 @pytest.fixture
-def held(broken_run):
+def held(interrupted_run):
     """A directory that another process writes to, and that process."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(broken_run)],
+        [sys.executable, "-c", HOLDER, str(interrupted_run)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline() == "held\n"
-    yield broken_run, process
+    yield interrupted_run, process
     process.kill()
     process.wait()
     process.stdin.close()
@@ -40,7 +40,7 @@ def held(broken_run):
 def test_a_second_writer_is_refused_at_once_and_a_dead_one_does_not_block(held):
     directory, process = held
     ens = SnapshotEnsemble.load(directory)  # A reader may.
-    message = "Another run writes to the directory. Received: directory="
+    message = "Another run is writing to the directory. Received: directory="
     with pytest.raises(BlockingIOError, match=message):
         run(directory, resume=True)
     with pytest.raises(BlockingIOError, match=message):
@@ -57,28 +57,30 @@ def test_a_second_writer_is_refused_at_once_and_a_dead_one_does_not_block(held):
     assert len(ens) == 3
 
 
-def test_a_second_writer_in_the_same_process_is_refused(broken_run):
-    other = SnapshotEnsemble.load(broken_run)
+def test_a_second_writer_in_the_same_process_is_refused(interrupted_run):
+    other = SnapshotEnsemble.load(interrupted_run)
 
     def write(epoch, logs):
-        with pytest.raises(BlockingIOError, match="Another run writes"):
+        with pytest.raises(BlockingIOError, match="Another run is writing"):
             other.weights = [1.0]
         seen.append(epoch)
 
     seen = []
-    run(broken_run, resume=True, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=write)])
+    run(
+        interrupted_run, resume=True, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=write)]
+    )
     assert seen == [3, 4, 5]
     # Now it is behind what is there.
     with pytest.raises(SnapshotError, match=r"ensemble\.json' was changed by another process"):
         other.weights = [1.0]
 
 
-def test_what_a_killed_writer_left_is_cleared_away(broken_run):
+def test_what_a_killed_writer_left_is_cleared_away(interrupted_run):
     left = ["writing-1-snapshot-0009.weights.h5", "snapshot-9999.weights.h5", "state-9999.npz"]
     for name in [*left, "mine.weights.h5"]:
-        (broken_run / name).write_bytes(b"left")
-    run(broken_run, resume=True)
-    names = {path.name for path in broken_run.iterdir()}
+        (interrupted_run / name).write_bytes(b"left")
+    run(interrupted_run, resume=True)
+    names = {path.name for path in interrupted_run.iterdir()}
     assert not names & set(left)
     assert "mine.weights.h5" in names
 
@@ -91,16 +93,18 @@ def test_a_directory_with_only_what_a_killed_writer_left_is_free(tmp_path):
     assert len(ens) == 3
 
 
-def test_a_reader_that_a_writer_overtakes_reads_again(broken_run, monkeypatch):
+def test_a_reader_that_a_writer_overtakes_reads_again(interrupted_run, monkeypatch):
     opened, open_store = [], DirectoryStore.open
 
     def overtaken(directory):
         store = open_store(directory)
         if not opened:
             opened.append(store)
-            run(broken_run, resume=True, max_snapshots=1)  # Removes the file that it would read.
+            run(
+                interrupted_run, resume=True, max_snapshots=1
+            )  # Removes the file that it would read.
         return store
 
     monkeypatch.setattr(DirectoryStore, "open", overtaken)
-    loaded = SnapshotEnsemble.load(broken_run)
+    loaded = SnapshotEnsemble.load(interrupted_run)
     assert [snapshot.cycle for snapshot in loaded.snapshots] == [2]

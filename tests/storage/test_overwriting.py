@@ -6,12 +6,12 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from models import BreakOffError, assert_same, classifier, member_weights, same
+from models import SimulatedCrashError, assert_same, classifier, member_weights, same
 from storage_cases import (
     MANIFEST,
     X,
-    break_off,
     contents,
+    crash,
     each_epoch,
     ensemble,
     file_entries,
@@ -45,7 +45,7 @@ def test_fit_refuses_a_directory_that_holds_something(taken, tmp_path):
     before = contents(tmp_path)
     ens = ensemble(taken)
     weights = ens.model.get_weights()
-    with pytest.raises(ValueError, match=r"holds something already.*taken.*`overwrite=True`"):
+    with pytest.raises(ValueError, match=r"is not empty.*taken.*`overwrite=True`"):
         fit(ens)
     assert contents(tmp_path) == before
     assert_same(ens.model.get_weights(), weights)
@@ -54,7 +54,7 @@ def test_fit_refuses_a_directory_that_holds_something(taken, tmp_path):
 
 def test_save_refuses_a_directory_that_holds_something(taken, tmp_path, made_once):
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"holds something already.*taken.*`overwrite=True`"):
+    with pytest.raises(ValueError, match=r"is not empty.*taken.*`overwrite=True`"):
         in_memory(made_once.directory).save(taken)
     assert contents(tmp_path) == before
 
@@ -95,7 +95,7 @@ def test_overwriting_waits_for_the_end_of_the_first_epoch(made):
     assert not same(seen[1][0], made.weights[0])
 
 
-@pytest.mark.parametrize("error", [BreakOffError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [SimulatedCrashError, KeyboardInterrupt])
 def test_overwriting_that_breaks_off_leaves_what_was_there(made, error):
     def stop(epoch):
         raise error
@@ -107,7 +107,7 @@ def test_overwriting_that_breaks_off_leaves_what_was_there(made, error):
     assert contents(made.directory) == old
     assert len(ens) == 0
     assert ens.history == {}
-    with pytest.raises(ValueError, match="holds something already"):
+    with pytest.raises(ValueError, match="is not empty"):
         fit(ens)
 
 
@@ -116,8 +116,8 @@ def test_overwriting_its_own_members_that_breaks_off_leaves_them(made):
     history = copy.deepcopy(ens.history)
     ens.weights = [0.125, 0.375, 0.5]
     old = contents(made.directory)
-    with pytest.raises(BreakOffError):
-        fit(ens, epochs=6, overwrite=True, callbacks=[each_epoch(break_off)])
+    with pytest.raises(SimulatedCrashError):
+        fit(ens, epochs=6, overwrite=True, callbacks=[each_epoch(crash)])
     assert contents(made.directory) == old
     assert ens.history == history
     np.testing.assert_array_equal(ens.weights, [0.125, 0.375, 0.5])
@@ -129,8 +129,8 @@ def test_overwriting_its_own_members_that_breaks_off_leaves_them(made):
 def test_overwriting_in_memory_that_breaks_off_leaves_the_members():
     ens = fitted()
     weights, history = member_weights(ens), copy.deepcopy(ens.history)
-    with pytest.raises(BreakOffError):
-        fit(ens, epochs=6, overwrite=True, callbacks=[each_epoch(break_off)])
+    with pytest.raises(SimulatedCrashError):
+        fit(ens, epochs=6, overwrite=True, callbacks=[each_epoch(crash)])
     assert_same(member_weights(ens), weights)
     assert ens.history == history
     fit(ens)

@@ -105,13 +105,13 @@ def test_arrays_tuples_and_numbers_that_json_lacks():
 @pytest.mark.parametrize(
     ("learned", "message"),
     [
-        ({"weights": [0.5, 0.5, 0.0]}, "`weights` are not those of 2 members"),
+        ({"weights": [0.5, 0.5, 0.0]}, "`weights` are not valid for 2 members"),
         ({"weights": [0.5, 0.6]}, "`weights` are not"),
         ({"weights": [1.5, -0.5]}, "`weights` are not"),
         ({"weights": [math.nan, 1.0]}, "`weights` are not"),
-        ({"members": 0}, "`members` are not some of 2"),
-        ({"members": 3}, "`members` are not some of 2"),
-        ({"members": [0, 2]}, "`members` are not some of 2"),
+        ({"members": 0}, "`members` are not valid for 2"),
+        ({"members": 3}, "`members` are not valid for 2"),
+        ({"members": [0, 2]}, "`members` are not valid for 2"),
     ],
 )
 def test_what_was_learned_must_be_about_the_members(learned, message):

@@ -5,7 +5,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from models import BreakOffError, assert_same, member_weights, three_classes
+from models import SimulatedCrashError, assert_same, member_weights, three_classes
 from storage_cases import manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
@@ -78,12 +78,12 @@ def test_a_saved_ensemble_has_it_once_too(tmp_path):
 def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, dtype):
     expected = trained(tmp_path / "whole", model=frozen(dtype=dtype))
 
-    def break_off(epoch, logs):
+    def crash(epoch, logs):
         if epoch == 3:
-            raise BreakOffError
+            raise SimulatedCrashError
 
-    callback = keras.callbacks.LambdaCallback(on_epoch_end=break_off)
-    with pytest.raises(BreakOffError):
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=crash)
+    with pytest.raises(SimulatedCrashError):
         trained(tmp_path / "run", model=frozen(dtype=dtype), callbacks=[callback])
     model = frozen(dtype=dtype)
     ens = trained(tmp_path / "run", model=model, resume=True)
@@ -172,7 +172,7 @@ def test_a_manifest_without_its_base_is_refused(tmp_path):
     trained(tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     write_manifest(tmp_path / "copy", {**manifest_of(tmp_path / "copy"), "base": None})
-    with pytest.raises(SnapshotError, match="names no file that others are part of"):
+    with pytest.raises(SnapshotError, match="names no base file"):
         SnapshotEnsemble.load(tmp_path / "copy")
 
 

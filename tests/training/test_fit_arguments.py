@@ -1,4 +1,4 @@
-"""What `fit` takes, as in Keras, and the callbacks that it refuses."""
+"""Arguments of `fit`, which work as in Keras, and callbacks that are refused."""
 
 import keras
 import numpy as np
@@ -33,8 +33,8 @@ from snapshot_ensemble import SnapshotEnsemble
     ],
     ids=", ".join,
 )
-def test_arguments_of_fit_mean_what_they_mean_in_keras(data, arguments):
-    # Where the peak is the floor, the rate stands still, as in plain Keras.
+def test_arguments_of_fit_work_as_in_keras(data, arguments):
+    # If the peak equals the floor, the rate is constant, as in plain Keras.
     x, y = data
     plain = classifier()
     common = {"batch_size": 16, "epochs": 4, "shuffle": False, "verbose": 0, **arguments}
@@ -50,7 +50,7 @@ def test_arguments_of_fit_mean_what_they_mean_in_keras(data, arguments):
 
 
 @pytest.mark.parametrize(("validation_freq", "validated"), [(2, [1]), ([1, 3], [0, 2])])
-def test_history_has_gaps_where_there_was_no_validation(validation_freq, validated):
+def test_history_has_none_for_epochs_without_validation(validation_freq, validated):
     ens = ensemble(one_weight(), cycles=1)
     ens.fit(
         **arrays(),
@@ -64,7 +64,7 @@ def test_history_has_gaps_where_there_was_no_validation(validation_freq, validat
     assert known == validated
 
 
-def test_history_has_gaps_for_a_fit_without_validation():
+def test_history_has_none_for_a_fit_without_validation():
     ens = ensemble(one_weight(), cycles=1)
     ens.fit(**arrays(), epochs=2, verbose=0, validation_data=(X, X))
     ens.fit(**arrays(), epochs=2, verbose=0)
@@ -85,11 +85,11 @@ def test_history_has_gaps_for_a_fit_without_validation():
     ],
     ids=["one", "nested", "CallbackList", "list of CallbackList"],
 )
-def test_callbacks_are_taken_in_every_form_that_keras_takes(wrap):
+def test_callbacks_are_accepted_in_every_form_that_keras_accepts(wrap):
     model, recorder = one_weight(), Recorder()
     callbacks = wrap(recorder)
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.set_model(model)  # Keras leaves this to its maker.
+        callbacks.set_model(model)  # Keras requires this of the caller.
     ens = fitted(model, callbacks=callbacks)
     last = cosine(16).astype("float32")[[7, 15]].tolist()
     assert [logs["learning_rate"] for logs in recorder.logs] == last * 2
@@ -100,7 +100,7 @@ def callback_list(model, *callbacks, **params):
     return keras.callbacks.CallbackList(list(callbacks), add_history=True, model=model, **params)
 
 
-def test_callback_list_is_as_before_afterwards():
+def test_callback_list_is_unchanged_afterwards():
     model = one_weight()
     callbacks = callback_list(model, Recorder(), epochs=4, steps=8, verbose=0)
     before = list(callbacks.callbacks)
@@ -121,7 +121,7 @@ def test_callback_list_without_parameters_is_quiet_with_verbose_0(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_history_that_is_used_twice_goes_on():
+def test_a_history_callback_used_twice_is_extended():
     ens, history = ensemble(one_weight()), keras.callbacks.History()
     for _ in range(2):
         ens.fit(**arrays(), epochs=2, verbose=0, callbacks=[history])
@@ -149,7 +149,7 @@ def test_snapshot_has_the_metrics_of_its_epoch():
         assert set(logs) == {"loss", "val_loss"}
 
 
-# Callbacks that would set the rate
+# Callbacks that set the learning rate
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The learning rate of every step, exact to the last bit, and the optimizer's own afterwards."""
+"""The learning rate of every step, bit for bit, and the restored rate of the optimizer."""
 
 import json
 import pathlib
@@ -34,11 +34,11 @@ from training_cases import (
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
 
-# The rate of every step: all comparisons are exact to the last bit
+# The rate of every step: all comparisons are exact, bit for bit
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(5, 7), (32, 1)])
-def test_rate_is_exact_on_arrays(batch_size, steps):
+def test_rate_is_exact_for_arrays(batch_size, steps):
     ens = fitted(**arrays(batch_size))
     assert members(ens) == descend(*[cosine(2 * steps)] * 2)
     assert [s.step for s in ens.snapshots] == [2 * steps, 4 * steps]
@@ -58,7 +58,7 @@ def test_unequal_cycles_are_each_exact():
     ("kind", "steps_per_execution"),
     [*((kind, 7) for kind in DATA), *((kind, 1) for kind in DATA if "all steps" not in kind)],
 )
-def test_rate_is_exact_on_all_kinds_of_data(kind, steps_per_execution):
+def test_rate_is_exact_for_all_kinds_of_data(kind, steps_per_execution):
     arguments, one_at_a_time, seven_at_a_time = DATA[kind]
     steps = one_at_a_time if steps_per_execution == 1 else seven_at_a_time
     ens = fitted(one_weight(steps_per_execution=steps_per_execution), **arguments(), shuffle=False)
@@ -66,7 +66,7 @@ def test_rate_is_exact_on_all_kinds_of_data(kind, steps_per_execution):
     assert members(ens) == descend(*[cosine(2 * steps)] * 2)
 
 
-def test_an_epoch_may_be_less_than_a_pass():
+def test_an_epoch_may_be_shorter_than_a_pass_over_the_data():
     ens = fitted(steps_per_epoch=2)
     assert members(ens) == descend(cosine(4), cosine(4))
 
@@ -80,7 +80,7 @@ def from_generator():
 @ran_out_of_data
 @pytest.mark.parametrize("steps_per_execution", [1, 7])
 @pytest.mark.parametrize("data", [filtered, from_generator])
-def test_unknown_length_is_exact_after_the_first_epoch(data, steps_per_execution):
+def test_with_unknown_length_rates_are_exact_after_the_first_epoch(data, steps_per_execution):
     model = one_weight(steps_per_execution=steps_per_execution)
     ens = fitted(model, epochs=6, x=data(), shuffle=False)
     first = np.full(16, ens.history["learning_rate"][0])
@@ -92,7 +92,7 @@ def test_unknown_length_is_exact_after_the_first_epoch(data, steps_per_execution
 
 
 @ran_out_of_data
-def test_unknown_length_begins_with_the_mean_of_the_first_epochs_rates():
+def test_with_unknown_length_the_first_epoch_runs_at_its_mean_rate():
     ens = fitted(epochs=3, cycles=1, x=filtered(), shuffle=False)
     mean = cosine(3 * 10**5)[: 10**5].mean()
     assert ens.history["learning_rate"][0] == pytest.approx(mean, rel=1e-3)
@@ -111,7 +111,7 @@ def test_gradient_accumulation_updates_with_the_rate_of_its_last_batch():
     assert members(ens) == descend(cosine(16), cosine(16), accumulate=2)
 
 
-def test_gradient_accumulation_goes_on_over_the_end_of_an_odd_cycle():
+def test_gradient_accumulation_continues_into_the_next_cycle():
     model = one_weight(keras.optimizers.SGD(OWN, gradient_accumulation_steps=2))
     ens = fitted(model, epochs=2, x=X[:10], y=X[:10], batch_size=2)
     assert [s.step for s in ens.snapshots] == [5, 10]
@@ -149,10 +149,10 @@ optimizers = pytest.mark.parametrize("kind", OPTIMIZERS)
 
 
 @optimizers
-def test_peak_is_by_default_the_rate_of_the_optimizer(kind):
+def test_peak_defaults_to_the_rate_of_the_optimizer(kind):
     ens = ensemble(one_weight(keras.optimizers.SGD(OPTIMIZERS[kind]())), lr_init=None)
     ens.fit(**arrays(), epochs=4, verbose=0)
-    # An optimizer holds its rate in float32; what a callable returns is what it is.
+    # An optimizer stores its rate as float32; the result of a callable is used as it is.
     peak = OWN if kind == "callable" else float(np.float32(OWN))
     assert members(ens) == descend(*[cosine(16, peak)] * 2)
 
@@ -181,7 +181,7 @@ def test_schedule_with_warmup_and_multipliers():
 
 
 @ran_out_of_data
-def test_unknown_length_warms_up_at_the_mean_rate():
+def test_with_unknown_length_warmup_runs_at_the_mean_rate():
     ens = ensemble(one_weight(), schedule=CosineAnnealing(2, 1.0, PEAK, FLOOR, warmup=1))
     ens.fit(filtered(), epochs=2, verbose=0, shuffle=False)
     first = ens.history["learning_rate"][0]
@@ -189,7 +189,7 @@ def test_unknown_length_warms_up_at_the_mean_rate():
     assert members(ens) == descend(np.concatenate([np.full(16, first), cosine(16)]))
 
 
-def test_initial_epoch_plans_the_epochs_that_are_left():
+def test_with_initial_epoch_the_remaining_epochs_are_planned():
     ens = ensemble(one_weight())
     history = ens.fit(**arrays(), initial_epoch=2, epochs=6, verbose=0)
     assert history.epoch == [2, 3, 4, 5]
@@ -239,7 +239,7 @@ for steps_per_execution in 1, 7:
 
 @pytest.mark.slow
 def test_rate_is_exact_on_two_devices():
-    # Devices are set up before TensorFlow starts, so that this takes a process of its own.
+    # Devices must be configured before TensorFlow starts, which needs a new process.
     tests = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-c", MIRRORED, str(tests)]
     done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
@@ -250,7 +250,7 @@ def test_rate_is_exact_on_two_devices():
 
 
 def check_own_rate(model, kind, rate):
-    """The optimizer has its own rate, and `fit` trains with it."""
+    """The optimizer has its own rate again, and `fit` trains with it."""
     if kind == "number":
         assert float(model.optimizer.learning_rate) == np.float32(OWN)
     else:
@@ -266,7 +266,7 @@ def check_own_rate(model, kind, rate):
 
 
 @optimizers
-def test_rate_is_exact_and_the_own_one_is_back(kind):
+def test_rate_is_exact_and_the_optimizers_own_is_restored(kind):
     rate = OPTIMIZERS[kind]()
     model = one_weight(keras.optimizers.SGD(rate))
     assert members(fitted(model)) == descend(cosine(16), cosine(16))
@@ -276,7 +276,7 @@ def test_rate_is_exact_and_the_own_one_is_back(kind):
 @pytest.mark.parametrize(
     ("kind", "error"), [("number", KeyboardInterrupt), ("schedule", RuntimeError)]
 )
-def test_own_rate_is_back_after_a_break(kind, error):
+def test_own_rate_is_restored_after_an_exception(kind, error):
     rate = OPTIMIZERS[kind]()
     model = one_weight(keras.optimizers.SGD(rate))
     with pytest.raises(error):
@@ -286,7 +286,7 @@ def test_own_rate_is_back_after_a_break(kind, error):
 
 
 @pytest.mark.parametrize("kind", ["number", "schedule"])
-def test_optimizer_variables_are_the_same_objects(kind):
+def test_optimizer_variables_are_not_replaced(kind):
     model = one_weight(keras.optimizers.Adam(OPTIMIZERS[kind]()))
     model.optimizer.build(model.trainable_variables)
     before = model.optimizer.variables
@@ -294,26 +294,26 @@ def test_optimizer_variables_are_the_same_objects(kind):
     assert list(map(id, model.optimizer.variables)) == list(map(id, before))
 
 
-def test_variables_of_an_optimizer_with_a_schedule_are_those_that_keras_makes():
+def test_an_optimizer_with_a_schedule_has_the_variables_that_keras_gives_it():
     names = []
     for fit in (fitted, lambda model: model.fit(**arrays(), verbose=0)):
-        keras.backend.clear_session()  # Names are given anew.
+        keras.backend.clear_session()  # Resets the numbering of names.
         model = one_weight(keras.optimizers.Adam(OPTIMIZERS["schedule"]()))
         fit(model)
         names.append([variable.path for variable in model.optimizer.variables])
     assert names[0] == names[1]
 
 
-# Checkpoints of other callbacks
+# Checkpoints written by other callbacks
 
 
 def slots(optimizer):
-    """The optimizer's state but for its rate."""
+    """The optimizer's state except for its rate."""
     return [v.numpy() for v in optimizer.variables if v.name != "learning_rate"]
 
 
 @pytest.mark.parametrize("kind", ["number", "schedule"])
-def test_checkpoint_in_mid_training_is_that_of_a_plain_optimizer(tmp_path, data, kind):
+def test_a_checkpoint_during_training_has_an_ordinary_optimizer(tmp_path, data, kind):
     x, y = data
     model = classifier()
     model.compile(keras.optimizers.Adam(OPTIMIZERS[kind]()), model.loss)

@@ -1,4 +1,4 @@
-"""A run through `fit`: what is kept and when, what ends a run early, and what is shown."""
+"""`fit`: which snapshots are taken and when, runs that end early, and what is printed."""
 
 import logging
 
@@ -58,11 +58,11 @@ def test_train_step_set_on_the_instance_runs():
     assert model.train_step is twice
 
 
-# Runs that break off
+# Interrupted runs
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_break_keeps_finished_cycles_and_epochs(error):
+def test_an_interrupted_run_keeps_finished_cycles_and_epochs(error):
     ens = ensemble(one_weight())
     with pytest.raises(error):
         ens.fit(**arrays(), epochs=4, verbose=0, callbacks=[AtBatch(3, 5, raiser(error))])
@@ -72,14 +72,14 @@ def test_a_break_keeps_finished_cycles_and_epochs(error):
     assert {len(values) for values in ens.history.values()} == {3}
 
 
-def test_a_break_in_the_first_cycle_keeps_no_member():
+def test_a_run_interrupted_in_its_first_cycle_has_no_member():
     ens, last_batch = ensemble(one_weight()), AtBatch(1, 7, raiser(RuntimeError))
     with pytest.raises(RuntimeError):
         ens.fit(**arrays(), epochs=4, verbose=0, callbacks=[last_batch])
     assert len(ens) == 0
 
 
-def test_an_error_in_a_callback_at_the_end_of_a_cycle_keeps_its_member():
+def test_an_error_in_a_callback_at_the_end_of_a_cycle_keeps_its_snapshot():
     def stop(epoch, logs):
         if epoch == 1:
             raise RuntimeError
@@ -99,11 +99,11 @@ def test_an_error_in_a_callback_at_the_end_of_a_cycle_keeps_its_member():
 
 
 def early_stopping(patience, **arguments):
-    """Stops after epoch `patience`, counted from 0: the loss falls all the time."""
+    """Stops after epoch `patience`, counted from 0, since the loss always falls."""
     return keras.callbacks.EarlyStopping("loss", mode="max", patience=patience, **arguments)
 
 
-def test_early_stopping_in_mid_cycle_gives_no_member():
+def test_early_stopping_within_a_cycle_gives_no_member():
     ens = fitted(callbacks=[early_stopping(2)])
     assert members(ens) == descend(cosine(16))
     assert ens.history["cycle"] == [0, 0, 1]
@@ -135,7 +135,7 @@ def test_restore_best_weights_does_not_change_snapshots():
     assert members(ens) == [recorder.weights[1]] == descend(cosine(16))
 
 
-def test_averaging_by_the_optimizer_does_not_change_snapshots():
+def test_moving_averages_of_the_optimizer_do_not_change_snapshots():
     recorder = Recorder()
     model = one_weight(keras.optimizers.SGD(OWN, use_ema=True, ema_momentum=0.9))
     ens = fitted(model, callbacks=[recorder])
@@ -143,11 +143,11 @@ def test_averaging_by_the_optimizer_does_not_change_snapshots():
     assert members(ens) == recorder.weights[1::2] == descend(cosine(16), cosine(16))
 
 
-def test_swapping_averages_in_does_not_change_snapshots():
+def test_swap_ema_weights_does_not_change_snapshots():
     model = one_weight(keras.optimizers.SGD(OWN, use_ema=True, ema_momentum=0.9))
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
     ens = fitted(model, callbacks=[swap])
-    # Keras swaps by adding and subtracting, which costs the last digits.
+    # Keras swaps by adding and subtracting, which loses the last digits.
     assert members(ens) == pytest.approx(descend(cosine(16), cosine(16)), rel=1e-6)
 
 
@@ -168,7 +168,7 @@ def test_a_second_fit_adds_cycles():
     assert {len(values) for values in ens.history.values()} == {9}
 
 
-def test_a_fit_after_a_break_adds_cycles():
+def test_a_fit_after_an_interrupted_one_adds_cycles():
     ens, stop = ensemble(one_weight()), AtBatch(2, 5, raiser(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         ens.fit(**arrays(), epochs=4, verbose=0, callbacks=[stop])
@@ -181,7 +181,7 @@ def test_a_fit_after_a_break_adds_cycles():
     assert [s.epoch for s in ens.snapshots] == [1, 2, 3]
 
 
-def test_members_of_a_second_fit_are_in_predictions():
+def test_predictions_include_the_members_of_a_second_fit():
     ens = fitted()
     ens.predict(X, verbose=0)
     ens.fit(**arrays(), epochs=2, verbose=0)
@@ -203,7 +203,7 @@ def test_max_snapshots_keeps_the_newest():
 
 
 def check_line(line, snapshot):
-    """A line holds all that one wants to know of a snapshot; epochs count from 1, as Keras's."""
+    """A line describes one snapshot; epochs are counted from 1, as Keras prints them."""
     assert line.startswith(f"Snapshot of cycle {snapshot.cycle} ")
     assert f"epoch {snapshot.epoch + 1}," in line
     assert f"learning rate {snapshot.learning_rate:.3g}" in line
@@ -225,7 +225,7 @@ def test_each_snapshot_is_reported_in_one_line(capsys, verbose):
         assert starts == ["Epoch", "8/8", "Epoch", "8/8", "Snapshot"] * 2
 
 
-def test_nothing_is_shown_with_verbose_0(capsys, caplog):
+def test_nothing_is_printed_with_verbose_0(capsys, caplog):
     caplog.set_level(logging.DEBUG, logger="snapshot_ensemble")
     fitted()
     assert capsys.readouterr().out == ""
@@ -240,7 +240,7 @@ def no_interactive_logging():
 
 
 @pytest.mark.usefixtures("no_interactive_logging")
-def test_lines_go_to_a_logger_without_interactive_logging(capsys, caplog):
+def test_without_interactive_logging_lines_go_to_a_logger(capsys, caplog):
     caplog.set_level(logging.INFO, logger="snapshot_ensemble")
     ens = ensemble(one_weight())
     ens.fit(**arrays(), epochs=4, verbose=2, validation_data=(X, X))
@@ -252,7 +252,7 @@ def test_lines_go_to_a_logger_without_interactive_logging(capsys, caplog):
 
 
 @ran_out_of_data
-def test_unknown_length_warns_if_the_first_cycle_cannot_anneal():
+def test_with_unknown_length_a_first_cycle_of_one_epoch_warns():
     ens = ensemble(one_weight())
     with pytest.warns(UserWarning, match=r"first cycle.* does not anneal\. Pass `steps_per_epoch`"):
         ens.fit(filtered(), epochs=2, verbose=0, shuffle=False)
@@ -261,7 +261,7 @@ def test_unknown_length_warns_if_the_first_cycle_cannot_anneal():
 
 
 @pytest.mark.parametrize("kind", ["arrays", "endless tf.data"])
-def test_known_length_does_not_warn_of_a_cycle_of_one_epoch(kind):
+def test_with_known_length_a_first_cycle_of_one_epoch_does_not_warn(kind):
     arguments, steps, _ = DATA[kind]
     ens = fitted(epochs=2, **arguments(), shuffle=False)  # A warning would be an error.
     assert members(ens) == descend(cosine(steps), cosine(steps))

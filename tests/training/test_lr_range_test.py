@@ -1,4 +1,4 @@
-"""The range test: its curve, what it suggests, and a model that nothing has happened to."""
+"""The range test: its curve, its suggestion, and that the model is left unchanged."""
 
 import random
 
@@ -37,19 +37,19 @@ def classifier(optimizer="sgd"):
     return model
 
 
-def test_the_losses_are_those_of_gradient_descent_written_out():
+def test_losses_match_gradient_descent_in_numpy():
     model = linear()
     w, b = (array.astype("float64") for array in model.get_weights())
     actual = SnapshotEnsemble(model).find_lr(X, Y, batch_size=64, lr_min=1e-3, lr_max=0.3, steps=40)
     np.testing.assert_allclose(actual.rates, np.geomspace(1e-3, 0.3, 40))
     for rate, loss in zip(actual.rates, actual.losses, strict=True):
-        apart = X @ w[:, 0] + b[0] - Y
-        assert loss == pytest.approx(np.mean(apart**2), rel=1e-4)
-        w = w - rate * (2 * X.T @ apart / 64)[:, None]
-        b = b - rate * 2 * apart.mean()
+        residual = X @ w[:, 0] + b[0] - Y
+        assert loss == pytest.approx(np.mean(residual**2), rel=1e-4)
+        w = w - rate * (2 * X.T @ residual / 64)[:, None]
+        b = b - rate * 2 * residual.mean()
 
 
-def test_steps_of_several_batches_have_one_rate_and_their_mean_loss():
+def test_an_execution_of_several_steps_has_one_rate_and_its_mean_loss():
     actual = SnapshotEnsemble(linear(steps_per_execution=2)).find_lr(X, Y, batch_size=8, steps=12)
     assert len(actual.rates) == len(actual.losses) == 12
 
@@ -66,15 +66,15 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("trained", [True, False])
-def test_nothing_has_happened_to_the_model(optimizer, trained):
+def test_the_model_and_the_generators_are_restored(optimizer, trained):
     y = (Y > 0).astype(int)
 
-    def run(look):
+    def run(with_test):
         keras.utils.set_random_seed(1)
         model = classifier(OPTIMIZERS[optimizer]())
         if trained:
             model.fit(X, y, verbose=0)
-        if look:
+        if with_test:
             history = vars(model).get("history")
             generators = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
             SnapshotEnsemble(model).find_lr(X, y, batch_size=16, steps=30)
@@ -89,17 +89,17 @@ def test_nothing_has_happened_to_the_model(optimizer, trained):
         np.testing.assert_array_equal(one, other)
 
 
-def test_nothing_has_happened_where_it_breaks_off():
+def test_the_model_is_restored_after_an_exception():
     losses = []
 
-    def broken(y_true, y_pred):
+    def failing_loss(y_true, y_pred):
         losses.append(keras.ops.mean((y_true - y_pred) ** 2))
         if len(losses) == 3:
             raise ZeroDivisionError
         return losses[-1]
 
     model = linear()
-    model.compile("sgd", broken, run_eagerly=True)
+    model.compile("sgd", failing_loss, run_eagerly=True)
     before = model.get_weights()
     with pytest.raises(ZeroDivisionError):
         SnapshotEnsemble(model, task="regression").find_lr(X, Y, steps=30)
@@ -108,24 +108,24 @@ def test_nothing_has_happened_where_it_breaks_off():
     assert float(model.optimizer.learning_rate) == pytest.approx(0.01)
 
 
-def test_it_ends_where_the_loss_diverges():
+def test_the_test_ends_when_the_loss_diverges():
     actual = SnapshotEnsemble(linear()).find_lr(X, Y, batch_size=64, lr_max=1e4, steps=200)
     assert len(actual.rates) < 200
     assert np.isfinite(actual.losses).all()
-    # Gradient descent diverges beyond 2 / the largest curvature.
+    # Gradient descent diverges at rates above 2 / (largest eigenvalue of the Hessian).
     inputs = np.c_[X, np.ones(64)]
     highest = 2 / np.linalg.eigvalsh(2 * inputs.T @ inputs / 64).max()
     assert highest / 100 < actual.suggestion < highest
 
 
-def test_a_model_that_is_not_built_yet():
+def test_a_model_that_is_not_built_is_built_first():
     model = keras.Sequential([layers.Dense(1)])
     model.compile("sgd", "mse")
     assert SnapshotEnsemble(model).find_lr(X, Y, steps=50, lr_max=1.0).suggestion < 1
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.integers(30, 100))
-def test_smoothing_leaves_lines_as_they_are_away_from_the_ends(level, slope, count):
+def test_smoothing_does_not_change_lines_away_from_their_ends(level, slope, count):
     rates = np.geomspace(1e-6, 10, count)
     line = level + slope * np.log(rates)
     inner = slice(count // 4, -(count // 4))
@@ -138,12 +138,12 @@ def test_the_suggestion_is_where_nine_tenths_of_the_fall_are_reached():
     assert suggest(rates, np.asarray([10, 9, 4, 0.9, 0.5, 0.0, 50])) == pytest.approx(1)
 
 
-def test_how_it_prints_and_is_drawn():
+def test_result_prints_and_plots():
     actual = SnapshotEnsemble(linear()).find_lr(X, Y, steps=60)
     assert str(actual).startswith(f"suggested peak: {actual.suggestion:.2g} (loss ")
     ax = plots.plot_lr(actual)
     drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
-    np.testing.assert_array_equal(drawn["of each batch"].T, [actual.rates, actual.losses])
+    np.testing.assert_array_equal(drawn["each batch"].T, [actual.rates, actual.losses])
     np.testing.assert_array_equal(drawn["smoothed"].T, [actual.rates, actual.smoothed])
     assert set(drawn[f"suggested peak: {actual.suggestion:.2g}"][:, 0]) == {actual.suggestion}
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("learning rate", "loss", "log")
@@ -155,11 +155,11 @@ def test_how_it_prints_and_is_drawn():
         ({"lr_min": 0}, ValueError, r"above 0\. Received: lr_min=0"),
         ({"lr_min": 1.0, "lr_max": 0.5}, ValueError, r"Received: lr_min=1\.0, lr_max=0\.5"),
         ({"steps": 5}, ValueError, r"at least 10\. Received: steps=5"),
-        ({"epochs": 5, "callbacks": []}, ValueError, r"Received: callbacks, epochs\. Leave"),
+        ({"epochs": 5, "callbacks": []}, ValueError, r"Received: callbacks, epochs\. Leave out"),
         ({"epoch": 5}, TypeError, r"no argument `epoch`\. Received: epoch=5"),
         ({"lr_min": 10.0, "lr_max": 1e3}, ValueError, r"never falls.*lr_max=1000\.0, steps=300"),
     ],
 )
-def test_what_cannot_be(arguments, error, message):
+def test_invalid_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         SnapshotEnsemble(linear()).find_lr(X, Y, **arguments)

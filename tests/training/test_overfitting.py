@@ -1,4 +1,4 @@
-"""When `shrink="auto"` takes a run to have overfitted."""
+"""When a run counts as overfitted for `shrink="auto"`."""
 
 import pytest
 
@@ -17,29 +17,32 @@ from snapshot_ensemble.training.overfitting import has_overfitted
         ([3.0, 1.0, 2.0, 0.91], True),
         ([3.0, -1.0, 2.0, -1.11], False),
         ([3.0, -1.0, 2.0, -1.09], True),
-        ([3.0, 1.0, 0.8, 0.83], False),  # And the least, wherever it was.
+        ([3.0, 1.0, 0.8, 0.83], False),  # The lowest loss counts, wherever it was.
         ([3.0, 1.0, 0.8, 0.85], True),
         ([0.98, 1.0, 2.0, 0.89], True),
         ([3.0, 1.0, 2.0, 0.87, 2.0, 0.78], False),
         ([3.0, 1.0, 2.0, 0.87, 2.0, 0.79], True),
-        ([3.0, 1.0, 0.76, 1.0], False),  # What the first cycle missed, others would as well.
+        (
+            [3.0, 1.0, 0.76, 1.0],
+            False,
+        ),  # The first cycle did not come close enough to the lowest loss.
         ([3.0, 1.0, 0.78, 1.0], True),
         ([1.0, 1.04, 0.76, 1.0], False),
         ([0.99, 1.03, 0.77, 1.0], True),
         ([3.0, -1.0, -1.5, -1.0], False),
         ([3.0, -1.0, -1.4, -1.0], True),
-        ([3.0, 1.0, 2.0, 1.1, 2.0, 0.5], True),  # Once and for all.
-        ([3.0, 1.0, 1.2, None], True),  # With `validation_freq` the last that is known.
+        ([3.0, 1.0, 2.0, 1.1, 2.0, 0.5], True),  # Overfitting is permanent.
+        ([3.0, 1.0, 1.2, None], True),  # With `validation_freq`, the last known loss counts.
         ([None, None, None, None], False),
         ([], False),
     ],
 )
 def test_when_a_run_has_overfitted(losses, expected):
     history = {"cycle": [i // 2 for i in range(len(losses))], "val_loss": losses}
-    learned = {**history, "loss": [-9.0 if (loss or 1) < 0 else 0.1 for loss in losses]}
-    assert has_overfitted(learned) is expected
-    assert not has_overfitted({name: learned[name] for name in ("cycle", "loss")})
-    # What is as bad on the training data has not been learned by heart.
+    memorised = {**history, "loss": [-9.0 if (loss or 1) < 0 else 0.1 for loss in losses]}
+    assert has_overfitted(memorised) is expected
+    assert not has_overfitted({name: memorised[name] for name in ("cycle", "loss")})
+    # A training loss as high as the validation loss means that no data were memorised.
     assert not has_overfitted({**history, "loss": losses})
 
 
@@ -47,6 +50,6 @@ def test_when_a_run_has_overfitted(losses, expected):
     ("loss", "val_loss", "expected"),
     [(0.49, 1.0, True), (0.51, 1.0, False), (-1.51, -1.0, True), (-1.49, -1.0, False)],
 )
-def test_how_far_below_the_training_loss_must_be(loss, val_loss, expected):
+def test_how_far_the_training_loss_must_be_below_the_validation_loss(loss, val_loss, expected):
     history = {"cycle": [0, 0], "loss": [3.0, loss], "val_loss": [val_loss - 0.1, val_loss]}
     assert has_overfitted(history) is expected

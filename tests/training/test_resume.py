@@ -1,4 +1,4 @@
-"""Runs that break off and go on: the same to the bit, or refused."""
+"""Runs that are interrupted and resumed: equal bit for bit to uninterrupted ones, or refused."""
 
 import random
 import re
@@ -9,14 +9,24 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
-from models import BreakOffError
-from resume_cases import ROWS, X, Y, arrays, assert_same_outcome, break_off_in, dense, outcome, run
+from models import SimulatedCrashError
+from resume_cases import (
+    ROWS,
+    X,
+    Y,
+    arrays,
+    assert_same_outcome,
+    crash_in_epoch,
+    dense,
+    outcome,
+    run,
+)
 
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
 
 
 class Subclass(keras.Model):
-    """Not built before the first batch, and without a config; has an optimizer of its own."""
+    """A model without a config, built at the first batch, with a second optimizer."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +40,7 @@ class Subclass(keras.Model):
     def train_step(self, data):
         logs = super().train_step(data)
         self.other.apply([self.shift.value * 0.1 + 1.0], [self.shift])
-        # Without a seed, Keras draws from a generator of its own.
+        # Without a seed, Keras draws from its global generator.
         self.shift.assign_add(keras.random.normal((4,)))
         return logs
 
@@ -52,7 +62,7 @@ def of_unknown_length():
 
 
 class Shuffling(keras.utils.PyDataset):
-    """Shuffles by Python's and NumPy's generators."""
+    """Data that depend on Python's and NumPy's global generators."""
 
     def __init__(self):
         super().__init__()
@@ -72,8 +82,8 @@ def python_data():
     return {"x": Shuffling(), "shuffle": False}
 
 
-class Remembering(keras.callbacks.Callback):
-    """A callback of a user's that can give its state, and lets training depend on it."""
+class Stateful(keras.callbacks.Callback):
+    """A user's callback with `get_state` and `set_state`, whose state affects training."""
 
     def __init__(self):
         super().__init__()
@@ -93,8 +103,8 @@ class Remembering(keras.callbacks.Callback):
         assert state["inner"]["pair"] == [1, 2.5]
 
 
-def patient():
-    # It counts epochs in which the loss has not halved.
+def early_stopping():
+    # Counts epochs in which the loss falls by less than 0.3.
     return keras.callbacks.EarlyStopping(
         "loss", patience=2, min_delta=0.3, restore_best_weights=True
     )
@@ -131,90 +141,91 @@ CASES = {
     "gradient accumulation": {"make": accumulating},
     "loss scaling": {"make": scaled},
     "a graph of two steps": {"make": in_graph},
-    "the newest two": {"max_snapshots": 2},
+    "only the newest two snapshots": {"max_snapshots": 2},
     "growing cycles": {"schedule": CosineAnnealing(2, 2.0, lr_init=0.1, warmup=1)},
-    "a callback with a state": {"callbacks": [Remembering]},
-    "early stopping": {"callbacks": [patient]},
-    "seldom saved": {"save_every": 2, "cycles": 2},
-    "not from epoch 0": {"initial_epoch": 2, "epochs": 8},
+    "a callback with a state": {"callbacks": [Stateful]},
+    "early stopping": {"callbacks": [early_stopping]},
+    "state saved every two epochs": {"save_every": 2, "cycles": 2},
+    "initial epoch above 0": {"initial_epoch": 2, "epochs": 8},
     "validation": {"validation_data": (X, Y), "validation_freq": 2},
-    "half of the weights drawn anew": {"shrink": 0.5},
-    "as many as are due": {"shrink": "auto", "validation_data": (X, Y)},
+    "restarts with shrink=0.5": {"shrink": 0.5},
+    "restarts with shrink=auto": {"shrink": "auto", "validation_data": (X, Y)},
 }
 
-EVERY_DAY = {
+FAST = {
     "a dataset of unknown length",
     "a subclass",
     "early stopping",
-    "half of the weights drawn anew",
+    "restarts with shrink=0.5",
 }
 
 
-def unpacked(case):
-    case = dict(CASES[case])
-    made = [c() for c in case.pop("callbacks", [])]
-    return case, made
+def arguments_of(case):
+    """The arguments of `run` for a case, and its callbacks, newly created."""
+    arguments = dict(CASES[case])
+    callbacks = [make() for make in arguments.pop("callbacks", [])]
+    return arguments, callbacks
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=() if case in EVERY_DAY else pytest.mark.slow) for case in CASES],
+    [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES],
 )
-def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, case):
-    case_arguments, callbacks = unpacked(case)
-    expected = outcome(*run(tmp_path / "unbroken", callbacks=callbacks, **case_arguments))
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, case):
+    case_arguments, callbacks = arguments_of(case)
+    expected = outcome(*run(tmp_path / "uninterrupted", callbacks=callbacks, **case_arguments))
     first = case_arguments.get("initial_epoch", 0)
     for epoch in (1, 3):
-        case_arguments, callbacks = unpacked(case)
-        broken_run = [*callbacks, break_off_in(first + epoch)]
-        with pytest.raises(BreakOffError):
-            run(tmp_path / "broken", callbacks=broken_run, resume=epoch > 1, **case_arguments)
-    case_arguments, callbacks = unpacked(case)
-    resumed = run(tmp_path / "broken", callbacks=callbacks, resume=True, **case_arguments)
+        case_arguments, callbacks = arguments_of(case)
+        with_crash = [*callbacks, crash_in_epoch(first + epoch)]
+        with pytest.raises(SimulatedCrashError):
+            run(tmp_path / "interrupted", callbacks=with_crash, resume=epoch > 1, **case_arguments)
+    case_arguments, callbacks = arguments_of(case)
+    resumed = run(tmp_path / "interrupted", callbacks=callbacks, resume=True, **case_arguments)
     assert_same_outcome(outcome(*resumed), expected)
-    loaded = SnapshotEnsemble.load(tmp_path / "broken", model=resumed[0].model)
+    loaded = SnapshotEnsemble.load(tmp_path / "interrupted", model=resumed[0].model)
     assert loaded.snapshots == resumed[0].snapshots
-    # And once more, when there is nothing left to do.
-    case_arguments, callbacks = unpacked(case)
-    again = run(tmp_path / "broken", callbacks=callbacks, resume=True, **case_arguments)
+    # Resuming a finished run does nothing and returns the same.
+    case_arguments, callbacks = arguments_of(case)
+    again = run(tmp_path / "interrupted", callbacks=callbacks, resume=True, **case_arguments)
     assert_same_outcome(outcome(*again), expected)
 
 
-def test_early_stopping_in_the_cases_does_stop(tmp_path):
-    _, history = run(tmp_path / "unbroken", callbacks=[patient()])
+def test_early_stopping_stops_before_the_last_epoch(tmp_path):
+    _, history = run(tmp_path / "uninterrupted", callbacks=[early_stopping()])
     assert 4 <= len(history.epoch) < 6
 
 
-def test_the_order_of_a_dataset_is_not_the_same_in_each_epoch():
+def test_the_dataset_shuffles_differently_in_each_epoch():
     data = shuffled()["x"]
     orders = [np.concatenate([y for _, y in data]) for _ in range(2)]
     assert not np.array_equal(*orders)
 
 
-def test_it_goes_on_in_the_same_object_too(tmp_path):
-    expected = outcome(*run(tmp_path / "unbroken"))
+def test_a_run_can_be_resumed_by_the_same_object(tmp_path):
+    expected = outcome(*run(tmp_path / "uninterrupted"))
     keras.utils.set_random_seed(3)
-    ens = SnapshotEnsemble(dense(), cycles=3, lr_init=0.1, directory=tmp_path / "broken")
+    ens = SnapshotEnsemble(dense(), cycles=3, lr_init=0.1, directory=tmp_path / "interrupted")
     arguments = {**arrays(), "epochs": 6, "verbose": 0}
-    with pytest.raises(BreakOffError):
-        ens.fit(**arguments, callbacks=[break_off_in(3)])
+    with pytest.raises(SimulatedCrashError):
+        ens.fit(**arguments, callbacks=[crash_in_epoch(3)])
     history = ens.fit(**arguments, resume=True)
     assert_same_outcome(outcome(ens, history), expected)
 
 
-def test_it_goes_on_after_loading(tmp_path):
-    expected = outcome(*run(tmp_path / "unbroken"))
-    with pytest.raises(BreakOffError):
-        run(tmp_path / "broken", callbacks=[break_off_in(3)])
-    ens = SnapshotEnsemble.load(tmp_path / "broken")
+def test_a_run_can_be_resumed_after_loading(tmp_path):
+    expected = outcome(*run(tmp_path / "uninterrupted"))
+    with pytest.raises(SimulatedCrashError):
+        run(tmp_path / "interrupted", callbacks=[crash_in_epoch(3)])
+    ens = SnapshotEnsemble.load(tmp_path / "interrupted")
     ens.model.run_eagerly = True
     history = ens.fit(**arrays(), epochs=6, verbose=0, resume=True)
     assert_same_outcome(outcome(ens, history), expected)
 
 
 def two_runs(directory, callbacks=(), resume=False):
-    """A script that trains twice."""
+    """A script that calls `fit` twice."""
     keras.utils.set_random_seed(3)
     ens = SnapshotEnsemble(dense(), cycles=2, lr_init=0.1, directory=directory)
     data = shuffled()
@@ -224,16 +235,16 @@ def two_runs(directory, callbacks=(), resume=False):
     return ens, history
 
 
-def test_a_script_that_trains_twice_goes_on_in_its_second_run(tmp_path):
-    expected = outcome(*two_runs(tmp_path / "unbroken"))
+def test_a_script_with_two_fits_resumes_the_second(tmp_path):
+    expected = outcome(*two_runs(tmp_path / "uninterrupted"))
     for epoch in (0, 1):
-        with pytest.raises(BreakOffError):
-            two_runs(tmp_path / "broken", [break_off_in(epoch)], resume=True)
-    assert_same_outcome(outcome(*two_runs(tmp_path / "broken", resume=True)), expected)
-    assert_same_outcome(outcome(*two_runs(tmp_path / "broken", resume=True)), expected)
+        with pytest.raises(SimulatedCrashError):
+            two_runs(tmp_path / "interrupted", [crash_in_epoch(epoch)], resume=True)
+    assert_same_outcome(outcome(*two_runs(tmp_path / "interrupted", resume=True)), expected)
+    assert_same_outcome(outcome(*two_runs(tmp_path / "interrupted", resume=True)), expected)
 
 
-def test_a_run_that_ended_before_the_last_is_not_run_again(tmp_path):
+def test_finished_runs_are_not_run_again(tmp_path):
     two_runs(tmp_path / "ended")
     keras.utils.set_random_seed(3)
     ens = SnapshotEnsemble(dense(), cycles=2, lr_init=0.1, directory=tmp_path / "ended")
@@ -244,30 +255,30 @@ def test_a_run_that_ended_before_the_last_is_not_run_again(tmp_path):
     assert len(ens) == 4
 
 
-def test_a_fit_without_resume_after_a_break_adds_cycles(tmp_path):
-    with pytest.raises(BreakOffError):
-        run(tmp_path / "broken", callbacks=[break_off_in(3)])
-    ens = SnapshotEnsemble.load(tmp_path / "broken")
+def test_a_fit_without_resume_after_an_interruption_adds_cycles(tmp_path):
+    with pytest.raises(SimulatedCrashError):
+        run(tmp_path / "interrupted", callbacks=[crash_in_epoch(3)])
+    ens = SnapshotEnsemble.load(tmp_path / "interrupted")
     assert len(ens) == 1
     ens.fit(**arrays(), epochs=3, verbose=0)
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1, 2, 3]
 
 
-def test_an_overwriting_run_that_broke_off_at_once_is_not_taken_for_the_old_one(tmp_path):
+def test_resuming_an_overwrite_killed_at_its_start_does_not_resume_the_old_run(tmp_path):
     run(tmp_path / "kept", cycles=2, epochs=2)
-    expected = outcome(*run(tmp_path / "unbroken"))
-    # As if it was killed: nothing puts the directory right.
+    expected = outcome(*run(tmp_path / "uninterrupted"))
+    # A copy made during the run is what a killed process would leave.
     script = shutil.copytree(tmp_path / "kept", tmp_path / "copy")
     keras.utils.set_random_seed(3)
     ens = SnapshotEnsemble(dense(), cycles=3, lr_init=0.1, directory=script)
 
-    def look(epoch, logs):
+    def copy_and_crash(epoch, logs):
         shutil.copytree(script, tmp_path / "killed", dirs_exist_ok=True)
-        raise BreakOffError
+        raise SimulatedCrashError
 
-    look = keras.callbacks.LambdaCallback(on_epoch_begin=look)
-    with pytest.raises(BreakOffError):
-        ens.fit(**arrays(), epochs=6, verbose=0, overwrite=True, callbacks=[look])
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=copy_and_crash)
+    with pytest.raises(SimulatedCrashError):
+        ens.fit(**arrays(), epochs=6, verbose=0, overwrite=True, callbacks=[callback])
     assert len(SnapshotEnsemble.load(tmp_path / "killed")) == 2
     assert_same_outcome(outcome(*run(tmp_path / "killed", resume=True)), expected)
 
@@ -291,23 +302,23 @@ def wider():
         ({"initial_epoch": 1, "epochs": 7}, "first epoch: 0, now 1"),
     ],
 )
-def test_another_run_does_not_go_on(broken_run, other, message):
-    before = {path.name: path.read_bytes() for path in broken_run.iterdir()}
-    match = rf"cannot go on as another one\. Received: .*{message}.*`overwrite=True`"
+def test_a_different_run_is_refused(interrupted_run, other, message):
+    before = {path.name: path.read_bytes() for path in interrupted_run.iterdir()}
+    match = rf"same model, data and plan\. Received: .*{message}.*`overwrite=True`"
     with pytest.raises(ValueError, match=match):
-        run(broken_run, resume=True, **other)
-    assert {path.name: path.read_bytes() for path in broken_run.iterdir()} == before
+        run(interrupted_run, resume=True, **other)
+    assert {path.name: path.read_bytes() for path in interrupted_run.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("directory", "arguments", "message"),
     [
         (None, {"resume": True}, "that needs a `directory`. Received: resume=True, overwrite=F"),
-        ("some", {"resume": True, "overwrite": True}, "and `overwrite=True` starts anew. Received"),
+        ("some", {"resume": True, "overwrite": True}, "but `overwrite=True` starts over. Received"),
         ("some", {"save_every": 0}, "`save_every` must be at least 1. Received: save_every=0"),
     ],
 )
-def test_arguments_that_make_no_sense(tmp_path, directory, arguments, message):
+def test_invalid_arguments_are_refused(tmp_path, directory, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(directory and tmp_path / directory, **arguments)
     assert not (tmp_path / "some").exists()
@@ -319,7 +330,7 @@ def test_backup_and_restore_is_refused(tmp_path):
         run(tmp_path / "some", callbacks=[callback])
 
 
-def test_a_model_that_is_not_built_does_not_go_on_with_an_iterator(tmp_path):
+def test_resuming_with_an_iterator_needs_a_built_model(tmp_path):
     def endless():
         while True:
             yield X[:8], Y[:8]
@@ -327,17 +338,17 @@ def test_a_model_that_is_not_built_does_not_go_on_with_an_iterator(tmp_path):
     def data():
         return {"x": endless(), "steps_per_epoch": 3, "shuffle": False}
 
-    with pytest.raises(BreakOffError):
-        run(tmp_path / "broken", subclass, data, callbacks=[break_off_in(3)])
-    with pytest.raises(ValueError, match=r"Only a model that is built .* Received: model='subcl"):
-        run(tmp_path / "broken", subclass, data, resume=True)
+    with pytest.raises(SimulatedCrashError):
+        run(tmp_path / "interrupted", subclass, data, callbacks=[crash_in_epoch(3)])
+    with pytest.raises(ValueError, match=r"the model must be built\. Received: model='subcl"):
+        run(tmp_path / "interrupted", subclass, data, resume=True)
 
     def built():
         model = subclass()
         model(X[:1])
         return model
 
-    # The data begin anew, the rest goes on.
-    ens, history = run(tmp_path / "broken", built, data, resume=True)
+    # The data start from the beginning; everything else is resumed.
+    ens, history = run(tmp_path / "interrupted", built, data, resume=True)
     assert len(ens) == 3
     assert history.epoch == list(range(6))

@@ -1,4 +1,4 @@
-"""One `fit` is a transaction: what ends it before anything new is safe leaves all as it was."""
+"""`fit` is a transaction: if it ends before anything new is on disk, nothing has changed."""
 
 import _thread
 import threading
@@ -20,7 +20,7 @@ def compiled(units=5):
     model = keras.Sequential(
         [keras.Input((4,)), keras.layers.Dense(units, "relu"), keras.layers.Dense(3, "softmax")]
     )
-    # Eager: a few steps of a small model are done before a graph would be traced.
+    # Eager, since tracing takes longer than a few steps of a small model.
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     return model
 
@@ -34,7 +34,7 @@ def fit(ens, **arguments):
 
 
 def state_of(ens):
-    """All that an ensemble shows of itself."""
+    """The public state of an ensemble."""
     weights = None if ens.weights is None else ens.weights.tolist()
     return {
         "history": {name: list(column) for name, column in ens.history.items()},
@@ -46,7 +46,7 @@ def state_of(ens):
 
 
 def files_of(directory):
-    """Every file's bytes; None of a directory that does not exist."""
+    """The bytes of every file; None if the directory does not exist."""
     if not directory.exists():
         return None
     return {path.name: path.read_bytes() for path in directory.iterdir()}
@@ -86,7 +86,7 @@ ENDINGS = {
 
 
 @pytest.fixture(params=["in memory", "a new directory", "its own directory", "an old directory"])
-def place(request, tmp_path):
+def setup(request, tmp_path):
     """An ensemble, its directory, and the arguments with which it may train there."""
     directory = tmp_path / "run"
     if request.param == "in memory":
@@ -102,14 +102,14 @@ def place(request, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_what_ends_it_early_leaves_all_as_it_was(ending, place):
-    ens, directory, how = place
+def test_a_fit_that_ends_early_changes_nothing(ending, setup):
+    ens, directory, options = setup
     error, arguments = ENDINGS[ending]
     before = state_of(ens), directory and files_of(directory)
     with pytest.raises(error):
-        fit(ens, **how, **arguments)
+        fit(ens, **options, **arguments)
     assert (state_of(ens), directory and files_of(directory)) == before
-    fit(ens, **how)
+    fit(ens, **options)
     assert len(ens) == 2 + len(before[0]["snapshots"])
 
 
@@ -124,7 +124,7 @@ def test_overwriting_in_memory_is_undone_as_well(ending):
         fit(ens, overwrite=True, **arguments)
     assert state_of(ens) == before
     fit(ens)
-    assert len(ens) == 4  # The next run adds, as if nothing had been tried.
+    assert len(ens) == 4  # The next run adds cycles, as if the failed one had not happened.
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_overwriting_in_memory_is_undone_as_well(ending):
     [({"epochs": 6}, "plan"), ({"x": X[:16], "y": Y[:16]}, "rows")],
     ids=["another plan", "other data"],
 )
-def test_a_refused_resume_leaves_the_directory_to_its_owner(tmp_path, arguments, message):
+def test_a_refused_resume_does_not_claim_the_directory(tmp_path, arguments, message):
     directory = tmp_path / "run"
     fit(ensemble(directory))
     before = files_of(directory)
@@ -141,7 +141,7 @@ def test_a_refused_resume_leaves_the_directory_to_its_owner(tmp_path, arguments,
         fit(other, resume=True, **arguments)
     assert files_of(directory) == before
     assert (len(other), other.history) == (0, {})
-    with pytest.raises(ValueError, match="holds something"):
+    with pytest.raises(ValueError, match="is not empty"):
         fit(other)
     assert files_of(directory) == before
 
@@ -153,13 +153,13 @@ def test_a_refused_resume_with_another_model(tmp_path):
     other = SnapshotEnsemble(compiled(7), cycles=2, lr_init=0.1, directory=directory)
     with pytest.raises(ValueError, match="layers"):
         fit(other, resume=True)
-    with pytest.raises(ValueError, match="holds something"):
+    with pytest.raises(ValueError, match="is not empty"):
         fit(other)
     assert files_of(directory) == before
 
 
-def test_an_interrupted_run_is_as_it_was_after_a_resume_that_fails_early(tmp_path):
-    """Snapshots later than the state, which would be made again, are given up when new ones are."""
+def test_a_resume_that_fails_early_leaves_the_interrupted_run_unchanged(tmp_path):
+    """Snapshots newer than the state are dropped only when new ones replace them."""
     directory = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         fit(ensemble(directory), callbacks=[StopsAtEpoch(3)])
@@ -197,7 +197,7 @@ def test_finished_cycles_are_kept(tmp_path, error, in_memory):
 
 
 def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
-    """Training is over, its last files are being written, and the user presses Ctrl-C."""
+    """The user presses Ctrl-C after training, while the last files are being written."""
     has_ended, is_waiting, interrupted = threading.Event(), threading.Event(), []
     finish, wait = Draft.finish, background.wait
 
@@ -205,7 +205,7 @@ def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
         if has_ended.is_set() and not interrupted:
             assert is_waiting.wait(10)
             interrupted.append(draft.name)
-            time.sleep(0.2)  # Until the main thread has gone to sleep.
+            time.sleep(0.2)  # Gives the main thread time to start waiting.
             _thread.interrupt_main()
             time.sleep(0.2)
         return finish(draft)
@@ -230,5 +230,5 @@ def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
     assert again.snapshots == ens.snapshots
     assert state_of(again) == state_of(ens)
     assert not [path.name for path in (tmp_path / "run").iterdir() if "writing" in path.name]
-    fit(again)  # Nobody holds the lock.
+    fit(again)  # The lock has been released.
     assert len(again) == 4

@@ -1,4 +1,4 @@
-"""What a restart leaves of the weights."""
+"""What restarts do to the weights."""
 
 import random
 
@@ -38,8 +38,8 @@ def net(*inside, **arguments):
     return compiled(keras.Sequential([keras.Input((4,)), hidden, *inside, head]))
 
 
-class Watching(keras.callbacks.Callback):
-    """Keeps the weights before and after each restart."""
+class RestartRecorder(keras.callbacks.Callback):
+    """Records the weights before and after each restart."""
 
     def __init__(self):
         super().__init__()
@@ -54,11 +54,11 @@ class Watching(keras.callbacks.Callback):
 
 def watched(model, epochs=3, cycles=3, **arguments):
     """The weights before and after each restart, of a run with one epoch a cycle."""
-    watching = Watching()
+    recorder = RestartRecorder()
     ens = SnapshotEnsemble(model, cycles=cycles, lr_init=0.1, **arguments)
-    given = {"validation_data": (X, Y), "callbacks": [watching]}
+    given = {"validation_data": (X, Y), "callbacks": [recorder]}
     ens.fit(X, Y, epochs=epochs, batch_size=8, verbose=0, **given)
-    return ens, list(zip(watching.at_end[:-1], watching.at_begin[1:], strict=True))
+    return ens, list(zip(recorder.at_end[:-1], recorder.at_begin[1:], strict=True))
 
 
 def test_a_warm_restart_changes_nothing_and_draws_nothing():
@@ -73,9 +73,14 @@ def test_a_warm_restart_changes_nothing_and_draws_nothing():
 
 
 @pytest.mark.parametrize("shrink", [0.0, 0.25, 0.5, np.float32(0.5)])
-def test_each_weight_goes_towards_a_fresh_draw_of_its_own_initializer(shrink):
+def test_each_weight_is_mixed_with_a_new_draw_of_its_own_initializer(shrink):
     _, restarts = watched(net(), shrink=shrink)
-    limits = [np.sqrt(6 / (4 + 50)), 0, np.sqrt(6 / (50 + 3)), 0]  # Of Glorot's, and zeros.
+    limits = [
+        np.sqrt(6 / (4 + 50)),
+        0,
+        np.sqrt(6 / (50 + 3)),
+        0,
+    ]  # Glorot's limits; biases start at zero.
     draws = []
     for before, after in restarts:
         actual = [
@@ -85,9 +90,9 @@ def test_each_weight_goes_towards_a_fresh_draw_of_its_own_initializer(shrink):
         draws.append(actual)
         for draw, limit in zip(actual, limits, strict=True):
             assert np.abs(draw).max() <= limit + 1e-6
-        # Spread as a uniform distribution is: the kernel of 200 numbers tells.
+        # The first kernel, with 200 values, is large enough to test for a uniform distribution.
         assert np.std(actual[0]) == pytest.approx(limits[0] / np.sqrt(3), rel=0.15)
-    assert not np.allclose(draws[0][0], draws[1][0], atol=1e-3)  # Another one each time.
+    assert not np.allclose(draws[0][0], draws[1][0], atol=1e-3)  # Each draw is new.
 
 
 def test_an_initializer_with_a_seed_draws_other_numbers_at_each_restart():
@@ -115,12 +120,12 @@ def test_frozen_weights_and_statistics_are_carried_over():
 
 def test_optimizer_slots_are_carried_over():
     slots = []
-    look = keras.callbacks.LambdaCallback(
+    record = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: slots.append(ens.model.optimizer.variables[-1].numpy()),
         on_epoch_end=lambda epoch, logs: slots.append(ens.model.optimizer.variables[-1].numpy()),
     )
     ens = SnapshotEnsemble(net(), cycles=2, lr_init=0.1, shrink=0.5)
-    ens.fit(X, Y, epochs=2, verbose=0, callbacks=[look])
+    ens.fit(X, Y, epochs=2, verbose=0, callbacks=[record])
     np.testing.assert_array_equal(slots[1], slots[2])
     assert slots[1].any()
 
@@ -148,25 +153,25 @@ def test_layers_that_were_trained_before_are_carried_over():
     for before, after in restarts:
         same = [np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
         assert same == [True] * (len(same) - 2) + [False] * 2
-    # By a second `fit` too, before which all of it was trained.
-    end, watching = ens.model.get_weights(), Watching()
-    ens.fit(X, Y, epochs=3, verbose=0, callbacks=[watching])
-    same = [np.array_equal(a, b) for a, b in zip(end, watching.at_begin[0], strict=True)]
+    # In a second `fit` as well, although all layers have been trained by then.
+    end, recorder = ens.model.get_weights(), RestartRecorder()
+    ens.fit(X, Y, epochs=3, verbose=0, callbacks=[recorder])
+    same = [np.array_equal(a, b) for a, b in zip(end, recorder.at_begin[0], strict=True)]
     assert same == [True] * (len(same) - 2) + [False] * 2
 
 
 def test_a_second_fit_begins_with_a_restart():
     ens, _ = watched(net(), epochs=2, cycles=2, shrink=0.5)
-    before, watching = ens.model.get_weights(), Watching()
+    before, recorder = ens.model.get_weights(), RestartRecorder()
     assert [cycle.shrink for cycle in ens.plan(4)] == [0.5, 0.5]
-    ens.fit(X, Y, epochs=2, verbose=0, callbacks=[watching])
-    assert not np.array_equal(before[0], watching.at_begin[0][0])
+    ens.fit(X, Y, epochs=2, verbose=0, callbacks=[recorder])
+    assert not np.array_equal(before[0], recorder.at_begin[0][0])
 
 
 @pytest.mark.parametrize(
     "shrink", [{"head": 0.5}, {"backbone": 0.5}, {"backbone": 0.5, "dense": 1.0}]
 )
-def test_layers_by_name(shrink):
+def test_shrink_by_layer_name(shrink):
     model = compiled(keras.Sequential([backbone(), layers.Dense(3, "softmax", name="head")]))
     ens, restarts = watched(model, shrink=shrink)
     names = [variable.path for variable in model.weights]
@@ -179,7 +184,7 @@ def test_layers_by_name(shrink):
     assert str(shrink) in str(ens.plan(3))
 
 
-def test_the_plan_the_history_and_the_manifest_say_it(tmp_path):
+def test_shrink_is_in_the_plan_the_history_and_the_manifest(tmp_path):
     ens, _ = watched(net(), shrink=0.25, directory=tmp_path / "run")
     assert [cycle.shrink for cycle in SnapshotEnsemble(net(), shrink=0.25).plan(5)] == [1] + [
         0.25
@@ -197,11 +202,11 @@ def test_the_plan_the_history_and_the_manifest_say_it(tmp_path):
 def test_a_restart_is_printed(capfd):
     keras.config.enable_interactive_logging()
     SnapshotEnsemble(net(), cycles=2, lr_init=0.1, shrink=0.5).fit(X, Y, epochs=2, verbose=2)
-    assert "Restart with 0.5 of the weights, the rest drawn anew" in capfd.readouterr().out
+    assert "Restart with shrink=0.5: weights are mixed with a new draw" in capfd.readouterr().out
 
 
-class Own(keras.Model):
-    """A subclass without a config."""
+class Subclass(keras.Model):
+    """A subclassed model without a config."""
 
     def __init__(self, with_weight=False, trainable=True):
         super().__init__()
@@ -216,28 +221,30 @@ class Own(keras.Model):
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_subclassed_models(built):
-    model = compiled(Own())
+def test_subclassed_models_can_shrink(built):
+    model = compiled(Subclass())
     if built:
         model(X)
     _, restarts = watched(model, shrink=0.0)
     for before, after in restarts:
         assert not np.array_equal(before[0], after[0])
-        assert not after[1].any()  # A bias begins at zero.
+        assert not after[1].any()  # Biases start at zero.
 
 
-def test_weights_of_which_nothing_is_known_are_named_before_training():
-    model = compiled(Own(with_weight=True))
+def test_weights_with_an_unknown_initializer_are_an_error_before_training():
+    model = compiled(Subclass(with_weight=True))
     model(X)
-    with pytest.raises(ValueError, match=r"nothing is known of how these began: own.*get_config"):
+    with pytest.raises(
+        ValueError, match=r"not known how these are initialised\. Received: own.*get_config"
+    ):
         SnapshotEnsemble(model, shrink=0.5).fit(X, Y, epochs=5)
-    ens, restarts = watched(model, shrink="auto")  # Which is never in the way.
+    ens, restarts = watched(model, shrink="auto")  # With `auto`, restarts are warm instead.
     assert len(ens) == 3
     assert all(np.array_equal(a, b) for pair in restarts for a, b in zip(*pair, strict=True))
 
 
-def test_weights_that_are_not_trained_need_not_be_known():
-    model = compiled(Own(with_weight=True, trainable=False))
+def test_frozen_weights_may_have_an_unknown_initializer():
+    model = compiled(Subclass(with_weight=True, trainable=False))
     model(X)
     _, restarts = watched(model, shrink=0.0)
     changed = [not np.array_equal(a, b) for a, b in zip(*restarts[0], strict=True)]
@@ -245,10 +252,12 @@ def test_weights_that_are_not_trained_need_not_be_known():
     assert len(changed) == 5
 
 
-def test_a_model_that_was_trained_before_is_not_torn_down_unasked():
+def test_a_pretrained_model_shrinks_only_by_layer_name():
     model = net()
     model.fit(X, Y, verbose=0)
-    with pytest.raises(ValueError, match=r"all that there are\. Received: shrink=0\.5\. N"):
+    with pytest.raises(
+        ValueError, match=r"all layers of this model were\. Received: shrink=0\.5\. N"
+    ):
         SnapshotEnsemble(model, shrink=0.5).fit(X, Y, epochs=5)
     _, restarts = watched(model, shrink={"head": 0.5})
     assert all(np.array_equal(before[0], after[0]) for before, after in restarts)
@@ -265,27 +274,27 @@ def test_a_model_that_was_trained_before_is_not_torn_down_unasked():
         ("half", ValueError, r"or 'auto'\. Received: shrink='half'"),
     ],
 )
-def test_what_it_may_be(shrink, error, message):
+def test_invalid_values_are_refused(shrink, error, message):
     with pytest.raises(error, match=message):
         SnapshotEnsemble(net(), shrink=shrink)
 
 
-def test_unknown_names_are_an_error_before_training():
-    message = r"Received: foot\. There are: head, hidden, "
+def test_unknown_layer_names_are_an_error_before_training():
+    message = r"Received: foot\. The layers with weights are: head, hidden, "
     with pytest.raises(ValueError, match=message):
         SnapshotEnsemble(net(), shrink={"foot": 0.5}).fit(X, Y, epochs=5)
 
 
-def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):
-    asked = []
+def test_auto_shrinks_once_the_run_has_overfitted(monkeypatch):
+    checked = []
 
-    def at_the_third(history):
-        asked.append(len(history["cycle"]))
-        return len(asked) > 1
+    def overfitted_after_two_cycles(history):
+        checked.append(len(history["cycle"]))
+        return len(checked) > 1
 
-    monkeypatch.setattr(shrink_perturb, "has_overfitted", at_the_third)
+    monkeypatch.setattr(shrink_perturb, "has_overfitted", overfitted_after_two_cycles)
     ens, restarts = watched(net(), shrink="auto")
-    assert asked == [1, 2]
+    assert checked == [1, 2]
     same = [np.array_equal(before[0], after[0]) for before, after in restarts]
     assert same == [True, False]
     assert ens.history["shrink"] == [1, 1, 0.5]
@@ -293,8 +302,8 @@ def test_auto_tears_down_once_the_run_has_overfitted(monkeypatch):
 
 
 @pytest.mark.parametrize(("labels", "expected"), [(RNG.permutation(Y), [1, 0.5]), (Y, [1, 1])])
-def test_auto_notices_what_cannot_be_learned(labels, expected):
-    # Of labels at random the net knows its own rows by heart, and nothing of any others.
+def test_auto_shrinks_when_the_validation_labels_are_random(labels, expected):
+    # With random validation labels, the model fits its training data and does not generalise.
     model = net()
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     model.compile(optimizer, "sparse_categorical_crossentropy", steps_per_execution=3)
@@ -305,17 +314,17 @@ def test_auto_notices_what_cannot_be_learned(labels, expected):
     assert ens.history.get("shrink", [1] * 60)[::30] == expected
 
 
-def test_a_restarter_by_itself_is_warm():
+def test_restarts_are_warm_by_default():
     assert Restarter().is_warm
     assert Restarter().restart(net(), Progress()) == 1
 
 
-def test_auto_takes_layers_apart_only_where_there_are_validation_data(monkeypatch):
+def test_auto_looks_for_parts_only_if_there_are_validation_data(monkeypatch):
     def never(model):
-        raise AssertionError("taken apart")
+        raise AssertionError("looked for parts")
 
     monkeypatch.setattr(shrink_perturb, "parts_of", never)
     SnapshotEnsemble(net(), cycles=2).fit(X, Y, epochs=2, verbose=0)
     for given in ({"validation_data": (X, Y)}, {"validation_split": 0.5}):
-        with pytest.raises(AssertionError, match="taken apart"):
+        with pytest.raises(AssertionError, match="looked for parts"):
             SnapshotEnsemble(net(), cycles=2).fit(X, Y, epochs=2, verbose=0, **given)
