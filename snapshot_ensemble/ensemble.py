@@ -104,7 +104,7 @@ class SnapshotEnsemble:
         directory: Where snapshots are written as training goes. Defaults to `None`: in memory.
         max_snapshots: Keep only the newest that many. Defaults to `None`: keep all.
         task: `"multiclass"`, `"binary"`, `"multilabel"` or `"regression"`; with several outputs
-            one for each, in the outputs' structure. Defaults to `None`: read off the compiled
+            one for each, in the outputs' structure. Defaults to `None`: inferred from the compiled
             loss and the last activation.
         memory_limit: How many bytes the members' weights may take in memory at once; weights that
             all members share count once. If there are more, members predict arrays one after

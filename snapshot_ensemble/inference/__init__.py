@@ -1,5 +1,10 @@
-"""Prediction with the members.
+"""From members to outputs.
 
-`member_pool` selects the members and the graph that runs them, `members_model` is that graph, and
-`combining` combines the members' outputs into one. May import `storage` and `keras_compat`.
+    ensemble.predict(x)
+        member_pool             which members; all in one graph, or one after another
+            batch_size          how many rows of x at once
+            members_model       x -> each member's outputs; layers that they share run once
+            combining           the members' outputs -> one output, as `output_specs` reads it
+
+May import `storage` and `keras_compat`.
 """

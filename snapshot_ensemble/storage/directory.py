@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
-from snapshot_ensemble.keras_compat.saved_model import load_without_slots
+from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.manifest import NAME, Manifest
 from snapshot_ensemble.storage.record import Record
@@ -253,7 +253,9 @@ class DirectoryStore(ManifestDirectory):
             )
         path = self._path(self._now.kept.model)
         try:
-            return load_without_slots(path, custom_objects)
+            # The file holds no optimizer slots: a loaded model gets new ones.
+            with warnings_ignored("Skipping variable loading for optimizer"):
+                return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)
         except Exception as error:
             raise SnapshotError(
                 f"'{path}' cannot be loaded: {error}\nIf it uses classes or functions of your "

@@ -3,8 +3,6 @@
 import pathlib
 from types import TracebackType
 
-import filelock
-
 NAME = "ensemble.lock"
 
 
@@ -18,7 +16,10 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
+        import filelock  # noqa: PLC0415  Loaded where it is used.
+
         self._path = directory / NAME
+        self._timeout = filelock.Timeout
         # The background thread that writes uses the lock of the training thread.
         self._lock = filelock.FileLock(self._path, timeout=0, thread_local=False)
 
@@ -31,7 +32,7 @@ class DirectoryLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
-        except filelock.Timeout:
+        except self._timeout:
             raise BlockingIOError(
                 f"Another run is writing to the directory. Received: "
                 f"directory='{self._path.parent}'. Wait until it has ended, or choose another one."
@@ -45,6 +46,11 @@ class DirectoryLock:
         trace: TracebackType | None,
     ) -> None:
         self._lock.release()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a lock file, of whoever."""
+        return self._path.exists()
 
     def remove(self) -> None:
         """Removes the lock file while the lock is held, so that nobody else can have locked it."""

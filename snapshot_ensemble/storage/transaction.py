@@ -171,7 +171,8 @@ class ManifestDirectory:
     @contextlib.contextmanager
     def transaction(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
         """Claims the directory and keeps other writers out; see `SnapshotStore.transaction`."""
-        before, is_new, is_safe = self._now.copy(), not self.directory.exists(), False
+        before, is_safe = self._now.copy(), False
+        is_new, had_lock = not self.directory.exists(), self._lock.exists
         try:
             self.claim(resume=resume, overwrite=overwrite)
             claimed = self._now.copy()
@@ -189,14 +190,18 @@ class ManifestDirectory:
                             self.commit()
                             self.settle()
                         else:
-                            self._undo(claimed, is_new)
+                            self._undo(claimed)
+                            if not had_lock:
+                                self._lock.remove()
+                            if is_new:
+                                self.directory.rmdir()
                     raise
         except BaseException:
             if not is_safe:
                 self._now = before
             raise
 
-    def _undo(self, claimed: Contents, is_new: bool) -> None:
+    def _undo(self, claimed: Contents) -> None:
         """Restores the directory as it was when claimed; its manifest names no new files yet."""
         self._now.kept = claimed.kept
         self._clean()
@@ -204,9 +209,6 @@ class ManifestDirectory:
             (self.directory / NAME).unlink(missing_ok=True)
         elif self._now.known != claimed.known:
             self._publish(claimed.known)
-        if is_new:
-            self._lock.remove()
-            self.directory.rmdir()
 
     def restart(self) -> None:
         """Makes the next added file replace all existing ones."""

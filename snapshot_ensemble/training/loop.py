@@ -39,6 +39,7 @@ class CycleCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = self._run
+        run.restarter.share = 1.0  # The restarts of an earlier run are over.
         if run.state is not None:
             run.state.restore_model(self.model)
             run.restarter.share = (run.progress.history.get("shrink") or [1.0])[-1]

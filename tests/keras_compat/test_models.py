@@ -14,7 +14,6 @@ from snapshot_ensemble.keras_compat import (
     masks,
     optimizers,
     quiet,
-    saved_model,
     serving_signature,
     stateless_call,
     stock_layers,
@@ -174,31 +173,22 @@ def test_functions_of_others_are_as_they_were():
     assert kind.__call__ is call
 
 
-@keras.saving.register_keras_serializable("contract")
-class Registered(layers.Dense):
-    pass
-
-
-def unregistered(y, y_pred):
-    return keras.ops.mean(keras.ops.abs(y - y_pred), axis=-1)
-
-
-def test_a_model_is_loaded_without_the_slots_of_its_optimizer(tmp_path):
-    """Warnings are errors here: Keras itself would warn of the optimizer's missing variables."""
-    model = keras.Sequential([keras.Input((3,)), Registered(2)])
-    model.compile(keras.optimizers.Adam(0.25), unregistered, metrics=["mse"])
+def test_a_model_saved_without_its_optimizers_slots_says_this_when_it_is_loaded(tmp_path):
+    """By these words the package knows which warning to ignore."""
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    inner.compile("adam", "mse")
+    model = keras.Sequential([keras.Input((3,)), inner])
+    model.compile(keras.optimizers.Adam(0.25), "mse")
     model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     path = tmp_path / "model.keras"
     with optimizers.optimizers_hidden(model):
         model.save(path)
-    loaded = saved_model.load_without_slots(path, {"unregistered": unregistered})
-    assert isinstance(loaded.layers[0], Registered)
-    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
+    with quiet.warnings_ignored("Skipping variable loading for optimizer"):
+        loaded = keras.models.load_model(path)
     assert float(loaded.optimizer.learning_rate) == 0.25
-    x, y = np.ones((2, 3), "float32"), np.zeros((2, 2), "float32")
-    expected = model.evaluate(x, y, verbose=0)
-    np.testing.assert_allclose(loaded.evaluate(x, y, verbose=0), expected, rtol=1e-6)
-    loaded.fit(x, y, verbose=0)
+    loaded.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        keras.models.load_model(path)
 
 
 def test_warnings_are_ignored_meanwhile():

@@ -1,6 +1,7 @@
 """`fit` is a transaction: if it ends before anything new is on disk, nothing has changed."""
 
 import _thread
+import signal
 import threading
 import time
 
@@ -85,13 +86,18 @@ ENDINGS = {
 }
 
 
-@pytest.fixture(params=["in memory", "a new directory", "its own directory", "an old directory"])
+SETUPS = ("in memory", "a new directory", "an empty one", "its own directory", "an old directory")
+
+
+@pytest.fixture(params=SETUPS)
 def setup(request, tmp_path):
     """An ensemble, its directory, and the arguments with which it may train there."""
     directory = tmp_path / "run"
     if request.param == "in memory":
         return ensemble(), None, {}
-    if request.param == "a new directory":
+    if request.param == "an empty one":
+        directory.mkdir()
+    if request.param in ("a new directory", "an empty one"):
         return ensemble(directory), directory, {}
     earlier = ensemble(directory)
     fit(earlier)
@@ -219,11 +225,15 @@ def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
         def on_train_end(self, logs=None):
             has_ended.set()
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Workers ignore it.
     monkeypatch.setattr(Draft, "finish", finish_slowly)
     monkeypatch.setattr(background, "wait", wait_seen)
     ens = ensemble(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        fit(ens, callbacks=[Ends()])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(ens, callbacks=[Ends()])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert interrupted
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1]
     again = SnapshotEnsemble.load(tmp_path / "run")
