@@ -1,4 +1,4 @@
-"""How memory keeps snapshots: a list of weights, equal arrays held once."""
+"""Snapshots in memory: a list of weights, in which equal arrays are stored once."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from snapshot_ensemble.storage.memory import MemoryStore
 
 
 class Stub:
-    """What a store asks of a model, with one weight to tell snapshots by."""
+    """The part of a model that a store uses, with one weight that identifies a snapshot."""
 
     def __init__(self, value=0.0):
         self.value = value
@@ -21,7 +21,7 @@ class Stub:
 
 
 def kept(store):
-    """The values that a store of `Stub` weights holds, oldest first."""
+    """The values in a store of `Stub` weights, oldest first."""
     return [store.weights(None, i)[0][0] for i in range(len(store.snapshots))]
 
 
@@ -29,7 +29,7 @@ def test_a_new_store_is_empty():
     assert MemoryStore().snapshots == []
 
 
-def test_kept_weights_are_those_of_the_moment(model, data):
+def test_stored_weights_do_not_change_with_the_model(model, data):
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     store = MemoryStore()
     before = [variable.numpy().copy() for variable in model.weights]
@@ -48,7 +48,7 @@ def test_kept_weights_come_in_the_order_of_the_models(model):
     assert [array.shape for array in store.weights(model, 0)] == shapes
 
 
-def test_what_is_known_of_a_snapshot_is_kept_with_it():
+def test_a_snapshot_is_stored_with_its_metadata():
     store = MemoryStore()
     snapshot = Snapshot(0, cycle=4, epoch=9, step=70, learning_rate=0.1, metrics={"loss": 2.0})
     store.add(Stub(), snapshot)
@@ -71,7 +71,7 @@ def test_frozen_arrays_are_held_once(data):
         assert not np.array_equal(other["K"], first["K"])
 
 
-def test_an_array_that_changed_and_came_back_is_right():
+def test_an_array_that_changes_back_is_stored_correctly():
     store = MemoryStore()
     for value in (1, 2, 1):
         store.add(Stub(value), Snapshot(0))
@@ -114,7 +114,7 @@ def test_a_restart_replaces_when_something_is_added():
     assert kept(store) == [7, 8]
 
 
-def test_a_restart_may_be_taken_back():
+def test_a_restart_can_be_cancelled():
     store = MemoryStore()
     store.add(Stub(1), Snapshot(0))
     store.restart()
