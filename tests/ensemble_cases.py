@@ -11,14 +11,14 @@ def fit(ens, **arguments):
 
 
 def shown(value):
-    """The id of a case: its arguments, short."""
+    """A short test id made of the arguments."""
     if not isinstance(value, dict):
         return ""
     plain = (bool, int, float, str, type(None))
     return ", ".join(f"{k}={v}" if isinstance(v, plain) else k for k, v in value.items())
 
 
-# What the files of `paths` hold.
+# The weights of three members, which the fixture `paths` also writes to files.
 WEIGHTS = [
     [factor * np.linspace(1, 2, 12, dtype="float32").reshape(4, 3), np.full(3, factor, "float32")]
     for factor in (1, 2, 3)

@@ -1,4 +1,4 @@
-"""Ensembles in directories, and what tests read of their files."""
+"""Ensembles in directories, and helpers that read their files."""
 
 import dataclasses
 import hashlib
@@ -35,12 +35,12 @@ def fitted(directory=None, **arguments):
 
 
 def each_epoch(function):
-    """A callback for when everything of an epoch is done."""
+    """A callback that calls a function at the end of each epoch."""
     return keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: function(epoch))
 
 
 def contents(directory):
-    """All files below a directory with what is in them."""
+    """The contents of all files in a directory."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -60,7 +60,7 @@ def manifest_of(directory):
 
 
 def write_manifest(directory, manifest):
-    """Writes a manifest as a forger would, with the right hash."""
+    """Writes a manifest with a matching hash."""
     content = {name: value for name, value in manifest.items() if name != "sha256"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     signed = {**content, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -68,7 +68,7 @@ def write_manifest(directory, manifest):
 
 
 def file_entries(node):
-    """Whatever in a manifest describes a file, wherever it stands."""
+    """All entries in a manifest that describe a file."""
     if isinstance(node, dict):
         if "name" in node:
             return [node]
@@ -77,7 +77,7 @@ def file_entries(node):
 
 
 def weight_files(directory):
-    """The weight files, oldest first, by the manifest."""
+    """The weight files that the manifest names, oldest first."""
     names = [entry["name"] for entry in file_entries(manifest_of(directory)["snapshots"])]
     return [directory / name for name in names]
 

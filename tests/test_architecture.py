@@ -1,4 +1,4 @@
-"""The architecture: public names, where private ones of Keras may be, how large rooms are."""
+"""The architecture: public signatures, use of private Keras names, and sizes of modules."""
 
 import ast
 import inspect
@@ -45,7 +45,7 @@ def methods(name, kind):
             yield f"{name}.{member}{signature(getattr(kind, member))}"
 
 
-def test_public_signatures_are_those_of_the_list():
+def test_public_signatures_match_the_list():
     rows = []
     for name in snapshot_ensemble.__all__:
         value = getattr(snapshot_ensemble, name)
@@ -62,7 +62,7 @@ def test_the_ensemble_is_one_class():
 
 
 def private_names():
-    """What Keras and TensorFlow keep under private names in what users and we handle."""
+    """The private names of the Keras and TensorFlow objects that the package handles."""
     inputs = keras.Input((2,))
     model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
     model.compile("adam", "mse")
@@ -112,8 +112,8 @@ def test_few_modules_need_tensorflow():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_rooms_are_small(path):
-    """400 lines a file, but for the ensemble; 40 lines a function without its docstring."""
+def test_modules_and_functions_are_small(path):
+    """At most 400 lines per file, except ensemble.py, and 40 per function without docstring."""
     text = path.read_text("utf-8")
     if path.name != "ensemble.py":
         assert text.count("\n") <= 400
@@ -127,8 +127,8 @@ def test_rooms_are_small(path):
                 assert lines <= 40, node.name
 
 
-def test_methods_of_the_ensemble_hand_over():
-    """They say what happens; it is done elsewhere, so that a few statements do."""
+def test_methods_of_the_ensemble_delegate():
+    """The work is done in other modules, so each method needs only a few statements."""
     (face,) = (path for path in MODULES if path.name == "ensemble.py")
     for node in ast.walk(ast.parse(face.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef):
@@ -138,7 +138,7 @@ def test_methods_of_the_ensemble_hand_over():
 
 
 @pytest.mark.parametrize("path", sorted(HOME.glob("*/__init__.py")), ids=name_of)
-def test_each_room_says_what_it_is_for_and_what_it_may_import(path):
+def test_each_subpackage_documents_its_purpose_and_imports(path):
     tree = ast.parse(path.read_text("utf-8"))
     assert len(tree.body) == 1
     docstring = ast.get_docstring(tree)

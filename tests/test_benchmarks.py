@@ -1,4 +1,4 @@
-"""A smoke run of each benchmark: that it runs, and the figures that do not depend on time."""
+"""Smoke tests of the benchmarks: each runs, and results that do not depend on time are right."""
 
 import json
 import pathlib
@@ -57,7 +57,7 @@ def test_prediction_cost(capsys):
 def test_memory_cost(capsys):
     rows = memory_cost.main(["--members", "3", "--width", "400", "--limit", "1"])
     actual = {what: ratio for what, _, ratio, _ in rows}
-    # Of bytes the figures do not depend on the machine.
+    # Numbers of bytes do not depend on the machine.
     assert actual["a snapshot on disk"] < 1.02
     assert actual["6 heads on a frozen backbone, directory"] < 1.05
     assert actual["the same in memory"] == 1
@@ -65,7 +65,7 @@ def test_memory_cost(capsys):
 
 
 def test_torchensemble_cost(capsys):
-    pytest.importorskip("torchensemble", reason="Another framework's, not installed for tests.")
+    pytest.importorskip("torchensemble", reason="TorchEnsemble is not installed for tests.")
     from benchmarks import torchensemble_cost
 
     rows = torchensemble_cost.main(["--rows", "64", "--width", "8", "--rounds", "1"])
@@ -79,15 +79,15 @@ def killed(*arguments):
     return json.loads(done.stdout)
 
 
-def test_kills_in_short():
-    # In a process of its own: it forks, which is safe only before TensorFlow ran something.
+def test_one_kill():
+    # In a new process: it forks, which is safe only before TensorFlow has run anything.
     (row,) = killed("--kills", "1", "--kinds", "tf.data")
     assert row["kills"] == 1
     assert row["runs"] == row["equal"] > 0
 
 
 @pytest.mark.slow
-def test_kills_at_length():
+def test_fifty_kills():
     for row in killed("--kills", "50"):
         assert row["kills"] == 50
         assert row["in a write"] > 10
@@ -95,7 +95,7 @@ def test_kills_at_length():
 
 
 def members_by_hand():
-    """Two members, four rows, two classes, so that all can be written out."""
+    """Two members, four rows and two classes, small enough to compute by hand."""
     one = np.asarray([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.5, 0.5]])
     other = np.asarray([[0.7, 0.3], [0.4, 0.6], [0.2, 0.8], [0.9, 0.1]])
     return [one, other], np.asarray([0, 1, 0, 1])
@@ -104,17 +104,19 @@ def members_by_hand():
 def test_the_arithmetic_of_accuracy():
     members, y = members_by_hand()
     actual = accuracy.scores(members, y)
-    mean = [0.8, 0.7, 0.4, 0.3]  # Of the right classes.
+    mean = [0.8, 0.7, 0.4, 0.3]  # Probabilities of the true classes.
     assert actual["error"] == 50
     assert actual["nll"] == pytest.approx(-np.mean(np.log(mean)))
     assert actual["last error"] == 50
     assert actual["last nll"] == pytest.approx(-np.mean(np.log([0.7, 0.6, 0.2, 0.1])))
-    assert actual["disagreement"] == 25  # The third row; of the fourth both begin with class 0.
-    # One row a bin: 0.8 and 0.7 are right, 0.6 and 0.7 wrong.
+    assert (
+        actual["disagreement"] == 25
+    )  # Only the third row: on ties, as in the fourth, class 0 is first.
+    # One row per bin: 0.8 and 0.7 are right, 0.6 and 0.7 wrong.
     assert actual["ece"] == pytest.approx(np.mean([0.2, 0.3, 0.6, 0.7]))
 
 
-def test_a_temperature_is_that_of_the_other_half():
+def test_the_temperature_is_fitted_on_the_other_half():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 200)
     logs = rng.normal(size=(200, 3)) + 2 * np.eye(3)[y]
@@ -122,7 +124,7 @@ def test_a_temperature_is_that_of_the_other_half():
     grid = np.exp(np.linspace(-3, 3, 20_001))
     expected = []
     for fitted, scored in ((slice(100), slice(100, None)), (slice(100, None), slice(100))):
-        # With t the likelihood is that of softmax(logs / t), written out.
+        # With temperature t, probabilities are softmax(logs / t).
         powers = logs[fitted, None] / grid[:, None]
         right = np.take_along_axis(powers, y[fitted, None, None], axis=-1)[..., 0]
         best = grid[np.argmax(np.mean(right - np.log(np.exp(powers).sum(-1)), axis=0))]
@@ -132,7 +134,7 @@ def test_a_temperature_is_that_of_the_other_half():
     assert accuracy.calibrated(logs, y) == pytest.approx(np.mean(expected), rel=1e-5)
 
 
-def test_how_many_full_runs_are_as_good():
+def test_deep_equivalent_interpolates_between_sizes():
     deep = {1: {"calibrated": 0.4}, 2: {"calibrated": 0.3}, 3: {"calibrated": 0.28}}
     assert accuracy.equivalent(0.5, deep) == 1
     assert accuracy.equivalent(0.35, deep) == pytest.approx(1.5)
@@ -140,7 +142,7 @@ def test_how_many_full_runs_are_as_good():
     assert accuracy.equivalent(0.1, deep) == 3
 
 
-def test_full_runs_side_by_side():
+def test_deep_ensembles_average_over_cyclic_choices():
     members, y = members_by_hand()
     runs = [*members, members[0]]
     deep = accuracy.deep_ensembles(runs, y)
@@ -151,19 +153,19 @@ def test_full_runs_side_by_side():
     assert deep[3] == pytest.approx(accuracy.scores(runs, y))
 
 
-def test_differences_are_those_within_seeds():
+def test_differences_are_computed_within_seeds():
     def rows(*errors):
         return [{"error": e, "nll": e / 10, "calibrated": e / 20} for e in errors]
 
     text = accuracy.compared({"warm": rows(3, 5, 4), "chosen": rows(2, 3, 3)})
-    # Differences of -1, -2 and -1: their deviation is sqrt(1/3), a third of it the standard error.
+    # Differences of -1, -2 and -1: standard deviation sqrt(1/3), standard error 1/3.
     assert text.splitlines()[2:] == [
         "| warm | -1.33 ± 0.33 | -0.1333 ± 0.0333 | -0.0667 ± 0.0167 |"
     ]
 
 
 @pytest.mark.parametrize("name", accuracy.TASKS)
-def test_each_net_gives_probabilities_of_its_classes(name):
+def test_each_model_returns_probabilities_of_its_classes(name):
     task = accuracy.TASKS[name]
     model = task.model()
     (shape,) = {tuple(tensor.shape[1:]) for tensor in model.inputs}
@@ -173,7 +175,7 @@ def test_each_net_gives_probabilities_of_its_classes(name):
 
 
 @pytest.mark.parametrize(("name", "changes"), [("digits_conv", 0), ("digits_conv_augmented", 1)])
-def test_augmented_images_change_in_training_only(name, changes):
+def test_augmentation_changes_images_only_in_training(name, changes):
     layers = accuracy.TASKS[name].net(10).layers
     first = [layer for layer in layers if layer.name.startswith("random")]
     assert len(first) == changes
@@ -189,7 +191,9 @@ def test_accuracy(capsys, tmp_path):
     result = accuracy.main(arguments)
     assert list(result["methods"]) == list(accuracy.DEFAULT)
     first = capsys.readouterr().out
-    assert first.count(".npz: ") == 2 * (len(accuracy.DEFAULT) - 1)  # One for `auto`, `chosen`.
+    assert first.count(".npz: ") == 2 * (
+        len(accuracy.DEFAULT) - 1
+    )  # `auto` and `chosen` share a run.
     y = accuracy.TASKS["digits"].parts("/")[2][1]
     for name, rows in result["methods"].items():
         for seed, row in enumerate(rows):
@@ -203,7 +207,7 @@ def test_accuracy(capsys, tmp_path):
             assert row["error"] == pytest.approx(100 * np.mean(mean.argmax(-1) != y))
             nll = -np.mean(np.log(mean[np.arange(len(y)), y]))
             assert row["nll"] == pytest.approx(nll, rel=1e-4)
-    # The same again is read; what breaks off goes on.
+    # Saved runs are read, not run again; missing ones are run.
     (tmp_path / "digits-2-2-warm-1.npz").unlink()
     assert accuracy.main(arguments)["methods"] == result["methods"]
     assert capsys.readouterr().out.count(".npz: ") == 1
@@ -233,7 +237,7 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         "statistics": 2,
         "slots": 2,
     }
-    # The second of each two late ones is the member itself, which its average is like.
+    # Every second late snapshot is the member itself, and its average is similar.
     averages, own = members["averaged"], members["late"][1::2]
     assert not np.allclose(averages, own, atol=1e-3)
     assert np.mean(averages.argmax(-1) == own.argmax(-1)) > 0.9

@@ -1,4 +1,4 @@
-"""`SnapshotEnsemble` itself: what its constructor takes and refuses, and its members."""
+"""The constructor of `SnapshotEnsemble`, and access to its members."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from snapshot_ensemble import (
     [None, "model", keras.Model, 3, keras.layers.Dense(3), [classifier]],
     ids=lambda model: type(model).__name__,
 )
-def test_what_is_no_model_is_refused(model):
+def test_a_model_of_another_type_is_refused(model):
     with pytest.raises(TypeError, match=r"`model` must be a `keras.Model`. Received: model="):
         SnapshotEnsemble(model)
 
@@ -87,17 +87,17 @@ SCHEDULE = CosineAnnealing(2, lr_init=0.5)
     ],
     ids=shown,
 )
-def test_wrong_arguments_are_refused(arguments, error, message):
+def test_invalid_arguments_are_refused(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         SnapshotEnsemble(classifier(), **arguments)
 
 
-def test_arguments_are_given_by_name():
+def test_arguments_are_keyword_only():
     with pytest.raises(TypeError, match="positional"):
         SnapshotEnsemble(classifier(), 5)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted():
     ens = SnapshotEnsemble(
         classifier(), cycles=np.int64(2), lr_init=np.float32(0.5), max_snapshots=np.int32(1)
     )
@@ -105,7 +105,7 @@ def test_numbers_of_numpy_are_numbers():
     json.dumps([ens.max_snapshots, ens.plan(3)[0].lr_max])  # Plain numbers from then on.
 
 
-def test_making_an_ensemble_changes_nothing_of_the_model():
+def test_creating_an_ensemble_does_not_change_the_model():
     model = classifier()
     optimizer, weights = model.optimizer, model.get_weights()
     state = [variable.numpy().copy() for variable in optimizer.variables]
@@ -123,12 +123,12 @@ def test_a_new_ensemble_is_empty():
 
 
 @pytest.mark.parametrize("method", ["predict", "predict_members", "evaluate"])
-def test_without_members_there_is_nothing_to_predict(method):
+def test_predicting_without_members_is_an_error(method):
     with pytest.raises(ValueError, match="no members yet. Call `fit`"):
         getattr(SnapshotEnsemble(classifier()), method)(X)
 
 
-def test_only_tensorflow_will_do(monkeypatch):
+def test_other_backends_are_refused(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ValueError, match=r"with TensorFlow.*'jax'.*KERAS_BACKEND=tensorflow"):
         SnapshotEnsemble(classifier())
@@ -137,7 +137,7 @@ def test_only_tensorflow_will_do(monkeypatch):
 # Members
 
 
-def test_members_are_got_by_index_from_both_ends():
+def test_members_can_be_indexed_from_both_ends():
     ens = ensemble_with(classifier(), *WEIGHTS)
     actual = [ens[i].get_weights()[0][0, 0] for i in (0, 1, 2, -1, -2, -3, np.int64(1))]
     assert actual == [1, 2, 3, 3, 2, 1, 2]
@@ -161,13 +161,13 @@ def test_the_list_of_snapshots_is_the_callers_own():
     assert len(ens) == len(ens.snapshots) == 3
 
 
-def test_an_ensemble_shows_what_it_is(tmp_path):
+def test_repr_shows_the_model_and_the_number_of_members(tmp_path):
     ens = ensemble_with(classifier(), *WEIGHTS)
     assert repr(ens) == f"<SnapshotEnsemble of {ens.model.name!r}: 3 members in memory>"
     assert f"0 members in '{tmp_path}'" in repr(SnapshotEnsemble(classifier(), directory=tmp_path))
 
 
-def test_a_callback_can_use_the_members_that_there_are():
+def test_a_callback_can_use_the_members_so_far():
     ens, seen = SnapshotEnsemble(classifier(), cycles=4, lr_init=0.5, max_snapshots=2), []
 
     def look(epoch, logs):
@@ -184,7 +184,7 @@ def test_a_callback_can_use_the_members_that_there_are():
         np.testing.assert_allclose(prediction, np.mean(outputs, axis=0), rtol=1e-5)
 
 
-def test_weights_belong_to_the_members_that_they_were_set_for():
+def test_member_weights_are_reset_when_the_members_change():
     ens = ensemble_with(classifier(), *WEIGHTS, cycles=1)
     ens.weights = [1, 0, 0]
     np.testing.assert_allclose(
@@ -196,7 +196,7 @@ def test_weights_belong_to_the_members_that_they_were_set_for():
         ens.predict(X, combine="weighted", verbose=0)
 
 
-def test_weights_may_be_taken_back():
+def test_member_weights_can_be_reset():
     ens = ensemble_with(classifier(), *WEIGHTS)
     ens.weights = [1, 0, 0]
     ens.weights = None

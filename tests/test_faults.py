@@ -1,4 +1,4 @@
-"""What goes wrong in training, on disk and over the years: nothing is lost, nothing is believed."""
+"""Faults in training and on disk, and directories of other format versions."""
 
 import json
 import pathlib
@@ -26,8 +26,8 @@ def dense(**arguments):
     return model
 
 
-def at_epoch(number, do):
-    """A callback that does something to the model at the end of the last batch of an epoch."""
+def at_epoch(number, action):
+    """A callback that changes the model after the last batch of an epoch."""
 
     class AtEpoch(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -35,7 +35,7 @@ def at_epoch(number, do):
 
         def on_train_batch_end(self, batch, logs=None):
             if self.epoch == number and batch == 2:
-                do(self.model)
+                action(self.model)
 
     return AtEpoch()
 
@@ -44,7 +44,7 @@ def fit(ens, epochs=8, **arguments):
     return ens.fit(X, Y, epochs=epochs, batch_size=8, verbose=0, **arguments)
 
 
-# Training that goes wrong
+# Faults in training
 
 
 def spoil(model):
@@ -79,7 +79,7 @@ def test_a_cycle_that_ends_in_a_loss_that_is_not_finite_is_no_member():
     assert len(ens) == 1
 
 
-def test_a_bad_number_in_mid_cycle_that_passes_does_no_harm():
+def test_infinite_weights_within_a_cycle_are_ignored_if_they_recover():
     kept = []
 
     def spoil_and_mend(model):
@@ -111,14 +111,14 @@ def test_keep_going_continues_from_the_last_good_cycle(bad):
         fit(ens, 6, callbacks=[at_epoch(2 * bad + 1, spoil), note], keep_going=True)
     assert [snapshot.cycle for snapshot in ens.snapshots] == sorted({0, 1, 2} - {bad})
     begun, good = starts[2 * bad + 2], starts[2 * bad]
-    # The learning rate (the second variable of the optimizer) is set anew in each step.
+    # The learning rate (the second variable of the optimizer) is set in each step.
     rate_index = len(ens.model.weights) + 1
     for number, (one, other) in enumerate(zip(begun, good, strict=True)):
         assert number == rate_index or np.array_equal(one, other)
     assert np.isfinite(ens.predict_members(X, verbose=0)).all()
 
 
-def test_a_straggler_is_named():
+def test_a_straggler_gives_a_warning():
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
 
     def worsen(model):
@@ -140,14 +140,14 @@ def test_a_straggler_is_named():
     assert losses[2] > 2 * np.median(np.delete(losses, 2))
 
 
-def test_members_that_are_alike_are_not_warned_of():
+def test_similar_members_give_no_warning():
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
     fit(ens, validation_data=(X, Y))  # A warning would be an error.
     assert len(ens) == 4
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_what_breaks_a_run_off_leaves_the_finished_cycles(tmp_path, error):
+def test_an_interrupted_run_keeps_finished_cycles(tmp_path, error):
     def stop(model):
         raise error
 
@@ -159,7 +159,7 @@ def test_what_breaks_a_run_off_leaves_the_finished_cycles(tmp_path, error):
     np.testing.assert_array_equal(actual, ens.predict(X, verbose=0))
 
 
-# A disk that does not take it
+# Faults on disk
 
 
 FULL = """
@@ -176,7 +176,7 @@ def harm(epoch, logs):
         SnapshotEnsemble.load(directory)  # Waits for what is being written in the background.
     if epoch == 4 and fault == "permission":
         os.chmod(directory, 0o500)
-        if os.geteuid() == 0:  # Who may write anywhere.
+        if os.geteuid() == 0:  # Root may write anywhere.
             os.seteuid(65534)
     elif epoch == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault), -1))
@@ -198,10 +198,10 @@ print(json.dumps([message, usable, members, loaded, left, len(ens)]))
 """
 
 
-# A limit on the size of files stands in for the disk: it hits all files, the weights, the state.
+# A limit on file size simulates a full disk for all files, for weights, or for the state.
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["0", "3000", "30000", "permission"])
-def test_a_full_disk_is_reported_and_what_was_written_stays(fault):
+def test_a_full_disk_is_reported_and_earlier_files_are_kept(fault):
     with tempfile.TemporaryDirectory() as scratch:
         pathlib.Path(scratch).chmod(0o777)
         command = [sys.executable, "-c", FULL, f"{scratch}/run", fault]
@@ -224,7 +224,7 @@ def test_a_deleted_directory_is_an_error_that_says_so():
     assert len(ens) == 2
 
 
-def test_an_impossible_directory_is_an_error_before_training(tmp_path):
+def test_an_invalid_directory_is_an_error_before_training(tmp_path):
     (tmp_path / "file").touch()
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=0.1, directory=tmp_path / "file" / "run")
     epochs = []
@@ -254,7 +254,7 @@ def test_a_directory_of_each_format_is_read(tmp_path, version):
     assert len(SnapshotEnsemble.load(directory)) == 4
 
 
-def test_a_newer_format_is_refused_with_what_to_do(tmp_path):
+def test_a_newer_format_is_refused_with_advice_to_update(tmp_path):
     directory = shutil.copytree(HERE / "formats" / "1" / "ensemble", tmp_path / "ensemble")
     path = directory / "ensemble.json"
     path.write_text(path.read_text("utf-8").replace('"version": 1', '"version": 2'))

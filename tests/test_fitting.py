@@ -1,4 +1,4 @@
-"""What `plan` and `fit` make of epochs, cycles and rates, and what `fit` refuses."""
+"""Epochs, cycles and rates in `plan` and `fit`, and arguments that `fit` refuses."""
 
 import re
 
@@ -22,11 +22,11 @@ RATE = 0.03125  # Exact in float32.
 
 
 @pytest.mark.parametrize("epochs", [3, 8])
-def test_a_plan_is_the_same_as_what_runs(epochs):
+def test_training_follows_the_plan(epochs):
     ens = SnapshotEnsemble(classifier(), cycles=3, lr_init=0.5, lr_min=0.25)
     plan = ens.plan(epochs)
     history = fit(ens, epochs=epochs).history
-    # An epoch is one step here, so that its rate is that of the plan's table.
+    # An epoch is one step here, so its rate is the one in the plan.
     rates = np.concatenate([cycle.rates(1) for cycle in plan])
     np.testing.assert_allclose(history["learning_rate"], rates, rtol=1e-6)
     assert history["cycle"] == [
@@ -36,7 +36,7 @@ def test_a_plan_is_the_same_as_what_runs(epochs):
     assert plan[-1].last_epoch == epochs - 1
 
 
-def test_a_schedule_takes_the_place_of_equal_cycles():
+def test_a_schedule_replaces_equal_cycles():
     ens = SnapshotEnsemble(classifier(), schedule=CosineAnnealing(1, 2.0, 0.5, 0.25, 0.5))
     assert ens.plan(8) == [
         Cycle(0, 0, 0, 0.5, 0.25),
@@ -69,7 +69,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_peak_is_the_compiled_rate(optimizer):
     model = classifier(OPTIMIZERS[optimizer]())
-    model.fit(X, Y, verbose=0)  # A schedule of Keras has moved on.
+    model.fit(X, Y, verbose=0)  # Advances a Keras schedule.
     ens = SnapshotEnsemble(model, cycles=2)
     assert [cycle.lr_max for cycle in ens.plan(4)] == [RATE, RATE]
     assert fit(ens, epochs=2).history["learning_rate"] == [RATE, RATE]
@@ -177,7 +177,7 @@ class Foreign(keras.utils.PyDataset):
     ],
     ids=shown,
 )
-def test_what_fit_refuses_costs_nothing(arguments, error, message):
+def test_refused_arguments_change_nothing(arguments, error, message):
     model = classifier(keras.optimizers.SGD(RATE))
     ens = ensemble_with(model, *WEIGHTS, cycles=2)
     ens.weights = [0.5, 0.25, 0.25]

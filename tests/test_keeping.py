@@ -1,4 +1,4 @@
-"""Ensembles of weight files that something else trained."""
+"""`from_weights`: ensembles of existing weight files."""
 
 import keras
 import numpy as np
@@ -67,12 +67,12 @@ def test_members_from_files_are_added_to_by_fit(paths):
 
 
 @pytest.mark.parametrize("given", ["one.weights.h5", [], (), iter(())])
-def test_what_is_no_list_of_weight_files_is_refused(given):
+def test_anything_but_a_list_of_weight_files_is_refused(given):
     with pytest.raises(ValueError, match=r"`paths` must be a list of weight files.*paths="):
         SnapshotEnsemble.from_weights(classifier(), given)
 
 
-def test_one_path_is_no_list_of_weight_files(paths):
+def test_a_single_path_is_refused(paths):
     with pytest.raises(ValueError, match=r"`paths` must be a list of weight files.*0\.weights\.h5"):
         SnapshotEnsemble.from_weights(classifier(), paths[0])
 

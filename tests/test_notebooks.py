@@ -1,4 +1,4 @@
-"""The notebooks: kept with what they showed, and run again from the first cell to the last."""
+"""The notebooks: their saved outputs, and that they run from the first cell to the last."""
 
 import base64
 import pathlib
@@ -34,16 +34,16 @@ def pictures(notebook):
 
 
 def kinds(notebook):
-    """What each cell puts out; text may come in several pieces."""
+    """The types of output of each cell; text may come in several pieces."""
     return [{output.output_type for output in cell.outputs} for cell in code_cells(notebook)]
 
 
-def test_these_are_all():
+def test_the_list_of_notebooks_is_complete():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_opens_with_the_question_that_it_answers(name):
+def test_a_notebook_starts_with_the_question_that_it_answers(name):
     first = read(name).cells[0]
     assert first.cell_type == "markdown"
     title, _, rest = first.source.partition("\n")
@@ -52,7 +52,7 @@ def test_it_opens_with_the_question_that_it_answers(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_kept_as_it_ran(name):
+def test_a_notebook_is_saved_with_its_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
     cells = code_cells(notebook)
@@ -70,10 +70,10 @@ def test_it_is_kept_as_it_ran(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs(name, tmp_path):
+def test_a_notebook_runs(name, tmp_path):
     kept = read(name)
     where = {"metadata": {"path": str(tmp_path)}}
-    # TensorFlow writes past Python what no setting of its own keeps back.
+    # TensorFlow logs directly to file descriptors, which none of its settings can suppress.
     quiet = ["--IPKernelApp.capture_fd_output=False"]
     client = nbclient.NotebookClient(
         read(name), timeout=600, resources=where, extra_arguments=quiet

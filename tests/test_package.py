@@ -22,7 +22,7 @@ from snapshot_ensemble import (
 )
 
 
-def test_all_public_names_are_there():
+def test_all_public_names_have_docstrings():
     for name in snapshot_ensemble.__all__:
         assert getattr(snapshot_ensemble, name).__doc__
 
@@ -36,8 +36,8 @@ assert snapshot_ensemble.SnapshotEnsemble
 """
 
 
-def test_importing_the_package_asks_for_nothing_that_is_not_always_needed(tmp_path):
-    # Blocked rather than looked for afterwards, since Keras imports what it finds of them.
+def test_importing_the_package_does_not_import_optional_dependencies(tmp_path):
+    # Blocked rather than checked afterwards, since Keras imports some of them if installed.
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, env=environment, cwd=tmp_path)
 

@@ -1,4 +1,4 @@
-"""The README's code, run as it stands there."""
+"""The code blocks of the README, run unchanged."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory):
-    """The names that the blocks leave behind, run one after the other in a new folder."""
+    """The names defined by the blocks, which run one after another in a new folder."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
     folder = tmp_path_factory.mktemp("readme")
     names = {"__name__": "readme"}
@@ -53,7 +53,9 @@ def test_what_is_learned_on_held_out_data(readme):
     with contextlib.chdir(folder):
         before = (folder / "run" / "ensemble.json").read_bytes()
         assert len(names["train"]()) == 3
-        assert (folder / "run" / "ensemble.json").read_bytes() == before  # Nothing was to do.
+        assert (
+            folder / "run" / "ensemble.json"
+        ).read_bytes() == before  # There was nothing left to do.
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ def test_the_server_answers_with_the_ensembles_predictions(readme):
     names, folder = readme
     x = names["x_test"][:3]
     with (folder / "server.log").open("w") as log:
-        # In a session of its own, to end its workers with it.
+        # In a new session, so that its workers are killed with it.
         server = subprocess.Popen(
             [sys.executable, "server.py"],
             cwd=folder,
@@ -82,7 +84,7 @@ def test_the_server_answers_with_the_ensembles_predictions(readme):
 
 
 def ask(address, request, server):
-    """Posts a request, as soon as the server is there to take it."""
+    """Posts a request as soon as the server is ready."""
     for _ in range(120):
         assert server.poll() is None
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health") as reply:

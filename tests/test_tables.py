@@ -1,4 +1,4 @@
-"""The one helper that prints text tables."""
+"""The helper that formats text tables."""
 
 import doctest
 
@@ -10,7 +10,7 @@ from snapshot_ensemble.tables import text_table
 ROWS = [("name", "a", "note"), ("x", "1.25", "long enough"), ("longer", "10", "")]
 
 
-def test_its_example():
+def test_the_docstring_example():
     assert doctest.testmod(tables).failed == 0
 
 

@@ -1,4 +1,4 @@
-"""Two ensembles in two threads at once: each gets its own numbers, and nothing stays patched."""
+"""Two ensembles in two threads: each gets its own results, and no patch stays active."""
 
 import threading
 
@@ -27,14 +27,14 @@ def compiled(seed):
 
 
 def patched():
-    """What the package patches while it works."""
+    """The methods that the package patches temporarily."""
     kind = type(tf.function(lambda: None))
     functional = type(keras.Model(i := keras.Input((2,)), keras.layers.Dense(1)(i)))
     return kind.__call__, keras.layers.Layer.add_weight, functional._run_through_graph
 
 
 def work(model, directory):
-    """Trains, predicts, builds members, averages and loads; all numbers that come of it."""
+    """Trains, predicts, builds members, averages and loads, and returns all results."""
     ens = SnapshotEnsemble(model, cycles=2, lr_init=0.1, directory=directory, shrink=0.5)
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
     history = ens.fit(data, epochs=4, verbose=0, shuffle=False)
@@ -64,7 +64,7 @@ def test_two_ensembles_in_two_threads(tmp_path):
     begin.wait()
     fresh = []
     while any(thread.is_alive() for thread in threads):
-        # Code that is not ours, meanwhile: its weights are drawn as ever.
+        # Other code that runs at the same time draws its weights as usual.
         layer = keras.layers.Dense(8)
         layer.build((None, 8))
         fresh.append(float(np.abs(layer.kernel.numpy()).max()))

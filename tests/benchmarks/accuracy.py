@@ -1,19 +1,20 @@
-"""What one training budget buys: one run, snapshots, restarts of every kind, independent runs.
+"""Compares what one training budget gives: one run, snapshots, restarts, independent runs.
 
     python tests/benchmarks/accuracy.py --task digits --seeds 3
     python tests/benchmarks/accuracy.py --task fashion --seeds 3 --root FOLDER
 
-Every method but `deep` has the same number of epochs, and the same validation data, which only
-`auto` and `chosen` look at: restarts with `shrink="auto"`, and of the same run all members or
-those that `fit` chooses. Each run is kept in `--directory` as soon as it has ended, and not run
-again: broken off, it goes on with the next. Several of these commands may run side by side, with
-other tasks. At the end it writes `TASK.json` and `TASK.md` there and prints the table.
+All methods except `deep` have the same number of epochs and the same validation data. Only `auto`
+and `chosen` use the validation data. Both are the same run, with `shrink="auto"`: `auto` combines
+all members, `chosen` those that `fit` chooses. Each run is saved in `--directory` when it has
+ended and is not run again, so an interrupted benchmark continues with the next run. Several of
+these commands may run in parallel on different tasks. At the end, the script writes `TASK.json`
+and `TASK.md` to the directory and prints the table.
 
-Errors are in percent and likelihoods in nats, of the test data, of the mean of all members and of
-the last one alone, as mean and standard error over the seeds. `calibrated`: with a temperature
-that is fitted on one half of the test data and scored on the other, both ways. `deep equivalent`:
-how many full runs, each as long as the whole budget, have a mean as good in calibrated likelihood.
-The second table is of differences within seeds.
+Errors are in percent and negative log-likelihoods in nats, on the test data, for the mean of all
+members and for the last member, as mean and standard error over the seeds. `calibrated`: the
+likelihood with a temperature that is fitted on one half of the test data and scored on the other,
+and vice versa. `deep equivalent`: the number of full runs, each as long as the whole budget, whose
+mean has the same calibrated likelihood. The second table shows differences within seeds.
 """
 
 import argparse
@@ -45,8 +46,8 @@ DEFAULT = ("one", "step", "ordinary", "warm", "auto", "chosen", "0.8", "0.5", "0
 DEFAULT += ("independent",)
 
 
-class Keeping(keras.callbacks.Callback):
-    """Predicts the test data at the ends of these epochs."""
+class PredictionRecorder(keras.callbacks.Callback):
+    """Records predictions of the test data at the end of the given epochs."""
 
     def __init__(self, epochs, x):
         super().__init__()
@@ -62,22 +63,22 @@ def ends(epochs, cycles):
 
 
 def ordinary(task, parts, epochs, cycles):
-    """Snapshots of one run along one cosine."""
+    """Snapshots of one run with one cosine decay."""
     (x, y), validation, (x_test, _) = parts
-    keeping = Keeping(set(np.cumsum(ends(epochs, cycles)).tolist()), x_test)
+    recorder = PredictionRecorder(set(np.cumsum(ends(epochs, cycles)).tolist()), x_test)
     ens = SnapshotEnsemble(task.model(), cycles=1, lr_init=task.peak)
-    given = {"validation_data": validation, "callbacks": [keeping], "verbose": 0}
+    given = {"validation_data": validation, "callbacks": [recorder], "verbose": 0}
     ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
-    return keeping.members
+    return recorder.members
 
 
 def one(task, parts, epochs, cycles):
-    """One run along one cosine."""
+    """One run with one cosine decay."""
     return ordinary(task, parts, epochs, 1)
 
 
 def step(task, parts, epochs, cycles):
-    """One run at the peak, a tenth of it after half, and a hundredth after three quarters."""
+    """One run with step decay: a tenth of the peak after half, a hundredth after three quarters."""
     (x, y), _, (x_test, _) = parts
     model = task.model()
     rates = keras.callbacks.LearningRateScheduler(
@@ -88,14 +89,14 @@ def step(task, parts, epochs, cycles):
 
 
 def independent(task, parts, epochs, cycles):
-    """As many runs, each with its share of the budget."""
+    """One independent run per cycle, each with an equal share of the budget."""
     return [one(task, parts, length, 1)[0] for length in ends(epochs, cycles)]
 
 
 def restarts(shrink):
-    """The library, with what a restart is to leave of the weights.
+    """`SnapshotEnsemble` with this `shrink`.
 
-    It returns beside the members how many of the last `fit` has chosen by the validation data.
+    Returns the members, and how many of the last ones `fit` has chosen on the validation data.
     """
 
     def run(task, parts, epochs, cycles):
@@ -125,42 +126,42 @@ def tempered(logs, temperature):
 
 
 def calibrated(logs, y):
-    """The likelihood with a temperature of the other half of the data."""
-    half, found = len(y) // 2, []
+    """The likelihood of each half of the data with a temperature fitted on the other half."""
+    half, likelihoods = len(y) // 2, []
     for fitted, scored in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         best = minimize_scalar(
             lambda t, part=fitted: nll(tempered(logs[part], np.exp(t)), y[part]),
             bounds=(-3, 3),
             method="bounded",
         )
-        found.append(nll(tempered(logs[scored], np.exp(best.x)), y[scored]))
-    return float(np.mean(found))
+        likelihoods.append(nll(tempered(logs[scored], np.exp(best.x)), y[scored]))
+    return float(np.mean(likelihoods))
 
 
 def calibration_error(probabilities, y, bins=15):
-    """Of the likeliest class, over bins of equal mass."""
-    sure = probabilities.max(-1)
+    """The expected calibration error of the predicted class, over bins of equal size."""
+    confidence = probabilities.max(-1)
     right = probabilities.argmax(-1) == y
-    parts = np.array_split(np.argsort(sure, kind="stable"), min(bins, len(y)))
-    return float(sum(abs(right[p].mean() - sure[p].mean()) * len(p) for p in parts) / len(y))
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(y)))
+    return float(sum(abs(right[p].mean() - confidence[p].mean()) * len(p) for p in parts) / len(y))
 
 
 def scores(members, y):
     """All columns of the table, for one run."""
-    found = []
+    rows = []
     members = np.asarray(members, "float64")
     mean, labels = members.mean(axis=0), members.argmax(-1)
     for probabilities in (mean, members[-1]):
         logs = np.log(np.maximum(probabilities, 1e-12))
         error = 100 * np.mean(probabilities.argmax(-1) != y)
-        found.append([error, nll(logs, y), calibrated(logs, y)])
+        rows.append([error, nll(logs, y), calibrated(logs, y)])
     pairs = [np.mean(labels[i] != labels[j]) for i in range(len(labels)) for j in range(i)]
-    more = [calibration_error(mean, y), *found[1][:2], 100 * np.mean(pairs) if pairs else 0.0]
-    return dict(zip(COLUMNS, map(float, [*found[0], *more]), strict=True))
+    more = [calibration_error(mean, y), *rows[1][:2], 100 * np.mean(pairs) if pairs else 0.0]
+    return dict(zip(COLUMNS, map(float, [*rows[0], *more]), strict=True))
 
 
 def deep_ensembles(runs, y):
-    """Scores of 1, 2, … full runs, each the mean over all choices of neighbours in a circle."""
+    """Scores of ensembles of 1, 2, … full runs, averaged over cyclic choices of runs."""
     table = {}
     for size in range(1, len(runs) + 1):
         rows = [
@@ -172,19 +173,19 @@ def deep_ensembles(runs, y):
 
 
 def equivalent(likelihood, deep):
-    """How many full runs are as good: between two sizes along a line; outside, the nearest."""
+    """The number of full runs that are equally good, interpolated and clipped at the ends."""
     sizes = sorted(deep)
     values = np.minimum.accumulate([deep[size]["calibrated"] for size in sizes])
     return float(np.interp(-likelihood, -values, sizes))
 
 
 def named(args):
-    """The task, and the peak if it is not the task's own."""
+    """The name of the task, with the peak if it is not the task's own."""
     return args.task if args.peak is None else f"{args.task}-{args.peak:g}"
 
 
 def train(args, name, seed, cycles):
-    """The members' predictions of the test data, trained or read."""
+    """The members' predictions of the test data, from training or from an earlier run."""
     task, start = TASKS[args.task], time.perf_counter()
     kind = "auto" if name == "chosen" else name
     file = f"{named(args)}-{args.epochs or task.epochs}-{cycles}-{kind}-{seed}.npz"
@@ -193,16 +194,16 @@ def train(args, name, seed, cycles):
         task = dataclasses.replace(task, peak=task.peak if args.peak is None else args.peak)
         keras.utils.set_random_seed(seed)
         epochs = args.epochs or task.epochs
-        found = method(kind)(task, task.parts(args.root), epochs, cycles)
-        members, chosen = found if isinstance(found, tuple) else (found, len(found))
+        result = method(kind)(task, task.parts(args.root), epochs, cycles)
+        members, chosen = result if isinstance(result, tuple) else (result, len(result))
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".writing")
         with draft.open("wb") as written:
             np.savez(written, members=np.asarray(members, "float32"), chosen=chosen)
         draft.rename(path)
         print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
-    with np.load(path) as found:
-        return list(found["members"][-int(found["chosen"]) if name == "chosen" else 0 :])
+    with np.load(path) as saved:
+        return list(saved["members"][-int(saved["chosen"]) if name == "chosen" else 0 :])
 
 
 def shown(column, value):
@@ -215,11 +216,11 @@ def spread(column, values):
     return f"{shown(column, values.mean())} ± {shown(column, error)}"
 
 
-def table(found, deep):
-    """The rows as Markdown."""
+def table(results, deep):
+    """The first table, as Markdown."""
     head = ("method", *COLUMNS, "deep equivalent")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, rows in found.items():
+    for name, rows in results.items():
         cells = [name, *(spread(c, np.asarray([row[c] for row in rows])) for c in COLUMNS)]
         mean = np.mean([row["calibrated"] for row in rows])
         lines.append("| " + " | ".join([*cells, f"{equivalent(mean, deep):.1f}"]) + " |")
@@ -230,16 +231,17 @@ def table(found, deep):
     return "\n".join(lines)
 
 
-def compared(found, ours="chosen"):
-    """What one method has more than each other, of the same seeds, as Markdown.
+def compared(results, ours="chosen"):
+    """The differences of one method to each other one for the same seeds, as Markdown.
 
-    Differences within a seed are surer than those of means: both begin with the same weights.
+    Differences within a seed have less variance than differences of means, since both runs start
+    from the same weights.
     """
     columns = ("error", "nll", "calibrated")
-    lines = ["| " + " | ".join((f"{ours} less", *columns)) + " |", "|---" * 4 + "|"]
-    for name, rows in found.items():
+    lines = ["| " + " | ".join((f"{ours} minus", *columns)) + " |", "|---" * 4 + "|"]
+    for name, rows in results.items():
         if name != ours:
-            pairs = list(zip(found[ours], rows, strict=True))
+            pairs = list(zip(results[ours], rows, strict=True))
             cells = [
                 spread(column, np.asarray([mine[column] - other[column] for mine, other in pairs]))
                 for column in columns
@@ -255,21 +257,21 @@ def parsed(argv):
         "--methods",
         nargs="+",
         default=DEFAULT,
-        help="also numbers, as `shrink`, and those of variants.py",
+        help="names, numbers (values of `shrink`), or methods of variants.py",
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--deep", type=int, help="seeds of full runs (default: as --seeds)")
+    parser.add_argument("--deep", type=int, help="number of full runs (default: as --seeds)")
     parser.add_argument("--cycles", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="the budget (default: the task's own)")
     parser.add_argument("--peak", type=float, help="peak rate (default: the task's own)")
-    parser.add_argument("--root", default="/", help="folder where Debian's packages are")
-    parser.add_argument("--directory", default="accuracy", help="where runs are kept")
+    parser.add_argument("--root", default="/", help="folder with unpacked Debian packages")
+    parser.add_argument("--directory", default="accuracy", help="where runs are saved")
     parser.add_argument("--threads", type=int, default=0, help="(default: all)")
     return parser.parse_args(argv)
 
 
 def command_of(args):
-    """What makes the same tables again."""
+    """The command that makes the same tables again."""
     return (
         f"python tests/benchmarks/accuracy.py --task {args.task} --cycles {args.cycles} "
         f"--seeds {args.seeds} --deep {args.deep or args.seeds}"
@@ -285,7 +287,7 @@ def main(argv=None):
         tf.config.threading.set_intra_op_parallelism_threads(args.threads)
         tf.config.threading.set_inter_op_parallelism_threads(args.threads)
     y = TASKS[args.task].parts(args.root)[2][1]
-    found = {
+    results = {
         name: [
             scores(train(args, name, seed, 1 if name in ("one", "step") else args.cycles), y)
             for seed in range(args.seeds)
@@ -295,10 +297,10 @@ def main(argv=None):
     full = [train(args, "one", seed, 1)[0] for seed in range(args.deep or args.seeds)]
     deep = deep_ensembles(full, y)
     command = command_of(args)
-    text = f"`{command}`\n\n{table(found, deep)}\n"
-    if "chosen" in found:
-        text += f"\n{compared(found)}\n"
-    result = {"command": command, "methods": found, "deep": deep}
+    text = f"`{command}`\n\n{table(results, deep)}\n"
+    if "chosen" in results:
+        text += f"\n{compared(results)}\n"
+    result = {"command": command, "methods": results, "deep": deep}
     home = pathlib.Path(args.directory)
     (home / f"{named(args)}-{args.cycles}.json").write_text(json.dumps(result, indent=1))
     (home / f"{named(args)}-{args.cycles}.md").write_text(text)

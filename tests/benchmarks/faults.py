@@ -1,12 +1,12 @@
-"""Breaks a saved ensemble in every way, and counts what was survived.
+"""Damages a saved ensemble in many ways, and counts the faults that are handled safely.
 
     python tests/benchmarks/faults.py
 
-Each file of an ensemble is altered in each way (one byte at many places, cut, emptied, lengthened,
-removed, filled with noise, swapped for another file of the directory), and the manifest's values
-are replaced, with its hash left as it was or forged to fit. Survived is a fault that is refused by
-a `SnapshotError` that names the file, or that leaves every member's prediction as it was. How runs
-survive being killed is shown by `kills.py`.
+Each file is altered in each way (a bit flipped at many positions, truncated, emptied, lengthened,
+removed, filled with noise, replaced by another file of the directory). The manifest's values are
+also replaced, with its old hash or with a matching one. A fault counts as survived if loading
+raises a `SnapshotError` that names the file, or if every member's predictions are unchanged. For
+runs that are killed, see `kills.py`.
 """
 
 import argparse
@@ -39,18 +39,18 @@ def make_ensemble(directory):
 
 
 def predictions(ens):
-    # By NumPy, which is quicker than a graph for each fault.
+    # In NumPy, which is faster than tracing a graph for each fault.
     weights = [member.get_weights() for member in ens]
     return [X @ kernel + bias for kernel, bias in weights]
 
 
 def alterations(directory, name, rng, flips):
-    """Ways to alter a file: a name for each, and a function of the path."""
+    """Yields ways to alter a file: a name, and a function of the path."""
     content = (directory / name).read_bytes()
     for _ in range(flips):
-        place, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        position, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
         flipped = bytearray(content)
-        flipped[place] ^= bit
+        flipped[position] ^= bit
         yield "a bit flipped", lambda path, new=bytes(flipped): path.write_bytes(new)
     for _ in range(max(1, flips // 10)):
         cut = content[: rng.randrange(len(content))]
@@ -73,8 +73,8 @@ def mutated(node, rng):
         key = rng.choice(sorted(node))
         return {**node, key: mutated(node[key], rng)}
     if isinstance(node, list) and node and rng.random() < 0.9:
-        place = rng.randrange(len(node))
-        return [*node[:place], mutated(node[place], rng), *node[place + 1 :]]
+        index = rng.randrange(len(node))
+        return [*node[:index], mutated(node[index], rng), *node[index + 1 :]]
     return rng.choice(values)
 
 
@@ -86,21 +86,21 @@ def forged(manifest):
 
 def survived(directory, expected, name, model, forged=False):
     try:
-        found = predictions(SnapshotEnsemble.load(directory, model=model))
+        actual = predictions(SnapshotEnsemble.load(directory, model=model))
     except SnapshotError as error:
         return name is None or name in str(error)
-    if forged:  # Who forges the hash, too, may leave members out, and not alter them.
-        return all(any(np.array_equal(one, other) for other in expected) for one in found)
-    return len(found) == len(expected) and np.array_equal(found, expected)
+    if forged:  # A manifest with a matching hash may leave members out, but not alter them.
+        return all(any(np.array_equal(one, other) for other in expected) for one in actual)
+    return len(actual) == len(expected) and np.array_equal(actual, expected)
 
 
 def try_all(flips, mutations, seed):
-    """The number of faults tried and of those survived, by kind."""
+    """The numbers of faults tried and survived, by kind."""
     rng, counts = random.Random(seed), {}
 
-    def count(kind, fine):
+    def count(kind, is_safe):
         tried, good = counts.get(kind, (0, 0))
-        counts[kind] = (tried + 1, good + fine)
+        counts[kind] = (tried + 1, good + is_safe)
 
     with tempfile.TemporaryDirectory() as scratch:
         directory, spare = pathlib.Path(scratch, "ensemble"), pathlib.Path(scratch, "spare")
@@ -111,7 +111,7 @@ def try_all(flips, mutations, seed):
         for name in names:
             for kind, alter in alterations(directory, name, rng, flips):
                 alter(directory / name)
-                # The model is read from its file only where that one is at fault.
+                # Read the model from its file only if that file is altered.
                 model = None if name.endswith(".keras") else given
                 count(f"{kind}", survived(directory, expected, name, model))
                 shutil.copyfile(spare / name, directory / name)
@@ -134,7 +134,9 @@ def try_all(flips, mutations, seed):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flips", type=int, default=200, help="bits flipped in each file")
-    parser.add_argument("--mutations", type=int, default=1000, help="of the manifest's values")
+    parser.add_argument(
+        "--mutations", type=int, default=1000, help="replaced values of the manifest"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(arguments)
     counts = try_all(arguments.flips, arguments.mutations, arguments.seed)

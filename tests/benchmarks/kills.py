@@ -1,10 +1,10 @@
-"""Kills training again and again until it is done, and compares with the run that was not broken.
+"""Kills and resumes training repeatedly, and compares the result with an uninterrupted run.
 
     python tests/benchmarks/kills.py --kills 50
 
-A process is killed (SIGKILL) at random moments after training began, every other time in the
-middle of a write, and the same script goes on with `resume=True`. Every weight of every snapshot,
-the final weights and the history must be those of the unbroken run, to the bit.
+A process is killed (SIGKILL) at random moments after the start of training, every other time in
+the middle of a write, and the same script is run again with `resume=True`. All weights of all
+snapshots, the final weights and the history must equal those of an uninterrupted run bit for bit.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def make_data(kind):
     if kind == "arrays":
         return {"x": x, "y": y, "batch_size": 16, "shuffle": True}
     data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(ROWS, seed=3)
-    # Of a length that Keras does not know, which changes how often it begins a pass.
+    # The length is unknown to Keras, which changes how often it begins a pass.
     return {"x": data.filter(lambda x, y: True).batch(16)}
 
 
@@ -59,7 +59,7 @@ def make_model():
 
 
 class Begun(keras.callbacks.Callback):
-    """Tells the parent that training has begun, once the first step has been traced."""
+    """Notifies the parent process after the first training step."""
 
     def __init__(self, pipe):
         super().__init__()
@@ -72,7 +72,7 @@ class Begun(keras.callbacks.Callback):
 
 
 def train(kind, directory, pipe=None):
-    """The script of a user; leaves `result.npz` when it is done."""
+    """A user's script; writes `result.npz` when training has ended."""
     keras.utils.set_random_seed(7)
     tf.config.experimental.enable_op_determinism()
     model = make_model()
@@ -101,7 +101,7 @@ def train(kind, directory, pipe=None):
 
 
 def die_in_write(number):
-    """Lets this process be killed when it has written so many files, before they are in place."""
+    """Kills this process after `number` file writes, before the next file is renamed."""
     fsync, left = os.fsync, [number]
 
     def fsync_or_die(handle):
@@ -114,10 +114,10 @@ def die_in_write(number):
 
 
 def attempt(kind, directory, alive=None, writes=None):
-    """Trains in a process of its own, and kills it.
+    """Trains in a new process, and kills it.
 
-    It dies so many seconds after training began, or in a write after so many others. It is forked
-    before anything ran in TensorFlow, so that none waits for its import.
+    It is killed `alive` seconds after training began, or in a write after `writes` others. It is
+    forked before TensorFlow runs anything, so that it need not import TensorFlow again.
 
     Returns:
         Whether it was killed.
@@ -133,7 +133,7 @@ def attempt(kind, directory, alive=None, writes=None):
             train(kind, directory, writing)
             code = 0
         except BaseException:
-            # Nobody else would: a forked process leaves without a word.
+            # `os._exit` prints no traceback.
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -159,34 +159,34 @@ def load(directory):
 
 
 def survive(kind, kills, seed, longest):
-    """Kills until it was done as often as wanted.
+    """Kills and resumes runs until there were at least `kills` kills.
 
     Returns:
-        Numbers of kills, of those that hit a write, of runs that came to their end, and of those
-        equal to the unbroken one.
+        The numbers of kills, of kills during a write, of completed runs, and of completed runs
+        equal to the uninterrupted one.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         home = pathlib.Path(scratch)
-        (home / "unbroken").mkdir()
-        attempt(kind, home / "unbroken")
-        expected = load(home / "unbroken")
+        (home / "uninterrupted").mkdir()
+        attempt(kind, home / "uninterrupted")
+        expected = load(home / "uninterrupted")
         killed = in_write = runs = equal = 0
         while killed < kills:
-            broken = home / str(runs)
-            broken.mkdir()
+            directory = home / str(runs)
+            directory.mkdir()
             while True:
-                how = {"alive": rng.uniform(0, longest)}
+                options = {"alive": rng.uniform(0, longest)}
                 if killed % 2:
-                    how = {"writes": rng.randrange(8)}
-                if not attempt(kind, broken, **(how if killed < kills else {})):
+                    options = {"writes": rng.randrange(8)}
+                if not attempt(kind, directory, **(options if killed < kills else {})):
                     break
                 killed += 1
-                in_write += any((broken / "ensemble").glob("writing-*"))
-            found = load(broken)
+                in_write += any((directory / "ensemble").glob("writing-*"))
+            actual = load(directory)
             runs += 1
-            same = [np.array_equal(found[name], expected[name]) for name in expected]
-            equal += set(found) == set(expected) and all(same)
+            same = [np.array_equal(actual[name], expected[name]) for name in expected]
+            equal += set(actual) == set(expected) and all(same)
         return {
             "kind": kind,
             "kills": killed,
@@ -198,9 +198,9 @@ def survive(kind, kills, seed, longest):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="of each kind of data")
+    parser.add_argument("--kills", type=int, default=50, help="kills for each kind of data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=0.4, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, default=0.4, help="maximum seconds until a kill")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -208,7 +208,7 @@ def main():
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'data':10}{'kills':>7}{'in a write':>12}{'runs':>6}{'equal, to the bit':>20}")
+    print(f"{'data':10}{'kills':>7}{'in a write':>12}{'runs':>6}{'equal bit for bit':>20}")
     for row in rows:
         figures = f"{row['kills']:7}{row['in a write']:12}{row['runs']:6}{row['equal']:20}"
         print(f"{row['kind']:10}{figures}")

@@ -1,9 +1,9 @@
-"""What an ensemble takes on disk and in memory, beside one model.
+"""Disk and memory use of an ensemble, compared with one model.
 
     python tests/benchmarks/memory_cost.py
 
-Peaks are those of fresh processes (the largest resident set, as Linux tells it). The members lie in
-a directory and are too large to be built together, so that they predict one after another.
+Peaks are the largest resident sets of new processes, as reported by Linux. The members are in a
+directory and too large to be in memory together, so they predict one after another.
 """
 
 import argparse
@@ -37,13 +37,13 @@ else:
     ens = SnapshotEnsemble.load(directory)
     ens.memory_limit = limit or ens.memory_limit
     ens.predict(x, verbose=0)
-# Not by `getrusage`, which counts what the process was started from.
+# Not `getrusage`, which includes the parent process.
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
 def peak(path, limit, width):
-    """The peak of a fresh process in MB."""
+    """The peak memory of a new process in MB."""
     command = [sys.executable, "-c", PEAK, str(path), str(limit), str(width)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -79,7 +79,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", type=int, default=12)
     parser.add_argument("--width", type=int, default=2_000)
-    parser.add_argument("--limit", type=int, default=0, help="memory_limit (default: its own)")
+    parser.add_argument(
+        "--limit", type=int, default=0, help="memory_limit (default: the ensemble's)"
+    )
     args = parser.parse_args(argv)
     model = net(args.width)
     of_weights = sum(array.nbytes for array in model.get_weights())

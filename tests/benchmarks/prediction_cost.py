@@ -1,15 +1,16 @@
-"""What predictions of an ensemble cost, beside one model's and beside a loop over weight files.
+"""Time of an ensemble's predictions, compared with one model and a loop over weight files.
 
     python tests/benchmarks/prediction_cost.py
 
-Where the time goes. With small dense nets it is Keras's own loop over batches, about a millisecond
-for each: all members share it, since one graph runs them, and where rows are independent the
-batches are larger than Keras's 32, so that there are fewer. With convolutions it is the kernels:
-of 10 ms that a batch of 32 takes with six members of the small net on two cores, 5.7 are the first
-convolution with its pooling, 2.7 the second, 0.6 the rest, and one model alone keeps both cores as
-busy. That is why six members take 0.6 of six times one model and not less. Tried without gain: the
-first convolution of all members as one wide one (1 ms less of 5.7, and twice as long for larger
-layers), larger batches, XLA (7.9 ms against 8.0 for the kernels alone).
+Where the time goes: with small dense models, it is Keras's loop over batches, about a millisecond
+per batch. One graph runs all members, so they share this cost, and where rows are independent the
+batches are larger than Keras's default of 32. With convolutions, it is the kernels: of the 10 ms
+that a batch of 32 takes with six members of the small model on two cores, 5.7 ms are the first
+convolution and its pooling, 2.7 ms the second and 0.6 ms the rest, and one model alone also keeps
+both cores busy. That is why six members take 0.6 times six single models and not less. Tried
+without success: the first convolutions of all members as one wide convolution (saves 1 ms of 5.7,
+but takes twice as long for larger layers), larger batches, and XLA (7.9 instead of 8.0 ms for the
+kernels alone).
 """
 
 import argparse
@@ -66,18 +67,18 @@ def rows_of(model, count):
 
 
 def loop_over(make, ens, x, scratch):
-    """What a user writes: load each file, predict, average."""
+    """What a user would write: load each file, predict, average."""
     model, paths = make(), []
     for i, member in enumerate(ens):
         paths.append(f"{scratch}/{make.__name__}-{i}.weights.h5")
         member.save_weights(paths[-1])
 
     def loop():
-        found = []
+        outputs = []
         for path in paths:
             model.load_weights(path)
-            found.append(model.predict(x, verbose=0))
-        return np.mean(found, axis=0)
+            outputs.append(model.predict(x, verbose=0))
+        return np.mean(outputs, axis=0)
 
     return loop
 
@@ -98,19 +99,19 @@ def predictions(make, count, members, rounds, scratch):
 
 
 def latency(members, rounds, scratch):
-    """One row at a time."""
+    """Time per row when predicting one row at a time."""
     ens = ensemble_of(dense_net, members)
     ens.export(f"{scratch}/served", verbose=False)
     served = tf.saved_model.load(f"{scratch}/served").signatures["serving_default"]
     row = tf.constant(rows_of(ens.model, 1))
 
-    def often(function):
+    def repeated(function):
         return lambda: [function() for _ in range(200)]
 
     candidates = {
-        "one": often(lambda: ens.model(row, training=False)),
-        "call": often(lambda: ens(row)),
-        "served": often(lambda: served(x=row)),
+        "one": repeated(lambda: ens.model(row, training=False)),
+        "call": repeated(lambda: ens(row)),
+        "served": repeated(lambda: served(x=row)),
     }
     times, ratio = ratios(candidates, rounds)
     print(f"one row through `model(x)`: {1e3 * times['one'] / 200:.3f} ms")
@@ -118,7 +119,7 @@ def latency(members, rounds, scratch):
 
 
 def growth(count, largest, rounds):
-    """The time with as many members as a share of so many times that with one."""
+    """The time with 2, 4, … members, relative to the time with one."""
     sizes = [2**k for k in range(largest.bit_length())]
     ens = ensemble_of(dense_net, sizes[-1])
     x = rows_of(ens.model, count)
@@ -128,17 +129,17 @@ def growth(count, largest, rounds):
 
 
 def import_time(rounds):
-    """Seconds that the import takes where Keras is loaded and, as `pip` does, all is compiled."""
+    """Seconds to import the package after Keras, with compiled bytecode as `pip` installs it."""
     code = "import keras, time; t = time.perf_counter(); import snapshot_ensemble; "
     command = [sys.executable, "-c", code + "print(time.perf_counter() - t)"]
     with tempfile.TemporaryDirectory() as compiled:
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         env["PYTHONPYCACHEPREFIX"] = compiled
-        found = [
+        seconds = [
             float(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
             for _ in range(rounds + 1)
         ]
-    return float(np.median(found[1:]))
+    return float(np.median(seconds[1:]))
 
 
 def main(argv=None):
@@ -167,7 +168,7 @@ def main(argv=None):
         ("one row, SavedModel", "model(x)", single("served", "one"), 2.0),
         ("import snapshot_ensemble", "import keras, seconds more", imported, 0.05),
     ]
-    rows += [(f"predict, {m} members", "one member", found, m) for m, found in more.items()]
+    rows += [(f"predict, {m} members", "one member", value, m) for m, value in more.items()]
     return show(rows)
 
 

@@ -1,11 +1,11 @@
-"""What an ensemble on a frozen backbone costs, beside one model of it.
+"""Prediction time of an ensemble with a frozen backbone, compared with one of its models.
 
     python tests/benchmarks/shared_backbone.py
 
 Four ways to run six members: `ens.predict`, the combined model and the SavedModel, which all store
-and compute the backbone once, and a loop over the members. Each is timed in turn with one model,
-several times; the ratio is the median of the pairs. The time of one model goes into its backbone's
-convolutions, so that the heads, six instead of one, hardly show.
+and compute the backbone once, and a loop over the members. Each is timed alternately with one
+model; the ratio is the median over the pairs. One model spends most of its time in the backbone's
+convolutions, so six heads instead of one make little difference.
 """
 
 import argparse
@@ -61,7 +61,7 @@ BATCH = 64
 
 
 def served(ens):
-    """What predicts in batches by the SavedModel alone."""
+    """A function that predicts in batches with the SavedModel alone."""
     with tempfile.TemporaryDirectory() as folder:
         ens.export(f"{folder}/served", verbose=False)
         model = tf.saved_model.load(f"{folder}/served")
@@ -77,7 +77,7 @@ def served(ens):
 def measure(candidates, x, pairs):
     """For each candidate, the median ratio of its prediction time to that of the first."""
     for predict in candidates.values():
-        predict(x)  # Traced and warm.
+        predict(x)  # Traces and warms up.
     first, *others = candidates
     ratios = {name: [] for name in others}
     times = []
@@ -97,7 +97,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--members", type=int, default=6)
     parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--size", type=int, default=32, help="pixels along a side")
+    parser.add_argument("--size", type=int, default=32, help="image side in pixels")
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs")
     args = parser.parse_args(argv)
     keras.utils.set_random_seed(0)

@@ -1,12 +1,12 @@
-"""Real data from packages, and a net for each: what `accuracy.py` trains.
+"""The tasks of `accuracy.py`: real data from packages, and a model for each.
 
-What does not come with scikit-learn comes with Debian's packages, which need not be installed:
-`apt-get download` and `dpkg -x FILE.deb FOLDER`, then `--root FOLDER`.
+Data that are not in scikit-learn are in Debian packages, which need not be installed:
+`apt-get download`, then `dpkg -x FILE.deb FOLDER`, then pass `--root FOLDER`.
 
-- `digits`, `digits_conv`, `digits_conv_augmented`: with scikit-learn
+- `digits`, `digits_conv`, `digits_conv_augmented`: in scikit-learn
 - `fashion`, `fashion_augmented`: `dataset-fashion-mnist`
-- `letter_sgd`, `letter_adam`, `satellite`, `dna`: `r-cran-mlbench`, read by `pip install rdata`
-- `words`, the language of a word by its letters: `wamerican`, `wngerman`, `wfrench`, `witalian`,
+- `letter_sgd`, `letter_adam`, `satellite`, `dna`: `r-cran-mlbench`, read with `pip install rdata`
+- `words`, classifying the language of a word: `wamerican`, `wngerman`, `wfrench`, `witalian`,
   `wspanish` and `wdutch`
 """
 
@@ -26,16 +26,16 @@ layers = keras.layers
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned, by which net, and how.
+    """A data set with its model and the settings to train it.
 
     Attributes:
-        load: Takes the folder where packages are; gives inputs and labels of all rows.
-        classes: Their number.
-        split: How many rows to train, to validate and to test on.
-        net: Takes the number of classes.
-        optimizer: Takes the peak rate.
-        peak: The peak rate.
-        batch: Rows in a batch.
+        load: Takes the folder of the packages; returns the inputs and labels of all rows.
+        classes: The number of classes.
+        split: The numbers of training, validation and test rows.
+        net: Takes the number of classes; returns the model.
+        optimizer: Takes the peak learning rate; returns the optimizer.
+        peak: The peak learning rate.
+        batch: The batch size.
         epochs: The budget.
     """
 
@@ -49,7 +49,7 @@ class Task:
     epochs: int
 
     def parts(self, root):
-        """Inputs and labels to train, to validate and to test on."""
+        """The inputs and labels of the training, validation and test data."""
         x, y = self.load(pathlib.Path(root))
         ends = np.cumsum((0, *self.split))
         return [(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)]
@@ -69,7 +69,7 @@ def digits(root):
 
 
 def fashion(root):
-    """The first 10,000 images to train on, the next 2,000 to validate, and the test images."""
+    """The first 12,000 training images (10,000 train, 2,000 validate), and the test images."""
     folder = root / "usr/share/datasets/fashion-mnist"
 
     def read(name):
@@ -83,7 +83,7 @@ def fashion(root):
 
 
 def table_of_r(name, labels, rows):
-    """A table of measures, scaled by its first rows; the same shuffle each time."""
+    """A table of features, shuffled with a fixed seed and scaled by its first rows."""
 
     def read(root):
         import rdata
@@ -99,17 +99,17 @@ def table_of_r(name, labels, rows):
 
 
 def words(root):
-    """9,000 words of each of six languages, without accents, as numbers of letters."""
+    """9,000 words from each of six languages, without accents, as letter indices."""
     rng, rows, labels = np.random.default_rng(0), [], []
     names = ("american-english", "ngerman", "french", "italian", "spanish", "dutch")
     for label, name in enumerate(names):
-        found = set()
+        unique = set()
         for line in (root / "usr/share/dict" / name).read_text("utf-8").split("\n"):
             word = unicodedata.normalize("NFKD", line.split("'")[0].lower())
             word = "".join(c for c in word if not unicodedata.combining(c)).replace("ß", "ss")
             if 3 <= len(word) <= 16 and word.isascii() and word.isalpha():
-                found.add(word)
-        listed = sorted(found)
+                unique.add(word)
+        listed = sorted(unique)
         for index in rng.choice(len(listed), 9_000, replace=False):
             letters = [ord(c) - 96 for c in listed[index]]
             rows.append(letters + [0] * (16 - len(letters)))
@@ -127,7 +127,7 @@ def dense(width):
 
 
 def residual(*augmenting):
-    """Three residual blocks with batch normalisation, and what changes images in training."""
+    """Three residual blocks with batch normalisation, after the augmentation layers."""
 
     def normed(x, filters, size, stride):
         x = layers.Conv2D(filters, size, stride, "same", use_bias=False)(x)
@@ -149,7 +149,7 @@ def residual(*augmenting):
 
 
 def convolutional(*augmenting):
-    """Two convolutions with batch normalisation, and what changes images in training."""
+    """Two convolutions with batch normalisation, after the augmentation layers."""
 
     def net(classes):
         inside = [layers.Reshape((8, 8, 1)), *(make() for make in augmenting)]
@@ -188,9 +188,9 @@ def shifted():
 ADAM = keras.optimizers.Adam
 DIGITS, IMAGES = (700, 198, 899), (10_000, 2_000, 10_000)
 LETTERS, WORDS = (8_000, 2_000, 10_000), (20_000, 4_000, 20_000)
-letter = table_of_r("LetterRecognition", "lettr", 8_000)  # Sixteen measures of printed capitals.
-satellite = table_of_r("Satellite", "classes", 3_000)  # Nine pixels in four bands: what grows.
-dna = table_of_r("DNA", "Class", 1_500)  # Sixty bases: where a gene's parts meet.
+letter = table_of_r("LetterRecognition", "lettr", 8_000)  # 16 features of printed capital letters.
+satellite = table_of_r("Satellite", "classes", 3_000)  # 9 pixels in 4 bands: land use.
+dna = table_of_r("DNA", "Class", 1_500)  # 60 bases: splice junctions.
 
 TASKS = {
     "digits": Task(digits, 10, DIGITS, dense(64), sgd, 0.1, 16, 50),

@@ -1,4 +1,4 @@
-"""Ratios of times, measured in turn; what the benchmarks of this folder share."""
+"""Ratios of times that are measured alternately; shared by the benchmarks in this folder."""
 
 import math
 import statistics
@@ -6,18 +6,18 @@ import time
 
 
 def seconds(function):
-    """How long a call takes."""
+    """The duration of one call, in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def ratios(candidates, rounds):
-    """Times of all candidates in turn, `rounds` times, after one that does not count.
+    """Times all candidates alternately in `rounds` rounds, after a warmup round.
 
     Args:
         candidates: Functions by name.
-        rounds: How often.
+        rounds: Number of timed rounds.
 
     Returns:
         The median time of each, and a function that gives the median ratio of one to another.
@@ -33,13 +33,13 @@ def ratios(candidates, rounds):
         pairs = zip(times[one], times[other], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    return {name: statistics.median(found) for name, found in times.items()}, ratio
+    return {name: statistics.median(values) for name, values in times.items()}, ratio
 
 
 def show(rows):
-    """Prints rows of (what, against what, ratio, at most; NaN where there is no limit)."""
-    print(f"{'what':46}{'against':30}{'ratio':>8}{'at most':>9}")
-    for what, against, found, most in rows:
+    """Prints rows of (what, compared with, ratio, limit), where the limit may be NaN for none."""
+    print(f"{'what':46}{'compared with':30}{'ratio':>8}{'limit':>9}")
+    for what, baseline, ratio, most in rows:
         limit = "" if math.isnan(most) else f"{most:.3g}"
-        print(f"{what:46}{against:30}{found:8.3f}{limit:>9}")
+        print(f"{what:46}{baseline:30}{ratio:8.3f}{limit:>9}")
     return rows

@@ -1,11 +1,11 @@
-"""The same questions to TorchEnsemble's snapshot classifier, in its own framework.
+"""The same measurements for TorchEnsemble's snapshot classifier in PyTorch.
 
     pip install torch torchensemble
     python tests/benchmarks/torchensemble_cost.py
 
-Its training beside a plain PyTorch loop of as many epochs, and its prediction with six members
-beside one model's: ratios within PyTorch, to be set beside those of `training_cost.py` and
-`prediction_cost.py` within Keras. Neither this package nor TensorFlow is needed.
+Compares its training with a plain PyTorch loop of as many epochs, and its prediction with six
+members with that of one model. These ratios within PyTorch can be compared with those of
+`training_cost.py` and `prediction_cost.py` within Keras. Needs neither this package nor TensorFlow.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What training an ensemble costs beside plain `model.fit` of as many epochs.
+"""Training time of an ensemble, compared with a plain `model.fit` of as many epochs.
 
     python tests/benchmarks/training_cost.py                  # epochs of about a second
-    python tests/benchmarks/training_cost.py --rows 120000    # long ones
+    python tests/benchmarks/training_cost.py --rows 120000    # longer epochs
 
-In memory, in a directory with the state of training after each epoch, and as version 1.0 did it,
-by a callback that sets the rate at each batch. All of them, plain `fit` too, train a new model and
-trace it. What is left is the graph's own arithmetic for the rate, and of the directory the copy of
-weights and slots: hashing and flushing go on behind the next epoch.
+Measures training in memory, in a directory with the state of training after each epoch, and as in
+version 1.0, with a callback that sets the rate before each batch. All of them, including plain
+`fit`, train and trace a new model. The remaining cost is computing the rate in the graph and, with
+a directory, copying weights and slots; hashing and flushing run during the next epoch.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PEAK = 1e-3
 
 
 class RateByCallback(keras.callbacks.Callback):
-    """The recipe of version 1.0: a new rate before each batch, a file after each cycle."""
+    """The method of version 1.0: a new rate before each batch, a weight file after each cycle."""
 
     def __init__(self, epochs_in_cycle, directory):
         super().__init__()
@@ -80,17 +80,19 @@ def main(argv=None):
 
     with tempfile.TemporaryDirectory() as scratch:
 
-        def fresh():
+        def new_folder():
             return tempfile.mkdtemp(dir=scratch)
 
         def by_callback():
-            callback = RateByCallback(args.epochs // cycles, fresh())
+            callback = RateByCallback(args.epochs // cycles, new_folder())
             make_model(width).fit(**large, callbacks=[callback])
 
         candidates = {
             "plain": lambda: make_model(width).fit(**large),
             "memory": lambda: ensemble(make_model(width)).fit(**large),
-            "disk": lambda: ensemble(make_model(width), directory=f"{fresh()}/run").fit(**large),
+            "disk": lambda: ensemble(make_model(width), directory=f"{new_folder()}/run").fit(
+                **large
+            ),
             "callback": by_callback,
             "small": lambda: make_model(args.small).fit(**data),
             "steps": lambda: ensemble(make_model(args.small, 32)).fit(**data),

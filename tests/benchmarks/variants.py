@@ -1,15 +1,15 @@
-"""Other ways to make members of one budget, which are not in the library: they did not win.
+"""Other ways to get members from one budget, which are not in the library: they were not better.
 
-Methods of `accuracy.py`, with `shrink="auto"` where nothing else is said:
+Methods of `accuracy.py`, with `shrink="auto"` by default:
 
 - `averaged`: a moving average of the weights over the last two fifths of each cycle
-- `late`: two snapshots of each cycle, of its last two epochs
-- `growing`: each cycle half as long again as the one before
+- `late`: two snapshots per cycle, from its last two epochs
+- `growing`: each cycle is 1.5 times as long as the one before
 - `floor`: the rate falls to a tenth of the peak, not to 0
-- `statistics`, `slots`: restarts with `shrink=0.5` where the batch-normalisation statistics, or the
-  optimizer's moments, begin anew as well, to compare with the method `0.5`
+- `statistics`, `slots`: restarts with `shrink=0.5` that also reset the batch-normalisation
+  statistics, or the optimizer's moments; compare with the method `0.5`
 - `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
-  weights, and the epochs that are left over make more cycles, each restarted warm
+  weights; the epochs left over are used for more cycles, with warm restarts
 """
 
 import keras
@@ -18,8 +18,8 @@ import numpy as np
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
 
 
-class Watching(keras.callbacks.Callback):
-    """Predicts at the ends of cycles: with averaged weights, and of the last two epochs."""
+class PredictionRecorder(keras.callbacks.Callback):
+    """Records predictions with averaged weights, and after the last two epochs of each cycle."""
 
     def __init__(self, ends, x):
         super().__init__()
@@ -50,25 +50,25 @@ class Watching(keras.callbacks.Callback):
             self.model.set_weights(own)
 
 
-def _watched(task, parts, epochs, cycles):
+def _recorded(task, parts, epochs, cycles):
     (x, y), validation, (x_test, _) = parts
     ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak)
-    watching = Watching([cycle.last_epoch + 1 for cycle in ens.plan(epochs)], x_test)
-    given = {"validation_data": validation, "callbacks": [watching], "verbose": 0}
+    recorder = PredictionRecorder([cycle.last_epoch + 1 for cycle in ens.plan(epochs)], x_test)
+    given = {"validation_data": validation, "callbacks": [recorder], "verbose": 0}
     ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
-    return watching
+    return recorder
 
 
 def averaged(task, parts, epochs, cycles):
-    return _watched(task, parts, epochs, cycles).averaged
+    return _recorded(task, parts, epochs, cycles).averaged
 
 
 def late(task, parts, epochs, cycles):
-    return _watched(task, parts, epochs, cycles).late
+    return _recorded(task, parts, epochs, cycles).late
 
 
-class Anew(keras.callbacks.Callback):
-    """Gives variables the values that they began with, where a cycle begins."""
+class ResetAtRestarts(keras.callbacks.Callback):
+    """Resets variables to their initial values at the start of each cycle."""
 
     def __init__(self, cycles, variables_of):
         super().__init__()
@@ -83,13 +83,13 @@ class Anew(keras.callbacks.Callback):
                 variable.assign(first)
 
 
-def _anew(variables_of):
+def _with_reset(variables_of):
     def run(task, parts, epochs, cycles):
         (x, y), _, (x_test, _) = parts
         model = task.model()
         model.optimizer.build(model.trainable_variables)
         ens = SnapshotEnsemble(model, cycles=cycles, lr_init=task.peak, shrink=0.5)
-        given = {"callbacks": [Anew(ens.plan(epochs), variables_of)], "verbose": 0}
+        given = {"callbacks": [ResetAtRestarts(ens.plan(epochs), variables_of)], "verbose": 0}
         ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
         return list(ens.predict_members(x_test, verbose=0))
 
@@ -102,13 +102,13 @@ def _statistics(model):
 
 
 def _slots(model):
-    # The first two are the numbers of the step and the learning rate.
+    # The first two are the step counter and the learning rate.
     return model.optimizer.variables[2:]
 
 
-def _members(task, parts, epochs, **how):
+def _members(task, parts, epochs, **arguments):
     (x, y), validation, (x_test, _) = parts
-    ens = SnapshotEnsemble(task.model(), **how)
+    ens = SnapshotEnsemble(task.model(), **arguments)
     given = {"validation_data": validation, "verbose": 0}
     ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
     return list(ens.predict_members(x_test, members=list(range(len(ens))), verbose=0))
@@ -141,4 +141,4 @@ def early(task, parts, epochs, cycles):
 
 
 VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "floor": floor, "early": early}
-VARIANTS |= {"statistics": _anew(_statistics), "slots": _anew(_slots)}
+VARIANTS |= {"statistics": _with_reset(_statistics), "slots": _with_reset(_slots)}

@@ -1,4 +1,4 @@
-"""A patch acts for the code that asked for it alone, in all threads, and leaves nothing behind."""
+"""A patch only affects the code that activated it, in all threads, and is removed afterwards."""
 
 import threading
 
@@ -21,7 +21,7 @@ def by_name(name, original, self, mark=""):
 
 
 @pytest.mark.parametrize("owner", [Greeter, Inheriting])
-def test_it_acts_inside_and_leaves_the_class_as_it_was(owner):
+def test_a_patch_is_active_only_inside_its_context(owner):
     before = dict(vars(owner))
     patch = ContextPatch(owner, "greet", by_name)
     with patch.active("Ada"):
@@ -33,7 +33,7 @@ def test_it_acts_inside_and_leaves_the_class_as_it_was(owner):
     assert dict(vars(owner)) == before
 
 
-def test_an_exception_leaves_the_class_as_it_was():
+def test_a_patch_is_removed_after_an_exception():
     before = vars(Greeter)["greet"]
     patch = ContextPatch(Greeter, "greet", by_name)
     with pytest.raises(KeyError), patch.active("Ada"):
@@ -41,7 +41,7 @@ def test_an_exception_leaves_the_class_as_it_was():
     assert vars(Greeter)["greet"] is before
 
 
-def test_a_patch_that_somebody_else_put_on_top_stays():
+def test_a_later_patch_by_other_code_stays():
     before = vars(Greeter)["greet"]
     patch = ContextPatch(Greeter, "greet", by_name)
     with patch.active("Ada"):
@@ -53,8 +53,8 @@ def test_a_patch_that_somebody_else_put_on_top_stays():
         Greeter.greet = before
 
 
-def test_each_thread_has_its_own():
-    """Twenty threads, in and out 200 times each: every one sees its own name or none."""
+def test_each_thread_has_its_own_value():
+    """Each of 20 threads activates the patch 200 times and sees only its own value."""
     before = vars(Greeter)["greet"]
     patch, wrong = ContextPatch(Greeter, "greet", by_name), []
     begin = threading.Barrier(20)
@@ -62,7 +62,7 @@ def test_each_thread_has_its_own():
     def greet(number):
         begin.wait()
         for _ in range(200):
-            if number % 4 == 0:  # Code that is not ours, in the middle of it.
+            if number % 4 == 0:  # Other code, which runs at the same time.
                 wrong.extend(g for g in [Greeter().greet()] if g != "hello")
                 continue
             with patch.active(f"number {number}"):

@@ -1,4 +1,4 @@
-"""What Keras keeps of a model's graph of layers under private names."""
+"""Contract tests for private names in Keras's graph of layers."""
 
 import keras
 import numpy as np
@@ -72,7 +72,7 @@ def test_own_trainable_variables():
     assert [v.name for v in layer_graph.own_trainable_variables(holder)] == ["own"]
 
 
-def test_where_a_tensor_comes_from():
+def test_source_of_a_tensor():
     model = functional()
     operation, node, index = layer_graph.source_of(model.output)
     assert (operation.name, node, index) == ("last", 0, 0)
@@ -109,14 +109,14 @@ def test_run_graph_calls_each_operation():
         return operation(*args, **{**kwargs, "training": False} if kwargs else kwargs)
 
     x = np.ones((2, 3), "float32")
-    found = layer_graph.run_graph(model, keras.ops.convert_to_tensor(x), call)
+    outputs = layer_graph.run_graph(model, keras.ops.convert_to_tensor(x), call)
     assert names == [("first", None), ("drop", True), ("last", None)]
     first, last = model.get_layer("first"), model.get_layer("last")
-    np.testing.assert_allclose(found, last(first(x)), rtol=1e-6)
+    np.testing.assert_allclose(outputs, last(first(x)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["model", "nested", "predict"])
-def test_operations_can_be_replaced_meanwhile(how):
+def test_operations_are_replaced_inside_the_context(how):
     model = functional()
     if how == "nested":
         outer = keras.Input((3,))

@@ -1,4 +1,4 @@
-"""What Keras knows of a model and its layers, and how it saves and loads them."""
+"""Contract tests for private names of models and layers, and for saving and loading."""
 
 import warnings
 
@@ -36,7 +36,7 @@ def test_compile_arguments():
     assert compile_arguments.compilation(model) is not before
 
 
-def test_what_is_stock_and_what_is_not():
+def test_stock_classes_are_recognised():
     class Own(layers.Dense):
         pass
 
@@ -120,7 +120,7 @@ def test_statistics_of_each_batch():
     assert float(recorded["count"]) == 6
     np.testing.assert_allclose(recorded["mean"], x.mean(0), atol=1e-6)
     np.testing.assert_allclose(recorded["variance"], x.var(0), atol=1e-6)
-    # The layer normalised by them, and the dropout behind it dropped nothing.
+    # The layer normalised with these statistics, and dropout was inactive.
     expected = (x - x.mean(0)) / np.sqrt(x.var(0) + norm.epsilon)
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
     assert norm.momentum == 0.9
@@ -164,7 +164,7 @@ def test_a_model_runs_with_other_weights(kind):
     np.testing.assert_allclose(other, model(x), rtol=1e-5)
 
 
-def test_functions_of_others_are_as_they_were():
+def test_the_patch_of_tf_function_is_removed():
     kind = type(tf.function(lambda: None))
     call = kind.__call__
     model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
@@ -191,7 +191,7 @@ def test_a_model_saved_without_its_optimizers_slots_says_this_when_it_is_loaded(
         keras.models.load_model(path)
 
 
-def test_warnings_are_ignored_meanwhile():
+def test_warnings_are_ignored_inside_the_context():
     with quiet.warnings_ignored("in passing", UserWarning):
         warnings.warn("in passing, by the way", UserWarning, stacklevel=1)
         with pytest.raises(UserWarning):

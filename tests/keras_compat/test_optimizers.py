@@ -1,4 +1,4 @@
-"""What Keras keeps in an optimizer under private names."""
+"""Contract tests for private names of optimizers."""
 
 import keras
 import numpy as np
@@ -36,7 +36,7 @@ def test_rate_replaced(rate):
     optimizer.build(weights)
     before = [id(variable) for variable in optimizer.variables]
     variable = keras.Variable(0.0, trainable=False, name="learning_rate")
-    # The setter would not take it.
+    # The setter of `learning_rate` would refuse it.
     with optimizer_rate.rate_replaced(optimizer, variable):
         variable.assign(0.125)
         assert float(optimizer.learning_rate) == 0.125
@@ -63,7 +63,7 @@ def test_optimizers_of_a_model():
     assert optimizers.optimizers_of(model) == [model.optimizer, model.second]
 
 
-def test_what_an_optimizer_was_built_for():
+def test_built_for_returns_the_variables():
     model = compiled("adam")
     assert optimizers.built_for(model.optimizer) == []
     model.optimizer.build(model.trainable_variables)
@@ -88,7 +88,7 @@ def test_optimizers_hidden(tmp_path):
     assert sizes[0] < sizes[1]
 
 
-def test_optimizers_come_back_after_an_exception():
+def test_optimizers_are_restored_after_an_exception():
     model = compiled("adam")
     optimizer = model.optimizer
     with pytest.raises(KeyError), optimizers.optimizers_hidden(model):

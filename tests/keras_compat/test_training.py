@@ -1,4 +1,4 @@
-"""How Keras compiles and runs its training step, under private names and by patches."""
+"""Contract tests for private names of the training step, and for patches of it."""
 
 import keras
 import numpy as np
@@ -34,7 +34,7 @@ def test_before_each_step_runs_in_the_graph(arguments):
     assert int(count) == 12
 
 
-def test_a_step_that_the_user_put_on_the_model_comes_back():
+def test_a_train_step_set_on_the_instance_is_restored():
     model = compiled()
     own = model.train_step
     model.train_step = own
@@ -52,7 +52,7 @@ def test_the_next_fit_is_noticed():
     assert "make_train_function" not in vars(model)
 
 
-def test_the_train_function_can_be_made_again_in_mid_fit():
+def test_the_train_function_can_be_remade_during_fit():
     model, steps = compiled(run_eagerly=True), []
 
     class Swap(keras.callbacks.Callback):
@@ -72,7 +72,7 @@ def test_training_passes_are_noticed_and_others_are_not():
     with epoch_iterator.training_passes_noticed(lambda: passes.append(1)):
         model.fit(data, epochs=3, validation_data=data, verbose=0, shuffle=False)
         noticed = len(passes)
-    # Keras begins one or two passes an epoch: three are one each, six would be two.
+    # Keras begins one or two passes per epoch.
     assert 3 <= noticed <= 6
     model.fit(data, verbose=0, shuffle=False)
     assert len(passes) == noticed

@@ -1,4 +1,4 @@
-"""Directories that tests of storage begin with."""
+"""Fixtures for tests of storage."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture
 def made(made_once, tmp_path):
-    """A directory of three members that `fit` wrote, and what it held then."""
+    """A directory with three members written by `fit`, and its expected contents."""
     directory = tmp_path / "ensemble"
     shutil.copytree(made_once.directory, directory)
     return dataclasses.replace(made_once, directory=directory)

@@ -12,7 +12,7 @@ from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
 
 class NoConfig(keras.Model):
-    """A subclass that Keras cannot make again from a file."""
+    """A subclassed model that Keras cannot recreate from a file."""
 
     def __init__(self, something):
         super().__init__()
@@ -32,7 +32,7 @@ def no_config(optimizer="sgd"):
 
 @pytest.fixture
 def without_model(tmp_path):
-    """An ensemble whose directory holds snapshots only."""
+    """An ensemble whose directory has snapshots but no model."""
     with pytest.warns(UserWarning, match=r"cannot be saved, only its snapshots.*(?s:.)*`model=`"):
         return fitted(tmp_path / "ensemble", model=no_config())
 
@@ -108,7 +108,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
         __import__("pathlib").Path(marker).touch()
         return 2 * t
 
-    doubled.__name__ = "<lambda>"  # What Keras goes by when it writes code into a file.
+    doubled.__name__ = "<lambda>"  # Keras recognises lambdas by this name, and saves their code.
     layer = keras.layers.Lambda(doubled, output_shape=(4,))
     ens = fitted(tmp_path / "ensemble", model=classifier(inside=[layer]))
     (entry,) = file_entries(manifest_of(ens.directory)["model"])
@@ -116,7 +116,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path):
     with pytest.raises(SnapshotError, match=r"(?s)\.keras'.*disallowed"):
         SnapshotEnsemble.load(ens.directory)
     assert not pathlib.Path(marker).exists()
-    # Whoever trusts the file can run it: there is code in it indeed.
+    # The file does contain code: Keras runs it without safe mode.
     path = ens.directory / entry["name"]
     keras.models.load_model(path, safe_mode=False, compile=False)(X)
     assert pathlib.Path(marker).exists()

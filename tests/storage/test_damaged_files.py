@@ -37,16 +37,16 @@ def replace_by_a_directory(path):
 
 
 @pytest.mark.parametrize(
-    "harm", [truncate, empty, alter, lengthen, pathlib.Path.unlink, replace_by_a_directory]
+    "damage", [truncate, empty, alter, lengthen, pathlib.Path.unlink, replace_by_a_directory]
 )
-def test_a_harmed_file_is_refused_by_name(made, tmp_path, harm):
+def test_a_damaged_file_is_refused_by_name(made, tmp_path, damage):
     for entry in file_entries(manifest_of(made.directory)):
-        directory = tmp_path / f"harmed-{entry['name']}"
+        directory = tmp_path / f"damaged-{entry['name']}"
         shutil.copytree(made.directory, directory)
-        harm(directory / entry["name"])
+        damage(directory / entry["name"])
         use = load_and_use
         if entry["name"].startswith("state-"):
-            # No prediction depends on it.
+            # Predictions do not depend on the state.
             np.testing.assert_array_equal(load_and_use(directory), made.predictions)
 
             def use(directory):
@@ -65,22 +65,24 @@ def test_swapped_files_are_refused_by_name(made):
         load_and_use(made.directory)
 
 
-def test_a_harmed_member_does_not_keep_the_others_from_use(made):
-    harmed = weight_files(made.directory)[0]
-    alter(harmed)
-    match = rf"{re.escape(str(harmed))}.*The other 2 of 3 snapshots.*`skip_damaged=True`"
+def test_with_skip_damaged_the_other_members_are_loaded(made):
+    damaged = weight_files(made.directory)[0]
+    alter(damaged)
+    match = rf"{re.escape(str(damaged))}.*The other 2 of 3 snapshots.*`skip_damaged=True`"
     with pytest.raises(SnapshotError, match=match):
         SnapshotEnsemble.load(made.directory)
-    with pytest.warns(UserWarning, match=rf"without damaged snapshots: .*{re.escape(harmed.name)}"):
+    with pytest.warns(
+        UserWarning, match=rf"without damaged snapshots: .*{re.escape(damaged.name)}"
+    ):
         loaded = SnapshotEnsemble.load(made.directory, skip_damaged=True)
     assert_same(member_weights(loaded), made.weights[1:])
     assert [(s.index, s.cycle) for s in loaded.snapshots] == [(0, 1), (1, 2)]
-    loaded.weights = [0.5, 0.5]  # Which writes the manifest.
-    assert harmed.exists()
+    loaded.weights = [0.5, 0.5]  # Writes the manifest.
+    assert damaged.exists()
     assert_same(member_weights(SnapshotEnsemble.load(made.directory)), made.weights[1:])
 
 
-def test_with_every_member_harmed_nothing_is_loaded(made):
+def test_if_all_members_are_damaged_nothing_is_loaded(made):
     for path in weight_files(made.directory):
         alter(path)
     with pytest.raises(SnapshotError, match="snapshot-") as caught:

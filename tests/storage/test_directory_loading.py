@@ -1,4 +1,4 @@
-"""What `load` gives back: the same ensemble to the bit, with its settings and history."""
+"""`load` returns the same ensemble bit for bit, with its settings and history."""
 
 import subprocess
 import sys
@@ -23,13 +23,13 @@ from storage_cases import (
 from snapshot_ensemble import CosineAnnealing, SnapshotEnsemble
 
 
-def test_an_ensemble_is_the_same_to_the_bit_after_loading(made):
+def test_an_ensemble_is_equal_bit_for_bit_after_loading(made):
     loaded = SnapshotEnsemble.load(made.directory)
     assert_same(member_weights(loaded), made.weights)
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), made.predictions)
 
 
-def test_an_ensemble_in_memory_is_the_same_to_the_bit_after_saving_and_loading(tmp_path):
+def test_an_ensemble_in_memory_is_equal_bit_for_bit_after_saving_and_loading(tmp_path):
     ens = fitted()
     ens.weights = [0.5, 0.25, 0.25]
     own = ens.model.get_weights()
@@ -47,7 +47,7 @@ def test_an_ensemble_in_memory_is_the_same_to_the_bit_after_saving_and_loading(t
     np.testing.assert_array_equal(loaded.weights, ens.weights)
 
 
-FRESH_PROCESS = """
+NEW_PROCESS = """
 import sys
 import numpy as np
 from snapshot_ensemble import SnapshotEnsemble
@@ -59,11 +59,11 @@ np.savez(out, members=ens.predict_members(np.load(data), verbose=0), **combined)
 """
 
 
-def test_a_fresh_process_predicts_the_same_to_the_bit(tmp_path, model):
+def test_a_new_process_predicts_the_same_bit_for_bit(tmp_path, model):
     ens = fitted(tmp_path / "ensemble", model=model)
     np.save(tmp_path / "x.npy", X)
     paths = [str(tmp_path / name) for name in ("ensemble", "x.npy", "out.npz")]
-    subprocess.run([sys.executable, "-c", FRESH_PROCESS, *paths], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", NEW_PROCESS, *paths], check=True, cwd=tmp_path)
     with np.load(tmp_path / "out.npz") as out:
         np.testing.assert_array_equal(out["mean"], ens.predict(X, verbose=0))
         np.testing.assert_array_equal(out["vote"], ens.predict(X, combine="vote", verbose=0))
@@ -93,7 +93,7 @@ def test_the_model_has_the_weights_of_the_last_snapshot(made):
         {"lr_init": None, "schedule": CosineAnnealing(3, warmup=1), "cycles": 5},
     ],
 )
-def test_the_settings_come_back(tmp_path, arguments):
+def test_the_settings_are_loaded(tmp_path, arguments):
     ens = ensemble(tmp_path / "ensemble", **arguments)
     fit(ens, epochs=4)
     loaded = SnapshotEnsemble.load(ens.directory)
@@ -104,7 +104,7 @@ def test_the_settings_come_back(tmp_path, arguments):
     assert loaded.directory == ens.directory
 
 
-def test_what_is_known_of_snapshots_from_elsewhere_comes_back(made, tmp_path):
+def test_snapshots_from_weight_files_are_saved_and_loaded(made, tmp_path):
     ens = SnapshotEnsemble.from_weights(classifier(), weight_files(made.directory))
     ens.save(tmp_path / "saved")
     loaded = SnapshotEnsemble.load(tmp_path / "saved")
@@ -124,7 +124,7 @@ def minus_infinite(y_true, y_pred):
     return keras.ops.mean(y_pred) - float("inf")
 
 
-def test_numbers_that_json_has_no_word_for_survive(tmp_path):
+def test_nan_and_infinity_are_saved_and_loaded(tmp_path):
     metrics = [not_a_number, infinite, minus_infinite]
     expected = {"not_a_number": np.nan, "infinite": np.inf, "minus_infinite": -np.inf}
     ens = fitted(tmp_path / "ensemble", model=classifier(metrics=metrics))
@@ -139,7 +139,7 @@ def test_numbers_that_json_has_no_word_for_survive(tmp_path):
     assert loaded.history["loss"] == ens.history["loss"]
 
 
-def test_gaps_in_the_history_survive(tmp_path):
+def test_gaps_in_the_history_are_saved_and_loaded(tmp_path):
     ens = ensemble(tmp_path / "ensemble", cycles=2)
     fit(ens, epochs=4, validation_data=(X, Y), validation_freq=2)
     values = SnapshotEnsemble.load(ens.directory).history["val_loss"]
@@ -178,21 +178,21 @@ def test_a_loaded_model_has_the_rate_that_it_was_compiled_with(tmp_path, optimiz
     directory = tmp_path / "ensemble" if saved == "by fit" else None
     ens = ensemble(directory, model=classifier(optimizer()), cycles=2)
 
-    def look(epoch):
+    def load(epoch):
         directory = ens.directory or tmp_path / f"saved-{epoch}"
         if ens.directory is None:
             ens.save(directory)
         actual.append(SnapshotEnsemble.load(directory))
 
-    fit(ens, epochs=2, callbacks=[each_epoch(look)])
-    look(2)
+    fit(ens, epochs=2, callbacks=[each_epoch(load)])
+    load(2)
     expected = keras.optimizers.serialize(optimizer())
     for loaded in actual:
         assert keras.optimizers.serialize(loaded.model.optimizer) == expected
     assert keras.optimizers.serialize(ens.model.optimizer) == expected
 
 
-def test_a_save_in_mid_training_changes_nothing_of_it(tmp_path):
+def test_saving_during_training_does_not_affect_training(tmp_path):
     actual = []
     for saves in (False, True):
         keras.utils.set_random_seed(1)

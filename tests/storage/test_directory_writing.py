@@ -27,7 +27,7 @@ from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
 
 def numbers_in(node):
-    """How many numbers an HDF5 file or group holds."""
+    """The number of values in an HDF5 file or group."""
     return node.size if isinstance(node, h5py.Dataset) else sum(map(numbers_in, node.values()))
 
 
@@ -35,7 +35,7 @@ def numbers_in(node):
 
 
 @pytest.mark.parametrize("as_type", [str, pathlib.Path])
-def test_the_directory_is_made_with_its_parents(tmp_path, as_type):
+def test_the_directory_is_created_with_its_parents(tmp_path, as_type):
     directory = tmp_path / "some" / "where"
     ens = fitted(as_type(directory))
     assert ens.directory == directory
@@ -49,7 +49,7 @@ def test_nothing_is_written_before_the_first_snapshot(tmp_path):
     assert not directory.exists()
 
 
-def test_weight_files_hold_weights_and_nothing_else(tmp_path):
+def test_weight_files_hold_only_weights(tmp_path):
     ens = fitted(tmp_path / "ensemble", model=classifier("adam"))
     for path in weight_files(ens.directory):
         with h5py.File(path) as file:
@@ -73,7 +73,7 @@ def test_keras_alone_reads_the_files(made):
         assert_same(model.get_weights(), weights)
 
 
-def test_members_are_there_as_soon_as_their_cycle_has_ended(tmp_path):
+def test_members_can_be_loaded_as_soon_as_their_cycle_has_ended(tmp_path):
     directory, seen = tmp_path / "ensemble", []
 
     def look(epoch):
@@ -121,7 +121,7 @@ def test_disk_equals_memory(tmp_path):
         ens = ensemble(directory, model=classifier("adam", layers), cycles=2)
         fit(ens, epochs=2)
         actual.append(ens.predict(X, verbose=0))
-        fit(ens, epochs=2)  # Nor does it matter to training that there was a prediction.
+        fit(ens, epochs=2)  # Predicting in between must not affect training either.
         actual.append(ens.predict(X, verbose=0))
         actual.append(member_weights(ens))
     assert_same(actual[:3], actual[3:])
@@ -143,7 +143,7 @@ def test_a_fit_after_loading_adds_in_place(made):
     assert again.history["cycle"] == [0, 1, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_a_fit_after_loading_goes_on_from_the_last_snapshot(made):
+def test_a_fit_after_loading_continues_from_the_last_snapshot(made):
     loaded = SnapshotEnsemble.load(made.directory)
     expected = classifier("sgd")
     expected.set_weights(made.weights[-1])
@@ -154,7 +154,7 @@ def test_a_fit_after_loading_goes_on_from_the_last_snapshot(made):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
-def test_weights_that_were_set_do_not_outlive_their_members_on_disk(made):
+def test_member_weights_on_disk_are_reset_when_the_members_change(made):
     ens, counts = SnapshotEnsemble.load(made.directory), []
     ens.weights = [0.125, 0.375, 0.5]
 
@@ -166,7 +166,7 @@ def test_weights_that_were_set_do_not_outlive_their_members_on_disk(made):
     assert SnapshotEnsemble.load(made.directory).weights is None
 
 
-def test_a_fit_that_breaks_off_leaves_the_members_that_it_finished(made):
+def test_an_interrupted_fit_keeps_its_finished_members(made):
     ens = SnapshotEnsemble.load(made.directory)
     with pytest.raises(SimulatedCrashError):
         fit(ens, epochs=6, callbacks=[each_epoch(lambda e: crash() if e == 2 else None)])
@@ -176,7 +176,7 @@ def test_a_fit_that_breaks_off_leaves_the_members_that_it_finished(made):
     assert again.snapshots == ens.snapshots
 
 
-def test_the_history_on_disk_has_the_epochs_of_a_fit_that_broke_off(made):
+def test_the_history_on_disk_has_the_epochs_of_an_interrupted_fit(made):
     ens = SnapshotEnsemble.load(made.directory)
     with pytest.raises(SimulatedCrashError):
         fit(ens, epochs=6, callbacks=[each_epoch(lambda e: crash() if e == 2 else None)])

@@ -1,4 +1,4 @@
-"""Writes that fail and processes that are killed: what was finished is never lost."""
+"""Failing writes and killed processes: finished members are never lost."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ def assert_no_temporaries(directory):
 
 @contextlib.contextmanager
 def failing(owner, name, first, *, lasting=False):
-    """Lets one call of a function (counted from 1) fail as on a full disk, or all from then on."""
+    """Makes call number `first` of a function fail as on a full disk, and all later ones."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def fail(*args, **kwargs):
@@ -37,7 +37,7 @@ def failing(owner, name, first, *, lasting=False):
 
 
 class Reference:
-    """Tells states of a directory apart by the members of undisturbed runs."""
+    """Identifies the members of a directory by those of uninterrupted runs."""
 
     def __init__(self, **runs):
         self.members = {
@@ -57,7 +57,7 @@ class Reference:
 
 
 def new_run(directory, **arguments):
-    """An ensemble that always trains the same."""
+    """An ensemble whose training is reproducible."""
     keras.utils.set_random_seed(1)
     return ensemble(directory, **arguments)
 
@@ -69,13 +69,13 @@ def reference(made_once):
     return Reference(old=made_once.weights, new=member_weights(ens))
 
 
-LASTING = pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+LASTING = pytest.mark.parametrize("lasting", [False, True], ids=["once", "permanently"])
 
 
 @LASTING
-def test_a_failing_write_leaves_what_was_finished(tmp_path, reference, lasting):
-    # Each file is synchronised, moved and its directory synchronised: an empty manifest, the model,
-    # the first snapshot and the manifest come to eight calls, what follows to four.
+def test_a_failing_write_keeps_finished_members(tmp_path, reference, lasting):
+    # Writing a file calls `fsync` twice, for the file and its directory. The empty manifest, the
+    # model, the first snapshot and its manifest take eight calls, every later cycle four.
     for k in (1, 2, 3, 5, 7, 8, 9, 12):
         directory = tmp_path / str(k)
         directory.mkdir()
@@ -86,7 +86,7 @@ def test_a_failing_write_leaves_what_was_finished(tmp_path, reference, lasting):
         state = reference.state(directory) or []
         assert state == [f"new{i}" for i in range(len(state))], k
         synchronised, in_place = max(0, (k - 5) // 4), max(0, (k - 4) // 4)
-        # What failed may have been made good, where it failed once.
+        # A write that fails only once may be repeated.
         assert synchronised <= len(state) <= in_place + (not lasting), k
 
 
@@ -100,7 +100,7 @@ def test_a_snapshot_that_cannot_be_written_is_no_member(tmp_path, reference, k):
     assert_no_temporaries(ens.directory)
 
 
-def test_training_goes_on_after_a_full_disk(tmp_path):
+def test_training_can_continue_after_a_full_disk(tmp_path):
     ens = new_run(tmp_path / "ensemble")
     with failing(keras.Model, "save_weights", 2), pytest.raises(OSError, match="No space left"):
         fit(ens)
@@ -133,9 +133,9 @@ def test_a_failing_overwrite_leaves_the_old_ensemble(made, tmp_path, reference, 
             fit(ens, overwrite=True)
         assert_no_temporaries(directory)
         state = reference.state(directory)
-        # Of the manifest, what failed once may have been made good.
-        made_good = k == 5 and not lasting and state == ["new0"]
-        assert state == ["old0", "old1", "old2"] or made_good, k
+        # A write of the manifest that fails only once may be repeated.
+        was_repeated = k == 5 and not lasting and state == ["new0"]
+        assert state == ["old0", "old1", "old2"] or was_repeated, k
 
 
 def test_an_overwrite_without_a_first_snapshot_changes_nothing(made):
@@ -172,7 +172,7 @@ def test_a_failing_save_leaves_the_old_ensemble(made, tmp_path, reference):
 
 @contextlib.contextmanager
 def copied_at_every_step(directory, copies):
-    """Copies a directory whenever it may be seen by the next process if this one ends."""
+    """Copies a directory before and after each step, as the process could leave it if killed."""
     with pytest.MonkeyPatch.context() as patch:
         for function in (os.fsync, os.replace, os.rename, os.unlink, os.remove):
 
@@ -187,7 +187,7 @@ def copied_at_every_step(directory, copies):
 
 
 def distinct(states):
-    """A list without its repetitions."""
+    """A list without consecutive duplicates."""
     return [state for state, _ in itertools.groupby(states)]
 
 
@@ -201,7 +201,7 @@ def states_in_copies(reference, copies):
     return distinct(states)
 
 
-def test_a_run_that_is_killed_leaves_what_was_finished(tmp_path, reference):
+def test_a_killed_run_keeps_finished_members(tmp_path, reference):
     copies = tmp_path / "copies"
     copies.mkdir()
     ens = new_run(tmp_path / "ensemble", max_snapshots=2)
@@ -214,14 +214,14 @@ def test_a_run_that_is_killed_leaves_what_was_finished(tmp_path, reference):
 
 
 def script(directory):
-    """Two runs, as a script has them that can be started again."""
+    """A script with two runs that can be started again."""
     ens = new_run(directory)
     for _ in range(2):
         fit(ens, resume=True)
     return ens
 
 
-def test_a_script_goes_on_from_wherever_it_was_killed(tmp_path):
+def test_a_script_can_be_resumed_wherever_it_was_killed(tmp_path):
     copies = tmp_path / "copies"
     copies.mkdir()
     with copied_at_every_step(tmp_path / "ensemble", copies):
@@ -235,7 +235,7 @@ def test_a_script_goes_on_from_wherever_it_was_killed(tmp_path):
         assert_same(member_weights(script(path)), expected)
 
 
-def test_a_file_that_lost_its_manifest_is_not_taken_for_a_killed_writers(made):
+def test_files_without_a_manifest_are_not_treated_as_left_over(made):
     (made.directory / MANIFEST).unlink()
     before = contents(made.directory)
     with pytest.raises(ValueError, match="is not empty"):

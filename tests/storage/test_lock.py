@@ -1,4 +1,4 @@
-"""One writer for each directory: others are refused, and a dead one is not in the way."""
+"""One writer per directory: others are refused, and a dead one does not block."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def held(interrupted_run):
 
 def test_a_second_writer_is_refused_at_once_and_a_dead_one_does_not_block(held):
     directory, process = held
-    ens = SnapshotEnsemble.load(directory)  # A reader may.
+    ens = SnapshotEnsemble.load(directory)  # Reading is allowed.
     message = "Another run is writing to the directory. Received: directory="
     with pytest.raises(BlockingIOError, match=message):
         run(directory, resume=True)
@@ -70,12 +70,12 @@ def test_a_second_writer_in_the_same_process_is_refused(interrupted_run):
         interrupted_run, resume=True, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=write)]
     )
     assert seen == [3, 4, 5]
-    # Now it is behind what is there.
+    # Now its view of the directory is outdated.
     with pytest.raises(SnapshotError, match=r"ensemble\.json' was changed by another process"):
         other.weights = [1.0]
 
 
-def test_what_a_killed_writer_left_is_cleared_away(interrupted_run):
+def test_files_left_by_a_killed_writer_are_removed(interrupted_run):
     left = ["writing-1-snapshot-0009.weights.h5", "snapshot-9999.weights.h5", "state-9999.npz"]
     for name in [*left, "mine.weights.h5"]:
         (interrupted_run / name).write_bytes(b"left")
@@ -85,7 +85,7 @@ def test_what_a_killed_writer_left_is_cleared_away(interrupted_run):
     assert "mine.weights.h5" in names
 
 
-def test_a_directory_with_only_what_a_killed_writer_left_is_free(tmp_path):
+def test_a_directory_with_only_files_of_a_killed_writer_counts_as_empty(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ensemble.lock").touch()
     (tmp_path / "run" / "writing-1-state-0001.npz").write_bytes(b"left")
@@ -93,7 +93,7 @@ def test_a_directory_with_only_what_a_killed_writer_left_is_free(tmp_path):
     assert len(ens) == 3
 
 
-def test_a_reader_that_a_writer_overtakes_reads_again(interrupted_run, monkeypatch):
+def test_a_reader_reads_again_if_a_writer_replaced_its_files(interrupted_run, monkeypatch):
     opened, open_store = [], DirectoryStore.open
 
     def overtaken(directory):
@@ -102,7 +102,7 @@ def test_a_reader_that_a_writer_overtakes_reads_again(interrupted_run, monkeypat
             opened.append(store)
             run(
                 interrupted_run, resume=True, max_snapshots=1
-            )  # Removes the file that it would read.
+            )  # Removes the file that the reader would read.
         return store
 
     monkeypatch.setattr(DirectoryStore, "open", overtaken)

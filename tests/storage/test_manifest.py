@@ -1,4 +1,4 @@
-"""The manifest: what it says, and that no other content is believed."""
+"""The manifest: its contents, and that invalid contents are refused."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from storage_cases import (
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
-# What a manifest says
+# The contents of a manifest
 
 
 def test_the_manifest_names_every_file_with_its_size_and_hash(made):
@@ -41,7 +41,7 @@ def test_the_manifest_names_every_file_with_its_size_and_hash(made):
     assert len(actual) == 5  # The model, three snapshots and the state of training.
 
 
-def test_the_manifest_says_what_it_is(made):
+def test_the_manifest_has_its_format_and_version(made):
     manifest = manifest_of(made.directory)
     assert manifest["format"] == "snapshot_ensemble"
     assert manifest["version"] == 1
@@ -103,7 +103,7 @@ def test_another_version_is_refused_by_name(made, version):
 def test_a_file_name_that_leads_outside_is_refused(made, tmp_path, name, section):
     manifest = manifest_of(made.directory)
     entry = file_entries(manifest[section])[0]
-    # What lies there is the right file, so that only its name can be at fault.
+    # The file at that path is valid, so only its name can be refused.
     (made.directory / "sub").mkdir()
     for target in (tmp_path / "secret", made.directory / "sub" / "secret"):
         shutil.copy(made.directory / entry["name"], target)

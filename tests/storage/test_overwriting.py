@@ -1,4 +1,4 @@
-"""Directories that already hold something: refused, or overwritten without losing it early."""
+"""Directories that are not empty: refused, or overwritten without early loss of their files."""
 
 import copy
 import shutil
@@ -25,13 +25,13 @@ from snapshot_ensemble import SnapshotEnsemble
 
 
 def in_memory(directory):
-    """An ensemble of the members in a directory, without one itself."""
+    """An ensemble in memory, with the members of a directory."""
     return SnapshotEnsemble.from_weights(classifier(), weight_files(directory), lr_init=0.5)
 
 
 @pytest.fixture(params=["a folder", "an ensemble"])
 def taken(request, tmp_path, made_once):
-    """A directory that holds something."""
+    """A directory that is not empty."""
     path = tmp_path / "taken"
     if request.param == "a folder":
         path.mkdir()
@@ -41,7 +41,7 @@ def taken(request, tmp_path, made_once):
     return path
 
 
-def test_fit_refuses_a_directory_that_holds_something(taken, tmp_path):
+def test_fit_refuses_a_directory_that_is_not_empty(taken, tmp_path):
     before = contents(tmp_path)
     ens = ensemble(taken)
     weights = ens.model.get_weights()
@@ -52,26 +52,26 @@ def test_fit_refuses_a_directory_that_holds_something(taken, tmp_path):
     assert len(ens) == 0
 
 
-def test_save_refuses_a_directory_that_holds_something(taken, tmp_path, made_once):
+def test_save_refuses_a_directory_that_is_not_empty(taken, tmp_path, made_once):
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"is not empty.*taken.*`overwrite=True`"):
         in_memory(made_once.directory).save(taken)
     assert contents(tmp_path) == before
 
 
-def test_an_empty_directory_is_free(tmp_path, made_once):
+def test_an_empty_directory_is_accepted(tmp_path, made_once):
     in_memory(made_once.directory).save(tmp_path)
     assert len(SnapshotEnsemble.load(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_is_no_directory(tmp_path, made_once, overwrite):
+def test_a_file_as_directory_is_refused(tmp_path, made_once, overwrite):
     path = tmp_path / "taken"
     path.write_text("something")
     ens = ensemble(path)
     with pytest.raises((OSError, ValueError), match="taken"):
         fit(ens, overwrite=overwrite)
-    assert ens.history == {}  # Told before training, not after its first cycle.
+    assert ens.history == {}  # Refused before training, not after the first cycle.
     with pytest.raises((OSError, ValueError), match="taken"):
         in_memory(made_once.directory).save(path, overwrite=overwrite)
     assert path.read_text() == "something"
@@ -96,7 +96,7 @@ def test_overwriting_waits_for_the_end_of_the_first_epoch(made):
 
 
 @pytest.mark.parametrize("error", [SimulatedCrashError, KeyboardInterrupt])
-def test_overwriting_that_breaks_off_leaves_what_was_there(made, error):
+def test_an_interrupted_overwrite_keeps_the_old_files(made, error):
     def stop(epoch):
         raise error
 
@@ -111,7 +111,7 @@ def test_overwriting_that_breaks_off_leaves_what_was_there(made, error):
         fit(ens)
 
 
-def test_overwriting_its_own_members_that_breaks_off_leaves_them(made):
+def test_an_interrupted_overwrite_of_its_own_members_keeps_them(made):
     ens = SnapshotEnsemble.load(made.directory)
     history = copy.deepcopy(ens.history)
     ens.weights = [0.125, 0.375, 0.5]
@@ -126,7 +126,7 @@ def test_overwriting_its_own_members_that_breaks_off_leaves_them(made):
     assert [snapshot.cycle for snapshot in ens.snapshots] == list(range(6))
 
 
-def test_overwriting_in_memory_that_breaks_off_leaves_the_members():
+def test_an_interrupted_overwrite_in_memory_keeps_the_members():
     ens = fitted()
     weights, history = member_weights(ens), copy.deepcopy(ens.history)
     with pytest.raises(SimulatedCrashError):
@@ -138,7 +138,7 @@ def test_overwriting_in_memory_that_breaks_off_leaves_the_members():
 
 
 @pytest.mark.parametrize("how", ["fit", "save"])
-def test_overwriting_takes_the_old_files_away_and_leaves_foreign_ones(made, how):
+def test_overwriting_removes_the_old_files_and_keeps_foreign_ones(made, how):
     foreign = {"notes.txt": b"mine", "logs/run.csv": b"1,2", "other.weights.h5": b"weights"}
     for name, content in foreign.items():
         (made.directory / name).parent.mkdir(exist_ok=True)
@@ -159,7 +159,7 @@ def test_overwriting_takes_the_old_files_away_and_leaves_foreign_ones(made, how)
     assert loaded.history == ens.history
 
 
-def test_what_cannot_be_read_can_be_overwritten(made):
+def test_a_damaged_ensemble_can_be_overwritten(made):
     ens = in_memory(made.directory)
     (made.directory / MANIFEST).write_text("torn")
     ens.save(made.directory, overwrite=True)

@@ -1,4 +1,4 @@
-"""What a snapshot is: where it was taken, and what was known of it then."""
+"""The dataclass `Snapshot`."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from snapshot_ensemble import Snapshot
 
 
-def test_only_the_index_of_a_snapshot_must_be_known():
+def test_only_the_index_of_a_snapshot_is_required():
     assert dataclasses.asdict(Snapshot(3)) == {
         "index": 3,
         "cycle": None,

@@ -1,4 +1,4 @@
-"""Dataclasses to JSON and back: what comes back is what went in, and nothing else is believed."""
+"""Dataclasses to JSON and back: values are preserved, and wrong types are refused."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ progresses = st.builds(
 
 
 def same(one, other):
-    """Equal, where NaN equals itself."""
+    """Whether two values are equal, with NaN equal to itself."""
     if isinstance(one, float) and math.isnan(one):
         return isinstance(other, float) and math.isnan(other)
     if isinstance(one, dict):
@@ -38,14 +38,14 @@ def same(one, other):
 
 
 @given(progresses)
-def test_what_lasts_comes_back(progress):
+def test_progress_is_preserved(progress):
     text = json.dumps(encode(progress), allow_nan=False)
     again = decode(Progress, json.loads(text), "progress")
     assert same(dataclasses.asdict(again), dataclasses.asdict(progress))
 
 
 @given(progresses)
-def test_a_copy_grows_by_itself(progress):
+def test_a_copy_is_independent(progress):
     before = json.dumps(encode(progress))
     copy = progress.copy()
     copy.record_epoch({"cycle": 0, "loss": 1.0})
@@ -89,7 +89,7 @@ def test_names_and_defaults():
         ([], "`kind` has the wrong type"),
     ],
 )
-def test_what_is_not_believed(content, message):
+def test_invalid_values_are_refused(content, message):
     with pytest.raises(ValueError, match=message.replace("(", "\\(")):
         decode(Kind, content, "kind")
 
@@ -114,18 +114,18 @@ def test_arrays_tuples_and_numbers_that_json_lacks():
         ({"members": [0, 2]}, "`members` are not valid for 2"),
     ],
 )
-def test_what_was_learned_must_be_about_the_members(learned, message):
+def test_what_was_learned_must_fit_the_number_of_members(learned, message):
     with pytest.raises(ValueError, match=message):
         Learned(**learned).check_for(2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_a_temperature_is_above_zero(temperature):
+def test_a_temperature_must_be_above_zero(temperature):
     with pytest.raises(ValueError, match="`temperature` must be above 0"):
         Learned(temperature=temperature)
 
 
-def test_what_was_learned_about_two_members():
+def test_what_was_learned_about_two_members_is_accepted():
     for learned in (Learned(), Learned([0.25, 0.75], 2.0, 1), Learned(members=[1, 0])):
         learned.check_for(2)
     assert Record().learned == Learned()

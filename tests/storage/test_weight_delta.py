@@ -1,4 +1,4 @@
-"""Weights that training leaves alone are kept once: in memory, on disk, and in predictions."""
+"""Weights that training does not change are stored once, and computed once in predictions."""
 
 import shutil
 
@@ -49,7 +49,7 @@ def bytes_of(arrays):
     return sum(array.nbytes for array in arrays)
 
 
-def test_a_directory_has_a_frozen_backbone_once(tmp_path):
+def test_a_directory_stores_a_frozen_backbone_once(tmp_path):
     ens = trained(tmp_path / "run")
     backbone = bytes_of(ens.model.get_layer("backbone").get_weights())
     kinds = sorted(path.suffix for path in (tmp_path / "run").iterdir())
@@ -66,7 +66,7 @@ def test_a_directory_has_a_frozen_backbone_once(tmp_path):
     assert [a is b for a, b in zip(first, last, strict=True)].count(True) == 4
 
 
-def test_a_saved_ensemble_has_it_once_too(tmp_path):
+def test_a_saved_ensemble_stores_a_frozen_backbone_once(tmp_path):
     ens = trained(None)
     ens.save(tmp_path / "saved")
     size = sum(path.stat().st_size for path in (tmp_path / "saved").iterdir())
@@ -75,7 +75,7 @@ def test_a_saved_ensemble_has_it_once_too(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, dtype):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, dtype):
     expected = trained(tmp_path / "whole", model=frozen(dtype=dtype))
 
     def crash(epoch, logs):
@@ -91,7 +91,7 @@ def test_a_run_that_broke_off_ends_like_one_that_did_not(tmp_path, dtype):
     assert_same([model.get_weights()], [expected.model.get_weights()])
 
 
-def test_resuming_gives_back_the_backbone_of_then(tmp_path):
+def test_resuming_restores_the_saved_backbone(tmp_path):
     expected = trained(tmp_path / "run")
     other = frozen()
     for variable in other.weights:
@@ -100,7 +100,7 @@ def test_resuming_gives_back_the_backbone_of_then(tmp_path):
     assert_same([other.get_weights()], [expected.model.get_weights()])
 
 
-def test_the_base_outlives_the_snapshots_that_go(tmp_path):
+def test_the_base_is_kept_when_its_snapshot_is_dropped(tmp_path):
     expected = trained(None, model=NoConfig(frozen()))
     # A model that cannot be saved: the first snapshot is the base.
     with pytest.warns(UserWarning, match="The model cannot be saved"):
@@ -128,7 +128,7 @@ class NoConfig(keras.Model):
         raise NotImplementedError
 
 
-def test_what_is_unfrozen_later_is_written(tmp_path):
+def test_weights_that_are_unfrozen_later_are_written(tmp_path):
     trained(tmp_path / "run")
     ens = SnapshotEnsemble.load(tmp_path / "run")
     before = ens[2].get_weights()
@@ -143,7 +143,7 @@ def test_what_is_unfrozen_later_is_written(tmp_path):
     assert not np.array_equal(loaded[5].get_weights()[0], before[0])
 
 
-def test_a_model_without_frozen_weights_is_kept_in_plain_keras_files(tmp_path):
+def test_a_model_without_frozen_weights_is_saved_in_plain_keras_files(tmp_path):
     trained(tmp_path / "run", model=frozen(trainable=True))
     assert len(list((tmp_path / "run").glob("snapshot-*.weights.h5"))) == 3
 
@@ -176,7 +176,7 @@ def test_a_manifest_without_its_base_is_refused(tmp_path):
         SnapshotEnsemble.load(tmp_path / "copy")
 
 
-def test_a_backbone_that_was_trained_before_brings_no_optimizer_along(tmp_path):
+def test_the_optimizer_of_a_pretrained_backbone_is_not_saved(tmp_path):
     model = frozen()
     backbone = model.get_layer("backbone")
     backbone.trainable = True
@@ -197,7 +197,7 @@ def test_a_backbone_that_was_trained_before_brings_no_optimizer_along(tmp_path):
 
 
 def counting(layer, calls):
-    """Lets a layer count how often it is called."""
+    """Records the calls of a layer."""
     call = layer.call
 
     def counted(*args, **kwargs):
@@ -208,7 +208,7 @@ def counting(layer, calls):
 
 
 @pytest.mark.parametrize("kind", ["nested", "flat", "sequential", "cast"])
-def test_what_members_share_runs_once(kind):
+def test_shared_layers_run_once(kind):
     model = made(kind)
     ens = trained(None, model=model)
     expected = [member.predict(X, verbose=0) for member in ens]
@@ -234,7 +234,7 @@ def made(kind):
     if kind == "sequential":
         model.add(keras.layers.Dense(3, "softmax"))
     else:
-        # Past the frozen layers there is a way around them, and one goes twice.
+        # The input also bypasses the frozen layers, and one layer is called twice.
         shared, inputs = keras.layers.Dense(8, "relu"), model.inputs[0]
         once = shared(model.outputs[0])
         merged = keras.layers.concatenate([shared(once), inputs])
@@ -246,7 +246,7 @@ def made(kind):
     return model
 
 
-def test_the_model_is_as_it_was():
+def test_predicting_leaves_the_model_unchanged():
     model = frozen()
     ens = trained(None, model=model)
     before = model.predict(X, verbose=0)

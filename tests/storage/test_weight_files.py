@@ -1,4 +1,4 @@
-"""Weight files: what is written to them, what is read from them, and what is refused."""
+"""Writing and reading weight files, and files that are refused."""
 
 import pathlib
 
@@ -19,15 +19,15 @@ def dense_model(units=(8, 3), batch_normalization=False):
         if batch_normalization:
             model.add(keras.layers.BatchNormalization())
     model.add(keras.layers.Dense(units[-1], "softmax"))
-    # Eager: a few steps of a small model are done before a graph would be traced.
+    # Eager, since tracing takes longer than a few steps of a small model.
     model.compile("adam", "sparse_categorical_crossentropy", run_eagerly=True)
     return model
 
 
-# Writing them
+# Writing weight files
 
 
-def test_a_file_holds_weights_alone(tmp_path):
+def test_a_file_holds_only_weights(tmp_path):
     model = dense_model()
     model.fit(np.ones((4, 4)), np.zeros(4), verbose=0)
     save_weights(model, tmp_path / "alone.weights.h5")
@@ -42,7 +42,7 @@ def test_a_file_holds_weights_alone(tmp_path):
 
 
 def full_state(model):
-    """All that reading a file could change."""
+    """Everything that reading a file could change."""
     return (
         [variable.numpy().copy() for variable in model.variables],
         [variable.numpy().copy() for variable in model.optimizer.variables],
@@ -58,7 +58,7 @@ def assert_untouched(model, optimizer, state):
 
 @pytest.fixture
 def trained(model, data):
-    """A model with batch normalisation, dropout and Adam, all with a state of their own."""
+    """A trained model with batch normalisation, dropout and Adam, which all have state."""
     model.compile(keras.optimizers.Adam(0.03), "sparse_categorical_crossentropy", run_eagerly=True)
     model.fit(*data, verbose=0)
     return model
@@ -66,7 +66,7 @@ def trained(model, data):
 
 @pytest.fixture(params=["with slots", "without slots"])
 def weight_file(request, trained, tmp_path):
-    """A file of weights that are not the model's any more."""
+    """A file of earlier weights of the model."""
     path = tmp_path / "some.weights.h5"
     source = trained
     if request.param == "without slots":
@@ -97,7 +97,7 @@ def test_a_file_gives_what_keras_reads(trained, weight_file):
     assert_same(load_weights(trained, weight_file), plain.get_weights())
 
 
-def test_a_file_gives_what_lies_in_it(trained, weight_file):
+def test_a_file_gives_the_arrays_in_it(trained, weight_file):
     with h5py.File(weight_file) as file:
         kernel = file["layers/dense/vars/0"][:]
     np.testing.assert_array_equal(load_weights(trained, weight_file)[0], kernel)
@@ -110,7 +110,7 @@ def test_reading_leaves_the_model_as_it_was(trained, weight_file):
     assert float(trained.optimizer.learning_rate.numpy()) == np.float32(0.03)
 
 
-def test_what_was_read_does_not_change_with_the_model(trained, weight_file, data):
+def test_arrays_that_were_read_do_not_change_with_the_model(trained, weight_file, data):
     read = load_weights(trained, weight_file)
     copies = [array.copy() for array in read]
     trained.fit(*data, verbose=0)

@@ -235,7 +235,7 @@ def test_weights_with_an_unknown_initializer_are_an_error_before_training():
     model = compiled(Subclass(with_weight=True))
     model(X)
     with pytest.raises(
-        ValueError, match=r"not known how these are initialised\. Received: own.*get_config"
+        ValueError, match=r"not known how these are initialised\. Received: subclass.*get_config"
     ):
         SnapshotEnsemble(model, shrink=0.5).fit(X, Y, epochs=5)
     ens, restarts = watched(model, shrink="auto")  # With `auto`, restarts are warm instead.
