@@ -16,14 +16,14 @@ import tempfile
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
-import numpy as np
 
 try:
+    from benchmarks.builders import random_ensemble
     from benchmarks.timing import show
 except ImportError:
+    from builders import random_ensemble
     from timing import show
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
 
 PEAK = """
 import re, sys
@@ -59,18 +59,6 @@ def net(width, heads=False):
     return model
 
 
-def ensemble_of(model, count):
-    rng = np.random.default_rng(0)
-    ens = SnapshotEnsemble(model)
-    for index in range(count):
-        weights = [
-            rng.normal(0, 0.01, array.shape).astype("float32") if variable.trainable else array
-            for variable, array in zip(model.weights, model.get_weights(), strict=True)
-        ]
-        ens._pool.store.add_weights(weights, Snapshot(index))
-    return ens
-
-
 def bytes_in(directory):
     return sum(path.stat().st_size for path in pathlib.Path(directory).iterdir())
 
@@ -86,13 +74,13 @@ def main(argv=None):
     model = net(args.width)
     of_weights = sum(array.nbytes for array in model.get_weights())
     with tempfile.TemporaryDirectory() as scratch:
-        ensemble_of(model, args.members).save(f"{scratch}/run")
+        random_ensemble(model, args.members, scale=0.01).save(f"{scratch}/run")
         model.save(f"{scratch}/one.keras")
         one = peak(f"{scratch}/one.keras", -1, args.width)
         many = peak(f"{scratch}/run", args.limit, args.width)
         snapshots = [path.stat().st_size for path in pathlib.Path(scratch, "run").glob("snap*")]
         frozen = net(args.width, heads=True)
-        on_backbone = ensemble_of(frozen, 6)
+        on_backbone = random_ensemble(frozen, 6, scale=0.01)
         on_backbone.save(f"{scratch}/shared")
         on_disk = bytes_in(f"{scratch}/shared")
     head = frozen.count_params() - sum(v.numpy().size for v in frozen.non_trainable_variables)

@@ -27,11 +27,12 @@ import numpy as np
 import tensorflow as tf
 
 try:
+    from benchmarks.builders import random_ensemble
     from benchmarks.timing import ratios, show
 except ImportError:
+    from builders import random_ensemble
     from timing import ratios, show
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
 
 layers = keras.layers
 
@@ -53,12 +54,7 @@ def ensemble_of(make, count):
     """An ensemble whose members have random weights."""
     model = make()
     model.compile("sgd", "sparse_categorical_crossentropy")
-    rng = np.random.default_rng(0)
-    ens = SnapshotEnsemble(model)
-    for index in range(count):
-        weights = [rng.normal(0, 0.1, w.shape).astype("float32") for w in model.get_weights()]
-        ens._pool.store.add_weights(weights, Snapshot(index))
-    return ens
+    return random_ensemble(model, count)
 
 
 def rows_of(model, count):

@@ -20,7 +20,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble import Snapshot, SnapshotEnsemble
+try:
+    from benchmarks.builders import random_ensemble
+except ImportError:
+    from builders import random_ensemble
 
 layers = keras.layers
 
@@ -42,19 +45,6 @@ def transfer_model(size):
     model = keras.Model(inputs, layers.Dense(10, "softmax", name="answer")(hidden))
     model.compile("sgd", "sparse_categorical_crossentropy")
     return model, backbone.count_params()
-
-
-def members_of(model, count):
-    """An ensemble whose members differ in their heads, as after training."""
-    rng = np.random.default_rng(0)
-    ens = SnapshotEnsemble(model)
-    for index in range(count):
-        weights = [
-            rng.normal(0, 0.1, array.shape).astype("float32") if variable.trainable else array
-            for variable, array in zip(model.weights, model.get_weights(), strict=True)
-        ]
-        ens._pool.store.add_weights(weights, Snapshot(index))
-    return ens
 
 
 BATCH = 64
@@ -102,7 +92,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     keras.utils.set_random_seed(0)
     model, in_backbone = transfer_model(args.size)
-    ens = members_of(model, args.members)
+    ens = random_ensemble(model, args.members)
     x = np.random.default_rng(1).normal(size=(args.rows, args.size, args.size, 3))
     x = x.astype("float32")
     merged, members = ens.to_keras(), list(ens)
