@@ -214,16 +214,12 @@ class SnapshotEnsemble:
             ValueError: If the budget cannot be split into whole cycles, or the floor is above
                 the peak.
         """
-        return self._with_shrink(self.schedule.plan(epochs, self._peak()))
+        plan, done = self.schedule.plan(epochs, self._peak()), self._store.record.progress.done
+        return plan.with_shrink(self.shrink, restarts_first=done.cycles > 0)
 
     def _peak(self) -> float:
         peak = self.schedule.lr_init
         return compiled_rate(self.model) if peak is None else peak
-
-    def _with_shrink(self, plan: Plan) -> Plan:
-        return plan.with_shrink(
-            self.shrink, restarts_first=self._store.record.progress.done.cycles > 0
-        )
 
     def find_lr(
         self,
@@ -355,14 +351,13 @@ class SnapshotEnsemble:
         """
         check_fit_arguments(self.model, fit_arguments)
         first = fit_arguments.get("initial_epoch")
-        plan = plan_of_fit(self.schedule, epochs, first, self._peak())
         session = FitSession(
             model=self.model,
             store=self._store,
             settings=self._settings(),
             rate=self._rate,
             restarter=self._restarter,
-            plan=self._with_shrink(plan),
+            plan=plan_of_fit(self.schedule, epochs, first, self._peak()),
             directory=self.directory,
             next_run=self._next_run,
             max_snapshots=self.max_snapshots,
