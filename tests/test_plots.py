@@ -237,7 +237,7 @@ def test_plots_of_a_regression():
 
 def test_too_few_members_are_refused():
     ens, x, y = regression(1)
-    with pytest.raises(ValueError, match=r"fewer than two members\. Received: 1 member"):
+    with pytest.raises(ValueError, match=r"at least two members\. Received: 1 member"):
         plots.plot_landscape(ens, x, y)
     with pytest.raises(ValueError, match=r"at least three members\. Received: 1 member"):
         plots.plot_trajectory(ens)
