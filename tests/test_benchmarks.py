@@ -19,6 +19,7 @@ from benchmarks import (
 KILLS = [sys.executable, str(pathlib.Path(__file__).parent / "benchmarks" / "kills.py"), "--json"]
 
 
+@pytest.mark.slow
 def test_shared_backbone(capsys):
     parameters, ratios = shared_backbone.main(["--rows", "8", "--size", "8", "--pairs", "1"])
     head = (128 * 64 + 64) + (64 * 10 + 10)
@@ -36,6 +37,7 @@ def test_faults(capsys):
     assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_cost(capsys):
     size = ["--rows", "64", "--width", "8", "--small", "4", "--epochs", "4", "--rounds", "1"]
     rows = training_cost.main(size)

@@ -127,6 +127,7 @@ def test_batches_are_larger_only_if_nothing_depends_on_their_size():
     assert batch_size_for(model, tf.data.Dataset.from_tensors(x)) == {}
 
 
+@pytest.mark.slow
 def test_large_and_small_batches_predict_the_same():
     ens = two_members(net(layers.Dense(64, "relu"), layers.BatchNormalization()))
     x = np.random.default_rng(1).normal(size=(9_001, 8)).astype("float32")

@@ -221,6 +221,7 @@ def script(directory):
     return ens
 
 
+@pytest.mark.slow
 def test_a_script_can_be_resumed_wherever_it_was_killed(tmp_path):
     copies = tmp_path / "copies"
     copies.mkdir()

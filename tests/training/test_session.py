@@ -86,10 +86,13 @@ ENDINGS = {
 }
 
 
-SETUPS = ("in memory", "a new directory", "an empty one", "its own directory", "an old directory")
+FAST_SETUPS = ("a new directory", "its own directory")
+SETUPS = (*FAST_SETUPS, "in memory", "an empty one", "an old directory")
 
 
-@pytest.fixture(params=SETUPS)
+@pytest.fixture(
+    params=[pytest.param(s, marks=() if s in FAST_SETUPS else pytest.mark.slow) for s in SETUPS]
+)
 def setup(request, tmp_path):
     """An ensemble, its directory, and the arguments with which it may train there."""
     directory = tmp_path / "run"
