@@ -4,26 +4,25 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import re
-import uuid
+import sys
+import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from snapshot_ensemble.storage.file_names import checked_name, temporary
 from snapshot_ensemble.storage.snapshot import SnapshotError
 from snapshot_ensemble.storage.typed_json import Count
 
-
-def _plain_name(name: str, field: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
-        raise ValueError(f"`{field}` must be a file of this directory. Received: {field}={name!r}")
-    return name
+# Windows refuses to replace a file that a reader has open: try again after these seconds.
+_IS_WINDOWS = os.name == "nt"
+_WAITS = (0.01, 0.05, 0.2, 1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
     """A file in a directory, with the size and hash that it was written with."""
 
-    name: Annotated[str, _plain_name]
+    name: Annotated[str, checked_name]
     size: Count
     sha256: str
 
@@ -56,8 +55,7 @@ class Draft:
     def __init__(self, directory: pathlib.Path, name: str, write: Callable[[str], Any]) -> None:
         self.name = name
         self._path, self._write = directory / name, write
-        # The suffix is kept, since Keras chooses the format by it.
-        self._temporary = directory / f"writing-{uuid.uuid4().hex}-{name}"
+        self._temporary = directory / temporary(name)
         self._written = False
         self._file: File | None = None
 
@@ -75,30 +73,61 @@ class Draft:
         """Removes the temporary file."""
         self._temporary.unlink(missing_ok=True)
 
-    def finish(self) -> File:
-        """Flushes the file to disk and renames it; does nothing more if called again."""
+    def put(self) -> File:
+        """Flushes the contents to disk and renames the file; does nothing more if called again."""
         if self._file is not None:
             return self._file
         if not self._written:
             self.write()
         try:
-            with self._temporary.open("rb") as file:
+            # Windows flushes only files that are open for writing.
+            with self._temporary.open("r+b") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = os.fstat(file.fileno()).st_size
-                os.fsync(file.fileno())
-            self._temporary.replace(self._path)
+                _flush(file.fileno())
+            _replace(self._temporary, self._path)
         except BaseException:
             self.discard()
             raise
-        _sync_directory(self._path.parent)
         self._file = File(self.name, size, digest)
         return self._file
 
+    def finish(self) -> File:
+        """Puts the file in place so that it also survives a power cut."""
+        file = self.put()
+        sync_directory(self._path.parent)
+        return file
 
-def _sync_directory(directory: pathlib.Path) -> None:
-    if os.name == "posix":  # Other systems cannot open directories.
-        handle = os.open(directory, os.O_RDONLY)
+
+def _flush(handle: int) -> None:
+    """Flushes a file to the disk, on macOS also through the disk's own cache."""
+    if sys.platform == "darwin":
+        import fcntl  # noqa: PLC0415  Not on Windows.
+
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # Not every file system has it.
+            pass
+    os.fsync(handle)
+
+
+def _replace(source: pathlib.Path, target: pathlib.Path) -> None:
+    for wait in _WAITS if _IS_WINDOWS else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    source.replace(target)
+
+
+def sync_directory(directory: pathlib.Path) -> None:
+    """Makes the renames in a directory survive a power cut."""
+    if _IS_WINDOWS:  # It cannot open directories.
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

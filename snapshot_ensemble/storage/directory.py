@@ -13,7 +13,8 @@ import keras
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
 from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 from snapshot_ensemble.storage.atomic_file import Draft
-from snapshot_ensemble.storage.manifest import NAME, Manifest
+from snapshot_ensemble.storage.file_names import MANIFEST
+from snapshot_ensemble.storage.manifest import Manifest
 from snapshot_ensemble.storage.record import Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, Weights, renumbered
 from snapshot_ensemble.storage.store import SnapshotStore
@@ -51,7 +52,7 @@ class DirectoryStore(ManifestDirectory):
         return list(self._now.kept.snapshots)
 
     def add(self, model: keras.Model, snapshot: Snapshot, *, commit: bool = True) -> None:
-        with self._explained(), self.writing():
+        with self._change():
             begun, number = self._begun()
             model_file = begun.model
             if model_file is None and self._savable:
@@ -87,12 +88,14 @@ class DirectoryStore(ManifestDirectory):
         if isinstance(base, Draft) and base is not begun.model and base is not begun.base:
             self._base = (base.name, weights)
         old = self._weights_of(model, base)
-        name = f"snapshot-{number:04}.npz"
-        return self._draft(name, lambda path: write_difference(path, weights, old)), base
+        file = self._draft(
+            "snapshot", number, "npz", lambda path: write_difference(path, weights, old)
+        )
+        return file, base
 
     def _whole(self, model: keras.Model, number: int) -> Draft:
-        name = f"snapshot-{number:04}.weights.h5"
-        return self._draft(name, lambda path: save_weights(model, path)).write()
+        file = self._draft("snapshot", number, "weights.h5", lambda path: save_weights(model, path))
+        return file.write()
 
     def _weights_of(self, model: keras.Model, base: Any) -> Weights:
         if self._base[0] != base.name:
@@ -103,7 +106,7 @@ class DirectoryStore(ManifestDirectory):
     def base(self, model: keras.Model) -> Weights:
         if self._now.kept.base is None:
             raise SnapshotError(
-                f"'{self.directory / NAME}' names no base file, which the other files need."
+                f"'{self.directory / MANIFEST}' names no base file, which the other files need."
             )
         return self._weights_of(model, self._now.kept.base)
 
@@ -112,10 +115,10 @@ class DirectoryStore(ManifestDirectory):
 
         It is written later, by `write`, which takes the path, and weights that are already saved.
         """
-        with self._explained(), self.writing():
+        with self._change():
             begun, number = self._begun()
             shared = self._base[1] if begun.base and begun.base.name == self._base[0] else None
-            file = self._draft(f"state-{number:04}.npz", lambda path: write(path, shared))
+            file = self._draft("state", number, "npz", lambda path: write(path, shared))
             self._add(begun=begun, state=file)
             self.commit()
 
@@ -124,14 +127,6 @@ class DirectoryStore(ManifestDirectory):
         """The file with the state of the last run; None if none was saved."""
         self.settle()
         return self._path(self._now.kept.state)
-
-    def take_back(self, cycles: int) -> None:
-        # They stay in the directory until something newer is on disk.
-        kept = [s for s in self._now.kept.snapshots if s.cycle is None or s.cycle < cycles]
-        if len(kept) < len(self._now.kept.snapshots):
-            files = self._now.kept.files[: len(kept)]
-            self._now.kept = dataclasses.replace(self._now.kept, snapshots=tuple(kept), files=files)
-            self._members_changed()
 
     def keep_newest(self, count: int) -> None:
         if len(self._now.kept.snapshots) > count:
@@ -147,6 +142,7 @@ class DirectoryStore(ManifestDirectory):
         kept = self._now.kept
         files: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
         files += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
+        files += [(file, None) for file in kept.history]
         if kept.base is not None and kept.base not in {file for file, _ in files}:
             files.append((kept.base, None))
         entries = [self._entry(file, snapshot) for file, snapshot in files if file is not None]
@@ -169,7 +165,7 @@ class DirectoryStore(ManifestDirectory):
         try:
             yield dict(self.record.settings)
         except (KeyError, TypeError, ValueError) as error:
-            manifest = self.directory / NAME
+            manifest = self.directory / MANIFEST
             raise SnapshotError(f"The settings in '{manifest}' are not valid: {error}") from error
 
     def leave_out_damaged(self, model: keras.Model, skip_damaged: bool) -> None:
@@ -219,7 +215,7 @@ class DirectoryStore(ManifestDirectory):
             files=tuple(self._now.kept.files[i] for i in kept),
             state=None,
         )
-        self._members_changed()
+        self._now.members_changed()
 
     def weights(self, model: keras.Model, index: int) -> Weights:
         self.settle()
@@ -243,12 +239,12 @@ class DirectoryStore(ManifestDirectory):
         self.settle()
         if not self._now.kept.files:
             raise SnapshotError(
-                f"'{self.directory / NAME}' names no snapshot yet: its run has not reached the "
+                f"'{self.directory / MANIFEST}' names no snapshot yet: its run has not reached the "
                 "end of a cycle. Resume it with `fit(..., resume=True)`."
             )
         if self._now.kept.model is None:
             raise SnapshotError(
-                f"'{self.directory / NAME}' names no model file: the model could not be saved. "
+                f"'{self.directory / MANIFEST}' names no model file: the model could not be saved. "
                 "Build and compile the same model, and pass it as `model=`."
             )
         path = self._path(self._now.kept.model)
@@ -265,7 +261,7 @@ class DirectoryStore(ManifestDirectory):
     def _write_model(self, model: keras.Model, number: int) -> Draft | None:
         try:
             with optimizers_hidden(model):
-                return self._draft(f"model-{number:04}.keras", model.save).write()
+                return self._draft("model", number, "keras", model.save).write()
         except (NotImplementedError, TypeError, ValueError) as error:
             warnings.warn(
                 f"The model cannot be saved, only its snapshots: {error}\n"

@@ -4,16 +4,17 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Annotated, Any
 
 from snapshot_ensemble.storage.atomic_file import Draft, File
+from snapshot_ensemble.storage.file_names import checked_tag
 from snapshot_ensemble.storage.record import Learned, Progress, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.typed_json import Count, Number, decode, encode
 
-NAME = "ensemble.json"
 FORMAT = "snapshot_ensemble"
-VERSION = 1
+# Version 2 has files with blocks of the history, without which a reader would miss epochs.
+VERSIONS = (1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Manifest:
         state: The file of the state of training; None if no run can be resumed.
         base: The file with all weights, which snapshots in `.npz` files store differences to.
         replacing: Whether a run has begun that will replace all of this.
+        history: The files with blocks of the history (see `history_blocks`), oldest first.
         written: How many files were written so far; used to number them.
-        ensemble: The ensemble's `Record`, as JSON.
+        tag: Part of the names of the directory's files; empty in those of earlier versions.
+        ensemble: The ensemble's `Record`, as JSON, without the epochs in the blocks.
     """
 
     snapshots: tuple[Snapshot, ...] = ()
@@ -36,13 +39,15 @@ class Manifest:
     model: File | Draft | None = None
     state: File | Draft | None = None
     base: File | Draft | None = None
+    history: tuple[File | Draft, ...] = ()
     replacing: bool = False
     written: int = 0
+    tag: str = ""
     ensemble: dict[str, Any] = dataclasses.field(default_factory=lambda: describe(Record()))
 
     def names(self) -> set[str]:
         """The names of all files."""
-        every = (*self.files, self.model, self.state, self.base)
+        every = (*self.files, *self.history, self.model, self.state, self.base)
         return {file.name for file in every if file is not None}
 
     def finished(self) -> "Manifest":
@@ -51,9 +56,12 @@ class Manifest:
         def finish(file: Any) -> Any:
             return file.finish() if isinstance(file, Draft) else file
 
-        files = tuple(finish(file) for file in self.files)
-        others = {name: finish(getattr(self, name)) for name in ("model", "state", "base")}
-        return dataclasses.replace(self, files=files, **others)
+        changes: dict[str, Any] = {}
+        for name in ("files", "history"):
+            changes[name] = tuple(finish(file) for file in getattr(self, name))
+        for name in ("model", "state", "base"):
+            changes[name] = finish(getattr(self, name))
+        return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
         """Strict JSON that includes its own SHA-256."""
@@ -64,12 +72,14 @@ class Manifest:
         content = encode(
             {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": VERSIONS[bool(self.history)],
                 "written": self.written,
+                "tag": self.tag,
                 "replacing": self.replacing,
                 "model": self.model,
                 "state": self.state,
                 "base": self.base,
+                "history": self.history,
                 "snapshots": entries,
                 "ensemble": self.ensemble,
             }
@@ -103,6 +113,8 @@ class _Content:
     snapshots: list[_Entry]
     ensemble: dict[str, Any]
     base: File | None = None
+    history: list[File] = dataclasses.field(default_factory=list)
+    tag: Annotated[str, checked_tag] | None = None
 
 
 def describe(record: Record) -> dict[str, Any]:
@@ -129,10 +141,10 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         raise SnapshotError(f"'{path}' is not a readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SnapshotError(f"'{path}' is not a manifest of {FORMAT}.")
-    if content.get("version") != VERSION:
+    if content.get("version") not in VERSIONS:
         raise SnapshotError(
             f"'{path}' has format version {content.get('version')!r}; this package reads "
-            f"version {VERSION}. Update snapshot-ensemble to read it."
+            f"versions {VERSIONS[0]} to {VERSIONS[-1]}. Update snapshot-ensemble to read it."
         )
     if content.pop("sha256", None) != _digest(content):
         raise SnapshotError(f"'{path}' is damaged: its SHA-256 does not match.")
@@ -147,10 +159,21 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         model=typed.model,
         state=typed.state,
         base=typed.base,
+        history=tuple(typed.history),
         replacing=typed.replacing,
         written=typed.written,
+        tag=typed.tag or "",
         ensemble=typed.ensemble,
     )
+
+
+def is_foreign(text: bytes) -> bool:
+    """Whether a file is valid JSON that another program has written; a damaged one is not."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or content.get("format") != FORMAT
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import keras
 import numpy as np
 
-from snapshot_ensemble.storage.record import Learned, Record
+from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered
 from snapshot_ensemble.storage.weight_files import set_weights
 
@@ -75,5 +75,5 @@ class MemoryStore:
     def base(self, model: keras.Model) -> Weights:
         return []
 
-    def take_back(self, cycles: int) -> None:
+    def take_back(self, done: Counts) -> None:
         pass

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import keras
 
-from snapshot_ensemble.storage.record import Record
+from snapshot_ensemble.storage.record import Counts, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights
 
 
@@ -79,8 +79,8 @@ class SnapshotStore(SnapshotSink, Protocol):
     def restart(self) -> None:
         """Makes the next `add` or `keep_state` replace all existing snapshots."""
 
-    def take_back(self, cycles: int) -> None:
-        """Drops the snapshots of this cycle and later ones, which the run will take again."""
+    def take_back(self, done: Counts) -> None:
+        """Drops everything after these counts, which a resumed run will do again."""
 
     def base(self, model: keras.Model) -> Weights:
         """The weights that a saved state leaves out."""

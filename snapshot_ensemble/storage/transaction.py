@@ -2,59 +2,33 @@
 
 import contextlib
 import dataclasses
-import math
+import functools
 import os
 import pathlib
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from snapshot_ensemble.checks import counted
-from snapshot_ensemble.storage.atomic_file import Draft
+from snapshot_ensemble.storage import history_blocks
+from snapshot_ensemble.storage.atomic_file import Draft, sync_directory
 from snapshot_ensemble.storage.background import Background
-from snapshot_ensemble.storage.lock import NAME as LOCK
+from snapshot_ensemble.storage.contents import (
+    Contents,
+    check_place,
+    is_free,
+    manifest_text,
+    read_contents,
+)
+from snapshot_ensemble.storage.file_names import MANIFEST, directory_path, is_left_over, numbered
+from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.lock import DirectoryLock
-from snapshot_ensemble.storage.manifest import NAME, Manifest, describe, read_manifest, read_record
-from snapshot_ensemble.storage.record import Learned, Record
+from snapshot_ensemble.storage.manifest import Manifest, describe, is_foreign, read_record
+from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 
 # The stores of this process that are writing, by the real paths of their directories.
 _writers: weakref.WeakValueDictionary[str, "ManifestDirectory"] = weakref.WeakValueDictionary()
-
-
-@dataclasses.dataclass
-class Contents:
-    """What this process knows of a directory: everything that a transaction rolls back.
-
-    Attributes:
-        record: What is kept besides the snapshots; updated during training.
-        kept: The manifest that the directory will have when all writes have finished.
-        saved: The manifest in the directory.
-        version: A number that changes whenever the snapshots change.
-        saved_version: The version of `saved`.
-        pending: The manifest with additions that are not yet committed.
-        known: The manifest's text when it was last read or written; None if there was none.
-        claimed: Whether the contents of the directory belong to this store.
-        restarting: Whether the next added file replaces all existing ones.
-        trusted: Whether the manifest, if any, could be read. Only then are files that it does not
-            name known to be left over from a killed writer.
-    """
-
-    record: Record = dataclasses.field(default_factory=Record)
-    kept: Manifest = dataclasses.field(default_factory=Manifest)
-    saved: Manifest = dataclasses.field(default_factory=Manifest)
-    version: int = 0
-    saved_version: int = 0
-    pending: Manifest | None = None
-    known: bytes | None = None
-    claimed: bool = False
-    restarting: bool = False
-    trusted: bool = True
-
-    def copy(self) -> "Contents":
-        """A copy to roll back to."""
-        return dataclasses.replace(self, record=dataclasses.replace(self.record))
 
 
 class ManifestDirectory:
@@ -73,10 +47,11 @@ class ManifestDirectory:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = pathlib.Path(directory).absolute()  # The working folder may change.
+        self.directory = directory_path(directory)
         self._now = Contents()
         self._lock = DirectoryLock(self.directory)
         self._background = Background()
+        self._unneeded: set[str] = set()  # Files that no manifest names any more.
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
@@ -115,10 +90,7 @@ class ManifestDirectory:
         Raises:
             SnapshotError: If there is no manifest, or it is damaged.
         """
-        known = self._manifest_now()
-        manifest = read_manifest(self.directory / NAME, known)
-        record = read_record(manifest.ensemble)
-        self._now = Contents(record, manifest, manifest, known=known, claimed=True)
+        self._now = read_contents(self.directory)
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
         """Makes the contents of the directory this store's own, if that is allowed.
@@ -129,7 +101,8 @@ class ManifestDirectory:
         """
         if self.claimed:
             return
-        free, known = self._is_free(), self._manifest_now()
+        check_place(self.directory)
+        free, known = is_free(self.directory), self._manifest_now()
         if resume and known is not None and not free:
             self.read()
             return
@@ -139,34 +112,18 @@ class ManifestDirectory:
                 "another one, load the ensemble in it with `SnapshotEnsemble.load`, or pass "
                 "`overwrite=True` to replace it."
             )
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"`directory` is a file. Received: directory='{self.directory}'")
         record = self.record
-        try:
-            if not free:
-                self.read()
-        except SnapshotError:
-            self._now.trusted = False
-        self._now.record, self._now.known, self._now.claimed = record, known, True
-
-    def _is_free(self) -> bool:
-        """Whether the directory holds nothing but what a writer killed at its start leaves."""
-        if not self.directory.exists():
-            return True
-        if not self.directory.is_dir():
-            return False
-        names = [file.name for file in self.directory.iterdir()]
-        written = math.inf
-        if NAME in names:
+        if known is not None:
             try:
-                manifest = read_manifest(self.directory / NAME, self._manifest_now())
-            except SnapshotError:
-                return False
-            if manifest.names() or manifest.replacing:
-                return False
-            written = manifest.written
-        # Without a manifest, a numbered file may belong to an ensemble whose manifest was lost.
-        return all(name in (LOCK, NAME) or _is_left_over(name, written) for name in names)
+                self.read()
+            except SnapshotError as error:
+                if is_foreign(known):
+                    raise ValueError(
+                        f"'{self.directory / MANIFEST}' was written by another program, and is not "
+                        f"replaced. Received: directory='{self.directory}'. Choose another one, or "
+                        "move that file."
+                    ) from error
+        self._now.record, self._now.known, self._now.claimed = record, known, True
 
     @contextlib.contextmanager
     def transaction(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
@@ -181,34 +138,52 @@ class ManifestDirectory:
                     yield
                     self.settle()
                 except BaseException:
-                    # The original exception matters more than an error in here.
-                    with contextlib.suppress(OSError):
-                        self.settle()
-                    is_safe = self._now.saved.names() != claimed.saved.names()
-                    with contextlib.suppress(OSError):
-                        if is_safe:
-                            self.commit()
-                            self.settle()
-                        else:
-                            self._undo(claimed)
-                            if not had_lock:
-                                self._lock.remove()
-                            if is_new:
-                                self.directory.rmdir()
+                    with interrupts_deferred():
+                        is_safe = self._end_early(claimed)
+                        if not (is_safe or had_lock):
+                            self._remove_lock(is_new)
                     raise
         except BaseException:
             if not is_safe:
                 self._now = before
             raise
 
+    def _end_early(self, claimed: Contents) -> bool:
+        """Commits if something new is on disk, or restores the directory as it was when claimed.
+
+        The exception that ended the transaction matters more than one in here.
+
+        Returns:
+            Whether something new is on disk.
+        """
+        if not self._lock.held:  # A forked child: the directory is its parent's.
+            return False
+        with contextlib.suppress(Exception):
+            self.settle()
+        is_safe = self._now.saved.names() != claimed.saved.names()
+        with contextlib.suppress(Exception):
+            if is_safe:
+                self.commit()
+                self.settle()
+            else:
+                self._undo(claimed)
+        return is_safe
+
     def _undo(self, claimed: Contents) -> None:
         """Restores the directory as it was when claimed; its manifest names no new files yet."""
-        self._now.kept = claimed.kept
+        now = self._now
+        if claimed.known is not None and now.known != claimed.known:
+            self._publish(claimed.known, claimed.saved, claimed.saved_version)
         self._clean()
-        if claimed.known is None:
-            (self.directory / NAME).unlink(missing_ok=True)
-        elif self._now.known != claimed.known:
-            self._publish(claimed.known)
+        if claimed.known is None and self._manifest_now() == now.known:
+            (self.directory / MANIFEST).unlink(missing_ok=True)
+
+    def _remove_lock(self, is_new: bool) -> None:
+        with contextlib.suppress(OSError):
+            if self._lock.held:
+                self._lock.remove()
+                if is_new:
+                    self.directory.rmdir()
 
     def restart(self) -> None:
         """Makes the next added file replace all existing ones."""
@@ -217,7 +192,8 @@ class ManifestDirectory:
             # So that, if the run is killed before it has replaced anything, resuming it does not
             # resume the old run instead.
             now.kept = dataclasses.replace(now.kept, replacing=True)
-            self._submit()
+            with interrupts_deferred():
+                self._submit()
         now.restarting = True
 
     @contextlib.contextmanager
@@ -229,20 +205,37 @@ class ManifestDirectory:
             SnapshotError: If another process has written.
         """
         entered = self._lock.held
-        with self._lock:
+        try:
             if not entered:
-                if not self.is_current():
-                    raise SnapshotError(
-                        f"'{self.directory / NAME}' was changed by another process since it was "
-                        "read. Load the ensemble again."
-                    )
-                self._clean()
-                _writers[os.path.realpath(self.directory)] = self
-            try:
-                yield
-            finally:
-                if not entered:
-                    self.settle()
+                with interrupts_deferred():
+                    self._enter()
+            yield
+        finally:
+            if not entered and self._lock.held:
+                with interrupts_deferred():
+                    try:
+                        self.settle()
+                    finally:
+                        self._lock.release()
+
+    def _enter(self) -> None:
+        self._lock.acquire()
+        if not self.is_current():
+            raise self._changed_error()
+        self._clean()
+        _writers[os.path.realpath(self.directory)] = self
+
+    def _changed_error(self) -> SnapshotError:
+        return SnapshotError(
+            f"'{self.directory / MANIFEST}' was changed by another process since it was read. Load "
+            "the ensemble again."
+        )
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """One change of what is kept, which Ctrl-C does not cut in two."""
+        with interrupts_deferred(), self._explained(), self.writing():
+            yield
 
     def wait_for_writes(self) -> None:
         """Waits until everything kept so far has been written, or has failed to be."""
@@ -255,25 +248,18 @@ class ManifestDirectory:
         """
         if not self._background.busy:
             return
-        interrupt: KeyboardInterrupt | None = None
-        try:
-            self._background.wait()
-        except KeyboardInterrupt as error:
-            interrupt = error
         now = self._now
-        try:
-            self._background.finish()
-        except BaseException:
-            now.version = now.saved_version
-            now.record.learned = read_record(now.saved.ensemble).learned
-            if interrupt is None:
+        with interrupts_deferred():
+            try:
+                self._background.finish()
+            except BaseException:
+                now.version = now.saved_version
+                now.record.learned = read_record(now.saved.ensemble).learned
                 raise
-        finally:
-            now.kept = dataclasses.replace(now.saved, written=now.kept.written)
-            with contextlib.suppress(OSError):  # The directory may be gone.
-                self._clean()
-        if interrupt is not None:
-            raise interrupt
+            finally:
+                now.kept = dataclasses.replace(now.saved, written=now.kept.written)
+                with contextlib.suppress(OSError):  # The directory may be gone.
+                    self._clean()
 
     def is_current(self) -> bool:
         """Whether nobody else has written to the directory since it was read."""
@@ -281,17 +267,14 @@ class ManifestDirectory:
         return self._manifest_now() == self._now.known
 
     def _manifest_now(self) -> bytes | None:
-        try:
-            return (self.directory / NAME).read_bytes()
-        except OSError:
-            return None
+        return manifest_text(self.directory)
 
     def _clean(self) -> None:
-        """Removes files left over from a killed writer, which no manifest names."""
-        if not self._now.trusted:
+        """Removes files left over from a killed writer, which the manifest does not name."""
+        if self._manifest_now() != self._now.known:  # They may be those of another writer.
             return
         for path in self.directory.iterdir():
-            if _is_left_over(path.name, self._now.kept.written):
+            if is_left_over(path.name, self._now.tag, self._now.saved.written):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
@@ -322,18 +305,40 @@ class ManifestDirectory:
         """
         if not self.claimed:
             return
-        with self._explained(), self.writing():
+        with self._change():
             now = self._now
             if now.pending is not None:
                 if now.pending.files != now.kept.files:
-                    self._members_changed(learned)
+                    now.members_changed(learned)
                 now.kept, now.pending = now.pending, None
-            now.kept = dataclasses.replace(now.kept, ensemble=describe(now.record))
+            self._keep_history()
             self._submit()
 
-    def _members_changed(self, learned: Learned | None = None) -> None:
-        self._now.version += 1
-        self._now.record.learned = learned or Learned()
+    def _keep_history(self) -> None:
+        """Keeps the record; full blocks of the history become files of their own."""
+        now, size = self._now, history_blocks.EPOCHS
+        progress = now.record.progress
+        columns, blocks = frozenset(progress.history), list(now.kept.history)
+        if columns != now.columns:
+            blocks, now.columns = [], columns
+        while (len(blocks) + 1) * size <= history_blocks.length(progress.history):
+            block = history_blocks.cut(
+                progress.history, len(blocks) * size, size * (len(blocks) + 1)
+            )
+            write = functools.partial(history_blocks.write_block, block=block)
+            number = now.kept.written + 1
+            now.kept = dataclasses.replace(now.kept, written=number)
+            blocks.append(self._draft("history", number, "json", write))
+        rest = history_blocks.cut(progress.history, len(blocks) * size)
+        record = dataclasses.replace(
+            now.record, progress=dataclasses.replace(progress, history=rest)
+        )
+        now.kept = dataclasses.replace(
+            now.kept, ensemble=describe(record), history=tuple(blocks), tag=now.tag
+        )
+
+    def take_back(self, done: Counts) -> None:
+        self._now.take_back(done)
 
     def _submit(self) -> None:
         """Writes the manifest of what is kept, in the background."""
@@ -348,20 +353,28 @@ class ManifestDirectory:
     def _write(self, manifest: Manifest, version: int) -> None:
         now = self._now
         if now.known is None:
-            # Begin with an empty manifest: numbered files without one could be anyone's, and would
-            # keep a run that is killed here from being resumed.
+            # Begin with an empty manifest, so that files whose manifest was lost are never taken
+            # for what a killed run has left, and a run that is killed here can be resumed.
             record = {**manifest.ensemble, "weights": None, "members": None}
-            self._publish(Manifest(ensemble=record).to_json().encode())
+            empty = Manifest(ensemble=record, tag=now.tag)
+            self._publish(empty.to_json().encode(), now.saved, now.saved_version)
         manifest, before = manifest.finished(), now.saved
-        self._publish(manifest.to_json().encode())
-        now.saved, now.saved_version, now.trusted = manifest, version, True
-        for name in before.names() - manifest.names():
-            with contextlib.suppress(OSError):  # A leftover file does no harm.
-                (self.directory / name).unlink()
+        self._publish(manifest.to_json().encode(), manifest, version)
+        self._unneeded |= before.names() - manifest.names()
+        for name in sorted(self._unneeded):
+            # Windows refuses to remove a file that a reader has open: try again at the next write.
+            with contextlib.suppress(OSError):
+                (self.directory / name).unlink(missing_ok=True)
+                self._unneeded.discard(name)
 
-    def _publish(self, text: bytes) -> None:
-        self._draft(NAME, lambda path: pathlib.Path(path).write_bytes(text)).finish()
-        self._now.known = text
+    def _publish(self, text: bytes, manifest: Manifest, version: int) -> None:
+        """Replaces the manifest, unless somebody has written in spite of the lock."""
+        now = self._now
+        if self._manifest_now() != now.known:
+            raise self._changed_error()
+        Draft(self.directory, MANIFEST, lambda path: pathlib.Path(path).write_bytes(text)).put()
+        now.known, now.saved, now.saved_version = text, manifest, version
+        sync_directory(self.directory)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -382,15 +395,16 @@ class ManifestDirectory:
             explained.explained = True  # type: ignore[attr-defined]
             raise explained from error
 
-    def _draft(self, name: str, write: Callable[[str], Any]) -> Draft:
-        return Draft(self.directory, name, write)
+    def _draft(self, kind: str, number: int, suffix: str, write: Callable[[str], Any]) -> Draft:
+        return Draft(self.directory, numbered(kind, number, self._now.tag, suffix), write)
 
     def _path(self, file: Any) -> Any:
         """The path of a file, after checking that it is intact; None for None."""
-        return None if file is None else file.checked(self.directory)
-
-
-def _is_left_over(name: str, written: float) -> bool:
-    """Whether a file name is temporary, or numbered above the manifest's `written`."""
-    number = re.fullmatch(r"(?:snapshot|model|state)-(\d{4,})\.(?:weights\.h5|keras|npz)", name)
-    return name.startswith("writing-") or (number is not None and int(number[1]) > written)
+        if file is None:
+            return None
+        try:
+            return file.checked(self.directory)
+        except SnapshotError as error:
+            if self.claimed and self._manifest_now() not in (None, self._now.known):
+                raise self._changed_error() from error
+            raise

@@ -163,7 +163,7 @@ class FitSession:
 
     def _go_back_to(self, done: Counts, progress: Progress) -> None:
         progress.go_back_to(done)
-        self.store.take_back(done.cycles)
+        self.store.take_back(done)
 
     def _history_of_ended_run(self, progress: Progress, x: Any) -> keras.callbacks.History:
         """What `fit` returns for a run that ended before the last one began."""

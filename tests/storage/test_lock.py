@@ -6,6 +6,7 @@ import sys
 import keras
 import pytest
 from resume_cases import run
+from storage_cases import manifest_of
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage.directory import DirectoryStore
@@ -76,7 +77,12 @@ def test_a_second_writer_in_the_same_process_is_refused(interrupted_run):
 
 
 def test_files_left_by_a_killed_writer_are_removed(interrupted_run):
-    left = ["writing-1-snapshot-0009.weights.h5", "snapshot-9999.weights.h5", "state-9999.npz"]
+    tag = manifest_of(interrupted_run)["tag"]
+    left = [
+        f"writing-{'0123456789abcdef' * 2}-snapshot-0009-{tag}.weights.h5",
+        f"snapshot-9999-{tag}.weights.h5",
+        f"state-9999-{tag}.npz",
+    ]
     for name in [*left, "mine.weights.h5"]:
         (interrupted_run / name).write_bytes(b"left")
     run(interrupted_run, resume=True)
@@ -88,7 +94,7 @@ def test_files_left_by_a_killed_writer_are_removed(interrupted_run):
 def test_a_directory_with_only_files_of_a_killed_writer_counts_as_empty(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ensemble.lock").touch()
-    (tmp_path / "run" / "writing-1-state-0001.npz").write_bytes(b"left")
+    (tmp_path / "run" / f"writing-{'0123456789abcdef' * 2}-ensemble.json").write_bytes(b"left")
     ens, _ = run(tmp_path / "run")
     assert len(ens) == 3
 

@@ -86,7 +86,7 @@ def test_a_path_without_an_ensemble_is_refused_by_name(tmp_path, path):
         SnapshotEnsemble.load(tmp_path / path)
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", None, 0])
+@pytest.mark.parametrize("version", [3, 99, "2", None, 0])
 def test_another_version_is_refused_by_name(made, version):
     manifest = manifest_of(made.directory)
     manifest["version"] = version

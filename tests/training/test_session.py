@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.storage import background
 from snapshot_ensemble.storage.atomic_file import Draft
+from snapshot_ensemble.storage.background import Background
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = np.argmax(X[:, :3], axis=1)
@@ -208,29 +208,29 @@ def test_finished_cycles_are_kept(tmp_path, error, in_memory):
 def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
     """The user presses Ctrl-C after training, while the last files are being written."""
     has_ended, is_waiting, interrupted = threading.Event(), threading.Event(), []
-    finish, wait = Draft.finish, background.wait
+    put, finish = Draft.put, Background.finish
 
-    def finish_slowly(draft):
+    def put_slowly(draft):
         if has_ended.is_set() and not interrupted:
             assert is_waiting.wait(10)
             interrupted.append(draft.name)
             time.sleep(0.2)  # Gives the main thread time to start waiting.
             _thread.interrupt_main()
             time.sleep(0.2)
-        return finish(draft)
+        return put(draft)
 
-    def wait_seen(tasks):
+    def finish_seen(thread):
         if has_ended.is_set():
             is_waiting.set()
-        return wait(tasks)
+        return finish(thread)
 
     class Ends(keras.callbacks.Callback):
         def on_train_end(self, logs=None):
             has_ended.set()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Workers ignore it.
-    monkeypatch.setattr(Draft, "finish", finish_slowly)
-    monkeypatch.setattr(background, "wait", wait_seen)
+    monkeypatch.setattr(Draft, "put", put_slowly)
+    monkeypatch.setattr(Background, "finish", finish_seen)
     ens = ensemble(tmp_path / "run")
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,128 @@
+"""What a process knows of a directory, as it reads it."""
+
+import dataclasses
+import pathlib
+
+from snapshot_ensemble.storage import history_blocks
+from snapshot_ensemble.storage.file_names import LOCK, MANIFEST, is_left_over, new_tag
+from snapshot_ensemble.storage.manifest import Manifest, read_manifest, read_record
+from snapshot_ensemble.storage.record import Counts, History, Learned, Record
+from snapshot_ensemble.storage.snapshot import SnapshotError
+
+
+@dataclasses.dataclass
+class Contents:
+    """What this process knows of a directory: everything that a transaction rolls back.
+
+    Attributes:
+        record: What is kept besides the snapshots; updated during training.
+        kept: The manifest that the directory will have when all writes have finished.
+        saved: The manifest in the directory.
+        version: A number that changes whenever the snapshots change.
+        saved_version: The version of `saved`.
+        pending: The manifest with additions that are not yet committed.
+        known: The manifest's text when it was last read or written; None if there was none.
+        claimed: Whether the contents of the directory belong to this store.
+        restarting: Whether the next added file replaces all existing ones.
+        columns: The columns of the history in the blocks that `kept` names.
+        tag: Part of the names of the directory's files.
+    """
+
+    record: Record = dataclasses.field(default_factory=Record)
+    kept: Manifest = dataclasses.field(default_factory=Manifest)
+    saved: Manifest = dataclasses.field(default_factory=Manifest)
+    version: int = 0
+    saved_version: int = 0
+    pending: Manifest | None = None
+    known: bytes | None = None
+    claimed: bool = False
+    restarting: bool = False
+    columns: frozenset[str] = frozenset()
+    tag: str = dataclasses.field(default_factory=new_tag)
+
+    def copy(self) -> "Contents":
+        """A copy to roll back to."""
+        return dataclasses.replace(self, record=dataclasses.replace(self.record))
+
+    def members_changed(self, learned: Learned | None = None) -> None:
+        """Resets what was learned about other members."""
+        self.version += 1
+        self.record.learned = learned or Learned()
+
+    def take_back(self, done: Counts) -> None:
+        """Drops everything after these counts from memory, and from the next manifest."""
+        kept = [s for s in self.kept.snapshots if s.cycle is None or s.cycle < done.cycles]
+        if len(kept) < len(self.kept.snapshots):
+            self.members_changed()
+        self.kept = dataclasses.replace(
+            self.kept,
+            snapshots=tuple(kept),
+            files=self.kept.files[: len(kept)],
+            history=self.kept.history[: done.epochs // history_blocks.EPOCHS],
+        )
+
+
+def manifest_text(directory: pathlib.Path) -> bytes | None:
+    """The manifest as it is; None if there is none."""
+    try:
+        return (directory / MANIFEST).read_bytes()
+    except OSError:
+        return None
+
+
+def read_contents(directory: pathlib.Path) -> Contents:
+    """Reads a directory's manifest, and what belongs to its record.
+
+    Raises:
+        SnapshotError: If there is no manifest, or something is damaged.
+    """
+    known = manifest_text(directory)
+    manifest = read_manifest(directory / MANIFEST, known)
+    record = read_record(manifest.ensemble)
+    now = Contents(record, manifest, manifest, known=known, claimed=True)
+    now.tag = manifest.tag or now.tag
+    if manifest.history:
+        record.progress.history = _whole_history(directory, manifest, record.progress.history)
+        now.columns = frozenset(record.progress.history)
+    return now
+
+
+def _whole_history(directory: pathlib.Path, manifest: Manifest, rest: History) -> History:
+    parts = []
+    for file in manifest.history:
+        path = file.checked(directory)  # type: ignore[union-attr]  # It was read: it is no draft.
+        try:
+            parts.append(history_blocks.read_block(path))
+        except ValueError as error:
+            raise SnapshotError(f"'{path}' is damaged: {error}") from error
+    try:
+        return history_blocks.join([*parts, rest])
+    except ValueError as error:
+        raise SnapshotError(f"'{directory / MANIFEST}' is damaged: {error}") from error
+
+
+def is_free(directory: pathlib.Path) -> bool:
+    """Whether a directory holds nothing but what a writer that was killed at its start leaves."""
+    if not directory.exists():
+        return True
+    names, tag, written = {file.name for file in directory.iterdir()}, "", 0
+    if MANIFEST in names:
+        try:
+            manifest = read_manifest(directory / MANIFEST, manifest_text(directory))
+        except SnapshotError:
+            return False
+        if manifest.names() or manifest.replacing:
+            return False
+        tag, written = manifest.tag, manifest.written
+    return all(name in (LOCK, MANIFEST) or is_left_over(name, tag, written) for name in names)
+
+
+def check_place(directory: pathlib.Path) -> None:
+    """Raises `ValueError` if there can be no directory at a path."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` is a file. Received: directory='{directory}'")
+    if directory.is_symlink() and not directory.exists():
+        raise ValueError(
+            "`directory` is a link to a place that does not exist. Received: "
+            f"directory='{directory}' -> '{directory.readlink()}'"
+        )
