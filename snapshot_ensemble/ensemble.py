@@ -3,7 +3,6 @@
 import contextlib
 import operator
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -37,6 +36,7 @@ from snapshot_ensemble.schedules import (
     settings_of,
 )
 from snapshot_ensemble.storage.directory import DirectoryStore, copy_snapshots
+from snapshot_ensemble.storage.file_names import directory_path
 from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
@@ -146,7 +146,7 @@ class SnapshotEnsemble:
         if max_snapshots is not None:
             max_snapshots = whole_number("max_snapshots", max_snapshots, 1)
         self.max_snapshots = max_snapshots
-        self.directory = None if directory is None else pathlib.Path(directory)
+        self.directory = None if directory is None else directory_path(directory)
         self._rate = AnnealedRate(model)
         self._restarter = Restarter(check_shrink(shrink))
         # The number of the run that the next `fit(resume=True)` resumes.
@@ -933,7 +933,7 @@ class SnapshotEnsemble:
         """
         self._pool.indices()  # Raises if there are no members.
         here = self.directory if self._store.claimed else None
-        if here is not None and pathlib.Path(directory).resolve() == here.resolve():
+        if here is not None and directory_path(directory).resolve() == here.resolve():
             self._store.commit()  # Its snapshots are there already.
             return
         with self._rate.lifted():

@@ -1,6 +1,8 @@
 """The members of an ensemble, run in one graph or one after another."""
 
 import dataclasses
+import errno
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, check_task, read_outputs
 from snapshot_ensemble.keras_compat.compile_arguments import compilation
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
+from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.record import Learned
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.store import SnapshotStore
@@ -30,6 +33,9 @@ from snapshot_ensemble.storage.weight_delta import bytes_of
 
 # In bytes: how much memory the members' weights may take at once.
 MEMORY_LIMIT = 2**28
+
+# The errors of a directory that may only be read.
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class PredictArguments(NamedTuple):
@@ -98,12 +104,22 @@ class MemberPool:
     def learn(self, **changes: Any) -> None:
         """Changes what was learned and saves it with the snapshots."""
         record, before = self.store.record, self.learned
-        record.learned = dataclasses.replace(before, **changes)
-        try:
-            self.store.commit()
-        except BaseException:
-            record.learned = before
-            raise
+        with interrupts_deferred():
+            record.learned = dataclasses.replace(before, **changes)
+            try:
+                self.store.commit()
+            except OSError as error:
+                if error.errno not in NOT_WRITABLE:
+                    record.learned = before
+                    raise
+                warnings.warn(
+                    f"{', '.join(changes)} will not be saved: {error} Save the ensemble elsewhere "
+                    "with `save`.",
+                    stacklevel=3,
+                )
+            except BaseException:
+                record.learned = before
+                raise
 
     # Selecting members
 

@@ -23,14 +23,19 @@ def built_for(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "_trainable_variables", []))
 
 
+def models_with_optimizers(model: keras.Model) -> list[keras.Model]:
+    """The model and the models inside it, as far as they are compiled."""
+    inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
+    return [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
+
+
 @contextlib.contextmanager
 def optimizers_hidden(model: keras.Model) -> Iterator[None]:
     """Hides the optimizers, whose slots Keras would otherwise save with the weights, or expect.
 
     This includes optimizers of models inside, such as a backbone that was trained before.
     """
-    inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
-    models = [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
+    models = models_with_optimizers(model)
     optimizers = [inner.optimizer for inner in models]
     try:
         for inner in models:

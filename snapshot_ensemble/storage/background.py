@@ -1,5 +1,6 @@
 """Runs tasks one after another in a background thread, while training continues."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -10,11 +11,13 @@ class Background:
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
+        self._process = os.getpid()
 
     @property
     def busy(self) -> bool:
         """Whether there are tasks that `finish` has not yet been called for."""
-        return self._last is not None
+        # A forked child has no such thread: it would wait for ever.
+        return self._last is not None and self._process == os.getpid()
 
     @property
     def failed(self) -> bool:
@@ -22,18 +25,9 @@ class Background:
         return self._last is not None and self._last.done() and bool(self._last.exception())
 
     def wait(self) -> None:
-        """Waits until all tasks have ended, whether they failed or not.
-
-        An interrupt (Ctrl-C) is raised only after that, so that their files are complete.
-        """
-        interrupt: KeyboardInterrupt | None = None
-        while self._last is not None and not self._last.done():
-            try:
-                wait([self._last])
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        """Waits until all tasks have ended, whether they failed or not."""
+        if self._last is not None and self.busy:
+            wait([self._last])
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs a task after all earlier ones have ended."""
@@ -49,7 +43,7 @@ class Background:
         self._last = self._thread.submit(run)
 
     def finish(self) -> None:
-        """Ends the thread, after `wait`; raises the exception of the first task that failed."""
+        """Waits, and ends the thread; raises the exception of the first task that failed."""
         thread, last = self._thread, self._last
         self._thread = self._last = None
         if thread is not None and last is not None:

@@ -1,8 +1,11 @@
 """What a process knows of a directory, as it reads it."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage import history_blocks
 from snapshot_ensemble.storage.file_names import LOCK, MANIFEST, is_left_over, new_tag
 from snapshot_ensemble.storage.manifest import Manifest, read_manifest, read_record
@@ -60,6 +63,25 @@ class Contents:
             files=self.kept.files[: len(kept)],
             history=self.kept.history[: done.epochs // history_blocks.EPOCHS],
         )
+
+    @contextlib.contextmanager
+    def explained(self, directory: pathlib.Path) -> Iterator[None]:
+        """Adds to an error of the operating system what it means for the ensemble."""
+        try:
+            yield
+        except OSError as error:
+            if getattr(error, "explained", False) or isinstance(error, BlockingIOError):
+                raise
+            if directory.exists():
+                kept = counted(len(self.saved.snapshots), "snapshot")
+                consequence = f"What was written before is intact, including {kept}."
+            else:
+                consequence = "The directory no longer exists."
+            explained = OSError(
+                error.errno, f"'{directory}' cannot be written to: {error}. {consequence}"
+            )
+            explained.explained = True  # type: ignore[attr-defined]
+            raise explained from error
 
 
 def manifest_text(directory: pathlib.Path) -> bytes | None:

@@ -263,6 +263,9 @@ class DirectoryStore(ManifestDirectory):
             with optimizers_hidden(model):
                 return self._draft("model", number, "keras", model.save).write()
         except (NotImplementedError, TypeError, ValueError) as error:
+            cause = error.__context__
+            if isinstance(cause, OSError):  # `zipfile` hides that the disk is full.
+                raise cause from None
             warnings.warn(
                 f"The model cannot be saved, only its snapshots: {error}\n"
                 "`SnapshotEnsemble.load` will need it as `model=`.",

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage import history_blocks
 from snapshot_ensemble.storage.atomic_file import Draft, sync_directory
 from snapshot_ensemble.storage.background import Background
@@ -234,7 +233,7 @@ class ManifestDirectory:
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
         """One change of what is kept, which Ctrl-C does not cut in two."""
-        with interrupts_deferred(), self._explained(), self.writing():
+        with interrupts_deferred(), self._now.explained(self.directory), self.writing():
             yield
 
     def wait_for_writes(self) -> None:
@@ -345,7 +344,7 @@ class ManifestDirectory:
         kept, version = self._now.kept, self._now.version
 
         def write() -> None:
-            with self._explained():
+            with self._now.explained(self.directory):
                 self._write(kept, version)
 
         self._background.submit(write)
@@ -375,25 +374,6 @@ class ManifestDirectory:
         Draft(self.directory, MANIFEST, lambda path: pathlib.Path(path).write_bytes(text)).put()
         now.known, now.saved, now.saved_version = text, manifest, version
         sync_directory(self.directory)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Adds to an error of the operating system what it means for the ensemble."""
-        try:
-            yield
-        except OSError as error:
-            if getattr(error, "explained", False) or isinstance(error, BlockingIOError):
-                raise
-            if self.directory.exists():
-                kept = counted(len(self._now.saved.snapshots), "snapshot")
-                consequence = f"What was written before is intact, including {kept}."
-            else:
-                consequence = "The directory no longer exists."
-            explained = OSError(
-                error.errno, f"'{self.directory}' cannot be written to: {error}. {consequence}"
-            )
-            explained.explained = True  # type: ignore[attr-defined]
-            raise explained from error
 
     def _draft(self, kind: str, number: int, suffix: str, write: Callable[[str], Any]) -> Draft:
         return Draft(self.directory, numbered(kind, number, self._now.tag, suffix), write)

@@ -2,9 +2,9 @@
 
 import ctypes
 import gc
+import io
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +13,14 @@ import keras
 
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.keras_compat.weights_file import weights_file
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 
 
 def save_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
     """Writes a `.weights.h5` file with only the model's weights."""
-    with optimizers_hidden(model):
-        model.save_weights(path)
+    with open(path, "wb") as file:  # noqa: PTH123  As for the other kinds of files.
+        file.write(weights_file(model).getbuffer())
 
 
 def load_weights(
@@ -85,15 +86,12 @@ def refresh_derived_state(model: Any) -> None:
 
 
 def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        reference = f"{folder}/reference.weights.h5"
-        model.save_weights(reference)
-        more = _layout(path) - _layout(reference)
+    more = _layout(path) - _layout(weights_file(model))
     if more:
         raise ValueError(f"it also holds {', '.join(sorted(more))}")
 
 
-def _layout(path: str | os.PathLike[str]) -> set[str]:
+def _layout(path: str | os.PathLike[str] | io.BytesIO) -> set[str]:
     """The names of the arrays in a file, except for those of optimizers and random seeds."""
     names: set[str] = set()
     with h5py.File(path) as file:

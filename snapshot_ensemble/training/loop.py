@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
+from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fit_arguments import flat_callbacks, steps_in_epoch
@@ -70,7 +71,11 @@ class CycleCallback(keras.callbacks.Callback):
         self._passes.up_to(epoch - run.first_epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        logs = {} if logs is None else logs
+        # Ctrl-C in between would leave an epoch without its snapshot, or the other way round.
+        with interrupts_deferred():
+            self._end_epoch(epoch, {} if logs is None else logs)
+
+    def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         run = self._run
         cycle = run.cycle_of(epoch)
         number = run.cycles_before + cycle.index

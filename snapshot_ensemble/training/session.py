@@ -7,6 +7,7 @@ import keras
 
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.schedules import Plan
+from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.record import Counts, Progress
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.training.dataset_passes import Passes
@@ -107,10 +108,11 @@ class FitSession:
                 state=state,
             )
             history = train(self.model, run, x=x, y=y, arguments=arguments)
-            self.has_trained = True
-            progress.run_epochs = [*progress.run_epochs[: run.number], run.epochs_done]
-            self.next_run = progress.done.runs = run.number + 1
-            self.store.commit()
+            with interrupts_deferred():
+                self.has_trained = True
+                progress.run_epochs = [*progress.run_epochs[: run.number], run.epochs_done]
+                self.next_run = progress.done.runs = run.number + 1
+                self.store.commit()
         return history
 
     def _begin(self, starts_over: bool, validated: bool) -> Progress:

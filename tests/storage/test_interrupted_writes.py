@@ -14,6 +14,7 @@ from models import assert_same, member_weights, same
 from storage_cases import MANIFEST, X, contents, ensemble, fit, manifest_of
 
 from snapshot_ensemble import SnapshotEnsemble
+from snapshot_ensemble.storage import weight_files
 
 
 def assert_no_temporaries(directory):
@@ -93,7 +94,7 @@ def test_a_failing_write_keeps_finished_members(tmp_path, reference, lasting):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_a_snapshot_that_cannot_be_written_is_no_member(tmp_path, reference, k):
     ens = new_run(tmp_path / "ensemble")
-    with failing(keras.Model, "save_weights", k), pytest.raises(OSError, match="No space left"):
+    with failing(weight_files, "weights_file", k), pytest.raises(OSError, match="No space left"):
         fit(ens)
     assert len(ens) == k - 1
     assert reference.state(ens.directory) in ([f"new{i}" for i in range(k - 1)], None)
@@ -102,7 +103,7 @@ def test_a_snapshot_that_cannot_be_written_is_no_member(tmp_path, reference, k):
 
 def test_training_can_continue_after_a_full_disk(tmp_path):
     ens = new_run(tmp_path / "ensemble")
-    with failing(keras.Model, "save_weights", 2), pytest.raises(OSError, match="No space left"):
+    with failing(weight_files, "weights_file", 2), pytest.raises(OSError, match="No space left"):
         fit(ens)
     fit(ens)
     loaded = SnapshotEnsemble.load(ens.directory)
@@ -141,7 +142,7 @@ def test_a_failing_overwrite_leaves_the_old_ensemble(made, tmp_path, reference, 
 def test_an_overwrite_without_a_first_snapshot_changes_nothing(made):
     ens = SnapshotEnsemble.load(made.directory)
     history = copy.deepcopy(ens.history)
-    with failing(keras.Model, "save_weights", 1), pytest.raises(OSError, match="No space left"):
+    with failing(weight_files, "weights_file", 1), pytest.raises(OSError, match="No space left"):
         fit(ens, overwrite=True)
     assert len(ens) == 3
     assert ens.history == history
