@@ -136,6 +136,7 @@ class ManifestDirectory:
                 try:
                     yield
                     self.settle()
+                    is_safe = True
                 except BaseException:
                     with interrupts_deferred():
                         is_safe = self._end_early(claimed)
