@@ -1,7 +1,13 @@
 """One writer per directory: others are refused, and a dead one does not block."""
 
+import contextlib
+import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import keras
 import pytest
@@ -10,6 +16,9 @@ from storage_cases import manifest_of
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage.directory import DirectoryStore
+from snapshot_ensemble.storage.lock import DirectoryLock
+
+TESTS = str(pathlib.Path(__file__).parents[1])
 
 HOLDER = """
 import sys
@@ -114,3 +123,131 @@ def test_a_reader_reads_again_if_a_writer_replaced_its_files(interrupted_run, mo
     monkeypatch.setattr(DirectoryStore, "open", overtaken)
     loaded = SnapshotEnsemble.load(interrupted_run)
     assert [snapshot.cycle for snapshot in loaded.snapshots] == [2]
+
+
+def test_copying_the_directory_during_a_run_does_not_release_the_lock(tmp_path):
+    """With locks of POSIX, opening and closing the file anywhere in the process would."""
+    directory, refused = tmp_path / "run", []
+
+    def copy(epoch, logs):
+        shutil.copytree(directory, tmp_path / f"backup-{epoch}")
+        other = subprocess.run(
+            [sys.executable, "-c", HOLDER, str(directory)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        refused.append("BlockingIOError: Another run is writing" in other.stderr)
+
+    run(directory, epochs=3, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=copy)])
+    assert refused == [True] * 3
+    assert len(SnapshotEnsemble.load(directory)) == 3
+    ens, _ = run(tmp_path / "backup-2", epochs=3, resume=True)
+    assert len(ens) == 3
+
+
+def test_threads_exclude_each_other(tmp_path):
+    inside, most, refused = [], [], []
+
+    def enter():
+        for _ in range(200):
+            try:
+                with DirectoryLock(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0.0005)
+                    inside.pop()
+            except BlockingIOError:
+                refused.append(1)
+                time.sleep(0.0005)
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1
+    assert refused
+
+
+def test_without_a_lock_the_manifest_of_another_writer_is_not_replaced(tmp_path, monkeypatch):
+    """Some network file systems have no locks."""
+    directory = tmp_path / "run"
+    monkeypatch.setattr(DirectoryLock, "acquire", lambda lock: lock.__dict__.update(ours=True))
+    monkeypatch.setattr(DirectoryLock, "release", lambda lock: lock.__dict__.update(ours=False))
+    monkeypatch.setattr(DirectoryLock, "held", property(lambda lock: lock.__dict__.get("ours")))
+    directory.mkdir()
+
+    def intrude(epoch, logs):
+        if epoch == 1:
+            run(directory, overwrite=True, epochs=3)
+
+    message = r"ensemble\.json' was changed by another process since it was read"
+    with pytest.raises(SnapshotError, match=message):
+        run(
+            directory,
+            epochs=3,
+            callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=intrude)],
+        )
+    loaded = SnapshotEnsemble.load(directory)
+    assert [snapshot.cycle for snapshot in loaded.snapshots] == [0, 1, 2]
+    assert not list(directory.glob("writing-*"))
+
+
+FORK = """
+import os, sys, time
+import keras
+from resume_cases import run
+
+class Forks(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            self.child = os.fork()
+            if self.child == 0:
+                raise {error}
+
+forks = Forks()
+try:
+    ens, _ = run(sys.argv[1], epochs=3, callbacks=[forks])
+except BaseException as error:
+    assert forks.child == 0
+    print("child", type(error).__name__, flush=True)
+    os._exit(7)
+print("parent", len(ens), os.waitpid(forks.child, 0)[1] >> 8, flush=True)
+"""
+
+
+@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ValueError"])
+def test_a_child_forked_during_a_run_neither_hangs_nor_writes(tmp_path, error):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK.format(error=error), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
+    )
+    assert done.stdout.split() == ["child", error, "parent", "3", "7"], done.stderr
+    assert len(SnapshotEnsemble.load(tmp_path / "run")) == 3
+
+
+def test_a_child_may_lock_another_directory_and_leaves_its_parents_lock(tmp_path):
+    with DirectoryLock(tmp_path / "a") as lock:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                assert not lock.held
+                lock.release()
+                with DirectoryLock(tmp_path / "b") as other:
+                    assert other.held
+                with contextlib.suppress(BlockingIOError):
+                    lock.acquire()
+                    os._exit(2)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(BlockingIOError):
+            DirectoryLock(tmp_path / "a").acquire()
