@@ -55,10 +55,10 @@ class ManifestDirectory:
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
         """Opens the store in a directory; raises `SnapshotError` if there is none."""
-        writer = _writers.get(os.path.realpath(directory))
+        store = cls(directory)
+        writer = _writers.get(os.path.realpath(store.directory))
         if writer is not None:
             writer.wait_for_writes()  # So that it sees what this process has kept.
-        store = cls(directory)
         store.read()
         return store
 
@@ -219,7 +219,13 @@ class ManifestDirectory:
                         self._lock.release()
 
     def _enter(self) -> None:
-        self._lock.acquire()
+        if self._now.known is not None and not self.directory.exists():
+            raise SnapshotError(
+                f"'{self.directory}' no longer exists. Load the ensemble from where it is now, or "
+                "save it with `save`."
+            )
+        with self._now.explained(self.directory):
+            self._lock.acquire()
         if not self.is_current():
             raise self._changed_error()
         self._clean()
