@@ -131,3 +131,11 @@ def sync_directory(directory: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_directory(directory: pathlib.Path) -> None:
+    """Creates a directory and its missing parents, so that they also survive a power cut."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_directory(path.parent)

@@ -5,6 +5,7 @@ import pathlib
 from types import TracebackType
 from typing import Any
 
+from snapshot_ensemble.storage.atomic_file import make_directory
 from snapshot_ensemble.storage.file_names import LOCK
 
 # Locks of the parent process in a forked child. They are kept here, since `filelock` would release
@@ -45,7 +46,7 @@ class DirectoryLock:
             _inherited.append(self._lock)
             self._make()
         if not self.held:  # A directory deleted during a run is not recreated.
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._path.parent)
         try:
             self._lock.acquire()
         except self._timeout:
