@@ -903,12 +903,14 @@ class SnapshotEnsemble:
                 `"tf_saved_model"`.
             combine: As for `predict`. Defaults to `"mean"`.
             members: As for `predict`.
-            overwrite: Whether an existing file or folder may be replaced. Defaults to `False`.
+            overwrite: Whether an earlier export in this format may be replaced; nothing else ever
+                is. The old one is removed when the new one is in place. Defaults to `False`.
             **export_arguments: As for `keras.Model.export`.
 
         Raises:
             ValueError: If there are no members, `combine`, `members` or `format` is invalid, the
-                path exists, or the exported file does not reproduce the ensemble's predictions.
+                path exists and may not be replaced, or the exported file does not reproduce the
+                ensemble's predictions.
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)
