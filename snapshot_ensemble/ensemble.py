@@ -332,8 +332,9 @@ class SnapshotEnsemble:
             save_every: After how many epochs the state of training is saved in the directory;
                 it always is at the end of each cycle. `None`: never. Defaults to `1`.
             keep_going: Whether training continues if a cycle ends with a loss or weights that are
-                not finite, from where the last good cycle ended. Such a cycle gives no member
-                and a warning. Defaults to `False`: training stops.
+                not finite, from where the last good cycle ended or, if there is none, from the
+                state before training. Such a cycle gives no member and a warning. Defaults to
+                `False`: training stops.
             **fit_arguments: All other arguments of `model.fit`. With `initial_epoch` the plan
                 splits the epochs from there to `epochs`.
 

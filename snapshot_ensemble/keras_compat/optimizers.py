@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
@@ -21,6 +22,14 @@ def optimizers_of(model: keras.Model) -> list[Any]:
 def built_for(optimizer: Any) -> list[Any]:
     """The variables that an optimizer was built for."""
     return list(getattr(optimizer, "_trainable_variables", []))
+
+
+def initial_values(optimizer: Any) -> list[Any]:
+    """The values that the variables of a built optimizer have before its first step."""
+    with warnings_ignored():  # Of functions in a config, which is not read from a file here.
+        new = type(optimizer).from_config(optimizer.get_config())
+    new.build(built_for(optimizer))
+    return [keras.ops.convert_to_numpy(variable.value) for variable in new.variables]
 
 
 @contextlib.contextmanager
