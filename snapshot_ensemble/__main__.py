@@ -164,7 +164,7 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
     add("--format", choices=formats, default=formats[0], help="format (default: %(default)s)")
     add("--combine", default="mean", help="how to combine (default: mean)")
     add("--members", type=int, help="use only the last N members (default: all)", metavar="N")
-    add("--overwrite", action="store_true", help="replace existing files")
+    add("--overwrite", action="store_true", help="replace an earlier export")
 
 
 def _report_arguments(command: argparse.ArgumentParser) -> None:

@@ -166,11 +166,20 @@ def run_demo(
 
     Returns:
         `error` (a fraction) and `nll` (in nats) on the held-out images, for each row of the table.
+
+    Raises:
+        ValueError: If there are such contents and `overwrite` is `False`.
     """
     (x_train, y_train), (x_test, y_test) = load_digits()
     start = time.perf_counter()
     home = pathlib.Path(directory).absolute() / "ensemble"
-    served = home.parent / "served" / "1"
+    served, pictures = home.parent / "served" / "1", home.parent / "pictures"
+    existing = [path for path in (served, pictures) if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(
+            f"'{existing[0]}' already exists. Received: directory={str(directory)!r}. Choose "
+            "another directory, or pass `overwrite=True`."
+        )
     keras.utils.set_random_seed(seed)
     ens = SnapshotEnsemble(digit_model(), cycles=cycles, directory=home)
     print(f"{len(x_train)} training images, {len(x_test)} held-out images. The plan:\n")
@@ -189,7 +198,7 @@ def run_demo(
     difference = np.abs(served_predictions - ens.predict(x_test, verbose=0)).max()
     print("\nThe ensemble's mean as one SavedModel, run in a new process with only TensorFlow:")
     print(f"largest difference in a probability {difference:.1g}. Written to {served}")
-    print(f"Plots: {draw(ens, x_test, y_test, home.parent / 'pictures')}")
+    print(f"Plots: {draw(ens, x_test, y_test, pictures)}")
     print(f"\n{time.perf_counter() - start:.0f} s. Load the ensemble with")
     print(f"    SnapshotEnsemble.load({str(home)!r})")
     return scores

@@ -332,8 +332,9 @@ class SnapshotEnsemble:
             save_every: After how many epochs the state of training is saved in the directory;
                 it always is at the end of each cycle. `None`: never. Defaults to `1`.
             keep_going: Whether training continues if a cycle ends with a loss or weights that are
-                not finite, from where the last good cycle ended. Such a cycle gives no member
-                and a warning. Defaults to `False`: training stops.
+                not finite, from where the last good cycle ended or, if there is none, from the
+                state before training. Such a cycle gives no member and a warning. Defaults to
+                `False`: training stops.
             **fit_arguments: All other arguments of `model.fit`. With `initial_epoch` the plan
                 splits the epochs from there to `epochs`.
 
@@ -903,12 +904,14 @@ class SnapshotEnsemble:
                 `"tf_saved_model"`.
             combine: As for `predict`. Defaults to `"mean"`.
             members: As for `predict`.
-            overwrite: Whether an existing file or folder may be replaced. Defaults to `False`.
+            overwrite: Whether an earlier export in this format may be replaced; nothing else ever
+                is. The old one is removed when the new one is in place. Defaults to `False`.
             **export_arguments: As for `keras.Model.export`.
 
         Raises:
             ValueError: If there are no members, `combine`, `members` or `format` is invalid, the
-                path exists, or the exported file does not reproduce the ensemble's predictions.
+                path exists and may not be replaced, or the exported file does not reproduce the
+                ensemble's predictions.
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)

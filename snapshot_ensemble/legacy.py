@@ -1,6 +1,7 @@
 """The API of snapshot_ensemble 1.0: callbacks for `model.fit(callbacks=[...])`."""
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -258,6 +259,8 @@ def GenerateSnapshotCallbacks(  # noqa: N802  The name in version 1.0.
         mode="min",
         save_best_only=True,
         save_weights_only=True,
+        # Otherwise the first value counts as the best so far, even if it is NaN.
+        initial_value_threshold=math.inf,
     )
     return [snapshots, best]
 

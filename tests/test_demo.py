@@ -61,6 +61,16 @@ def test_a_directory_that_is_not_empty_is_refused(tmp_path, capsys):
     assert (tmp_path / "ensemble" / "thesis.tex").read_text() == "irreplaceable"
 
 
+@pytest.mark.parametrize("name", ["pictures", "served/1"])
+def test_what_the_demo_would_write_to_must_not_exist(name, tmp_path, capsys):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "history.png").write_text("irreplaceable")
+    assert main(["demo", "--directory", str(tmp_path)]) == 2
+    message = f"'{tmp_path / name}' already exists. Received: directory='{tmp_path}'. Choose anot"
+    assert capsys.readouterr().err.startswith(message)
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["history.png"]
+
+
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)

@@ -106,7 +106,7 @@ def test_keep_going_continues_from_the_last_good_cycle(bad):
     own.extend(v.numpy() for v in (*ens.model.weights, *ens.model.optimizer.variables))
     note = keras.callbacks.LambdaCallback(on_epoch_begin=note)
     with pytest.warns(
-        UserWarning, match=rf"Cycle {bad} .*next cycle starts from the end of the last"
+        UserWarning, match=rf"Cycle {bad} .*next cycle starts from the state before this one"
     ):
         fit(ens, 6, callbacks=[at_epoch(2 * bad + 1, spoil), note], keep_going=True)
     assert [snapshot.cycle for snapshot in ens.snapshots] == sorted({0, 1, 2} - {bad})

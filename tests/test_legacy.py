@@ -211,6 +211,20 @@ def test_the_checkpoint_has_the_weights_with_the_lowest_validation_loss():
     assert len(callbacks[0].paths) == 3
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_validation_loss_that_is_not_finite_is_not_the_lowest(value):
+    def spoil(epoch, logs):
+        if epoch == 0:
+            logs["val_loss"] = value
+
+    spoiling, rates = keras.callbacks.LambdaCallback(on_epoch_end=spoil), Rates()
+    callbacks = [spoiling, *GenerateSnapshotCallbacks(**options()), rates]
+    fit(dense(), *callbacks, epochs=2, validation_data=(X, Y))
+    other = dense()
+    other.load_weights("Ensemble/Model-Best.weights.h5")
+    np.testing.assert_array_equal(other.get_weights()[0], rates.weights[1][0])
+
+
 def test_visualize_lr_plots_the_rates():
     before = plt.get_fignums()
     figure = VisualizeLR(epochs=6, cycle_length=2, cycle_length_multiplier=2.0, lr_init=0.1)

@@ -5,8 +5,6 @@ import dataclasses
 import importlib.util
 import logging
 import pathlib
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from snapshot_ensemble.export.merged_model import merge
+from snapshot_ensemble.export.replacing import replaced
 from snapshot_ensemble.inference.cloning import Member
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
@@ -111,7 +110,7 @@ def export_members(
         combiner: Which of them, and how they are combined.
         filepath: A path that `check_format` has passed.
         format: A Keras export format.
-        overwrite: Whether what is at the path may be replaced.
+        overwrite: Whether an earlier export at the path may be replaced.
         arguments: For `keras.Model.export`.
     """
     reference = pool.members_model(combiner)
@@ -170,48 +169,19 @@ def export_model(
         served: What to export.
         filepath: A path that `check_format` has passed.
         format: A Keras export format.
-        overwrite: Whether an existing file or folder at the path may be replaced.
+        overwrite: Whether an earlier export at the path may be replaced.
         **arguments: For `keras.Model.export`.
 
     Raises:
-        ValueError: If the path exists and `overwrite` is `False`, or if the runtime cannot run the
-            file or its outputs differ. No new file is left behind in these cases.
+        ValueError: If there is something at the path that may not be replaced, or if the runtime
+            cannot run the file or its outputs differ. No new file is left behind in these cases.
     """
-    existing = [path for path in _files_of(filepath, format) if path.exists()]
-    if existing and not overwrite:
-        raise ValueError(
-            f"The path already exists. Received: filepath='{existing[0]}'. Choose another path, "
-            "or pass `overwrite=True` to replace it."
-        )
-    with _written_beside(filepath) as folder:
-        written = folder / filepath.name
-        _write(served, written, format, arguments)
-        _compare(served, written, format)
-        for path in existing:
-            path.rename(folder / f"replaced-{path.name}")
-        try:
-            for path in _files_of(filepath, format):
-                (folder / path.name).rename(path)
-        except OSError:
-            for path in existing:
-                (folder / f"replaced-{path.name}").rename(path)
-            raise
-
-
-def _files_of(filepath: pathlib.Path, format: str) -> list[pathlib.Path]:
-    return [filepath, filepath.with_suffix(".bin")] if format == "openvino" else [filepath]
-
-
-@contextlib.contextmanager
-def _written_beside(filepath: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder on the same file system, so that moving a file out of it is atomic."""
-    filepath.parent.mkdir(parents=True, exist_ok=True)
-    folder = filepath.parent / f"writing-{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+    files = [filepath.name]
+    if format == "openvino":
+        files.append(filepath.with_suffix(".bin").name)
+    with replaced(filepath, files, format, overwrite=overwrite) as path:
+        _write(served, path, format, arguments)
+        _compare(served, path, format)
 
 
 def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from snapshot_ensemble.keras_compat.layer_graph import (
@@ -15,13 +16,27 @@ from snapshot_ensemble.keras_compat.layer_graph import (
 from snapshot_ensemble.keras_compat.stateless_call import with_weights
 from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step
 
+# Types whose `repr` is exact.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
 
 def identity(structure: Any) -> Any:
-    """A hashable key, equal for identical tensors and equal plain values."""
+    """A hashable key, equal only if the structures, with their names, hold the same.
+
+    Arrays are compared by their contents, tensors and other objects by their `id`.
+    """
     return tuple(
-        id(leaf) if isinstance(leaf, keras.KerasTensor) or keras.ops.is_tensor(leaf) else repr(leaf)
-        for leaf in keras.tree.flatten(structure)
+        (path, _identity_of_leaf(leaf)) for path, leaf in keras.tree.flatten_with_path(structure)
     )
+
+
+def _identity_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        # Not by `repr`, which leaves out the middle of a long array.
+        return leaf.dtype, leaf.shape, leaf.tobytes()
+    if type(leaf) in _PLAIN:
+        return type(leaf), repr(leaf)  # As numbers, -0.0 and 0.0 would be equal.
+    return id(leaf)
 
 
 class SharedCalls:

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
@@ -27,6 +28,14 @@ def models_with_optimizers(model: keras.Model) -> list[keras.Model]:
     """The model and the models inside it, as far as they are compiled."""
     inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
     return [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
+
+
+def initial_values(optimizer: Any) -> list[Any]:
+    """The values that the variables of a built optimizer have before its first step."""
+    with warnings_ignored():  # Of functions in a config, which is not read from a file here.
+        new = type(optimizer).from_config(optimizer.get_config())
+    new.build(built_for(optimizer))
+    return [keras.ops.convert_to_numpy(variable.value) for variable in new.variables]
 
 
 @contextlib.contextmanager

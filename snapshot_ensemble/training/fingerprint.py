@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from snapshot_ensemble.schedules import Plan
 
@@ -42,12 +43,20 @@ def _digest(model: keras.Model) -> str:
         config = _without_names(model.get_config())
     except Exception:  # Optional for a subclass; variable shapes are compared anyway.
         config = None
-    text = json.dumps([type(model).__name__, config], sort_keys=True, default=_class_name)
+    text = json.dumps([type(model).__name__, config], sort_keys=True, default=_described)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _class_name(value: Any) -> str:
-    return type(value).__name__
+def _described(value: Any) -> Any:
+    """What identifies a setting that JSON cannot represent: an array's contents, or a class."""
+    if keras.ops.is_tensor(value):
+        value = keras.ops.convert_to_numpy(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        # The bytes of an array of objects would be addresses.
+        has_bytes = value.dtype != object
+        content = hashlib.sha256(value.tobytes()).hexdigest() if has_bytes else value.tolist()
+        return [str(value.dtype), list(value.shape), content]
+    return value.hex() if isinstance(value, bytes) else type(value).__name__
 
 
 def _without_names(value: Any) -> Any:

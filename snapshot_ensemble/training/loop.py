@@ -1,5 +1,6 @@
 """The callbacks that carry out a plan, and the one `model.fit` that they run in."""
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,9 +14,10 @@ from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fit_arguments import flat_callbacks, steps_in_epoch
+from snapshot_ensemble.training.last_good import LastGood
 from snapshot_ensemble.training.member_checks import not_finite
 from snapshot_ensemble.training.run import Run
-from snapshot_ensemble.training.state import build, variables_of
+from snapshot_ensemble.training.state import build
 
 
 class CycleCallback(keras.callbacks.Callback):
@@ -36,7 +38,7 @@ class CycleCallback(keras.callbacks.Callback):
         super().__init__()
         self._run, self._steps_of, self._passes = run, steps_of, passes
         self._message: str | None = None
-        self._last_good: list[Any] = []
+        self._last_good: LastGood | None = None  # Only if training keeps going.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = self._run
@@ -54,7 +56,16 @@ class CycleCallback(keras.callbacks.Callback):
                 stacklevel=2,
             )
         if run.keep_going:
-            self._last_good = training_values(self.model)
+            self._last_good = LastGood.of(self.model)
+
+    def get_state(self) -> list[Any] | None:
+        """What a resumed run needs of this callback."""
+        return None if self._last_good is None else self._last_good.packed(self.model)
+
+    def set_state(self, state: list[Any]) -> None:
+        """Takes what `get_state` returned in the interrupted run."""
+        if self._run.keep_going:
+            self._last_good = LastGood.unpacked(self.model, state)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._log()
@@ -103,25 +114,25 @@ class CycleCallback(keras.callbacks.Callback):
 
     def _reject(self, number: int, cause: str) -> None:
         run = self._run
-        consequence = (
-            "The next cycle starts from the end of the last good one."
-            if run.keep_going
-            else (
-                "Training stops. Try a lower peak (`lr_init`) or `clipnorm` in the optimizer, or "
-                "continue in such cases with `keep_going=True`."
+        run.progress.done.cycles = number + 1
+        if self._last_good is None:
+            prevented = (
+                "Try a lower peak (`lr_init`) or `clipnorm` in the optimizer, or continue in such "
+                "cases with `keep_going=True`."
             )
-        )
+        else:
+            prevented = self._last_good.restore(self.model)
+        if prevented:
+            self.model.stop_training = True
+            consequence = f"Training stops. {prevented}"
+        else:
+            self._last_good = LastGood.of(self.model)
+            consequence = "The next cycle starts from the state before this one."
         warnings.warn(
             f"Cycle {number} gives no member: {cause}. Kept: "
             f"{counted(len(run.store.snapshots), 'member')}. {consequence}",
             stacklevel=2,
         )
-        run.progress.done.cycles = number + 1
-        if run.keep_going:
-            for variable, value in zip(variables_of(self.model), self._last_good, strict=True):
-                variable.assign(value)
-        else:
-            self.model.stop_training = True
 
     def _keep(self, number: int, metrics: dict[str, float]) -> None:
         run = self._run
@@ -146,7 +157,7 @@ class CycleCallback(keras.callbacks.Callback):
         if run.max_snapshots is not None:
             run.store.keep_newest(run.max_snapshots)
         if run.keep_going:
-            self._last_good = training_values(self.model)
+            self._last_good = LastGood.of(self.model)
         shown = " - ".join(f"{name}: {value:.4f}" for name, value in metrics.items())
         self._message = (
             f"Snapshot of cycle {number} (epoch {epoch + 1}, "
@@ -172,7 +183,7 @@ class StateCallback(keras.callbacks.Callback):
 
     Args:
         run: The run.
-        callbacks: The user's callbacks.
+        callbacks: The callbacks whose state is saved.
     """
 
     def __init__(self, run: Run, callbacks: Sequence[Any]) -> None:
@@ -186,11 +197,6 @@ class StateCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self.model.stop_training and self._run.is_state_due(epoch):
             self._run.save_state(self.model, self._callbacks, epoch + 1)
-
-
-def training_values(model: keras.Model) -> list[np.ndarray]:
-    """Copies of all variables that training changes."""
-    return [keras.ops.convert_to_numpy(variable.value) for variable in variables_of(model)]
 
 
 def train(
@@ -208,8 +214,7 @@ def train(
     Returns:
         The `History` of `model.fit`, including the epochs before an interruption.
     """
-    if run.state is not None:
-        build(model, x)
+    _build(model, run, x)
     arguments = {**arguments, "initial_epoch": run.next_epoch}
     own = flat_callbacks(arguments.pop("callbacks", None))
     passes = Passes(x if run.save_every is not None else None)
@@ -217,15 +222,28 @@ def train(
     def steps_of(known: int | None) -> int | None:
         return None if known is None else steps_in_epoch(model, x, arguments, known)
 
-    callbacks = [CycleCallback(run, steps_of, passes), *own, StateCallback(run, own)]
+    cycles = CycleCallback(run, steps_of, passes)
+    with_state = [*own, cycles]
+    callbacks = [cycles, *own, StateCallback(run, with_state)]
     with run.rate.installed(), passes.counted():
         # For a run that has ended this runs no epoch; it only builds the model and restores the
         # state.
         result = model.fit(x, y, epochs=run.epochs, callbacks=callbacks, **arguments)
         if run.save_every is not None and not (run.state and run.state.position.finished):
-            run.save_state(model, own, run.epochs, finished=True)
+            run.save_state(model, with_state, run.epochs, finished=True)
     passes.end(run.epochs_done)
     return _complete(result, run)
+
+
+def _build(model: keras.Model, run: Run, x: Any) -> None:
+    """Builds the model before its first step, if its state is needed then."""
+    with model.distribute_strategy.scope():
+        if run.state is not None:
+            build(model, x)
+        elif run.keep_going:
+            # Some data cannot be read before training. Then it shows when a cycle has failed.
+            with contextlib.suppress(Exception):
+                build(model, x)
 
 
 def _complete(result: keras.callbacks.History, run: Run) -> keras.callbacks.History:

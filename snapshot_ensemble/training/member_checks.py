@@ -26,17 +26,19 @@ def not_finite(model: keras.Model, metrics: dict[str, float]) -> str:
 def warn_of_stragglers(snapshots: Sequence[Snapshot], history: dict[str, list[Any]]) -> None:
     """Warns of members that are far worse than the others on the validation data.
 
-    Far worse means that the validation loss is more than twice the median of the others, and
-    closer to the validation loss of the first epoch than to that median.
+    Far worse means that the validation loss is not finite, or that it is more than twice the
+    median of at least two others and closer to that of the first epoch than to that median.
     """
     losses = {s.index: s.metrics["val_loss"] for s in snapshots if "val_loss" in s.metrics}
-    known = [loss for loss in history.get("val_loss", ()) if loss is not None]
-    if len(losses) < 3 or min(losses.values()) <= 0:
-        return
+    finite = {index: loss for index, loss in losses.items() if math.isfinite(loss)}
+    column = history.get("val_loss", ())
+    first = next((loss for loss in column if loss is not None and math.isfinite(loss)), math.inf)
+    can_compare = len(finite) >= 3 and min(finite.values()) > 0
     stragglers = []
-    for index, loss in losses.items():
-        others = float(np.median([other for i, other in losses.items() if i != index]))
-        if not loss <= max(2 * others, (others + known[0]) / 2):
+    for index, loss in losses.items() if finite else ():
+        others = float(np.median([other for i, other in finite.items() if i != index] or [loss]))
+        is_worse = can_compare and loss > max(2 * others, (others + first) / 2)
+        if index not in finite or is_worse:
             stragglers.append(
                 f"member {index} (val_loss {loss:.4g}, median of the others {others:.4g})"
             )

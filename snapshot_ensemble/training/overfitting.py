@@ -1,6 +1,7 @@
 """Whether a run has overfitted, as the validation losses at the ends of its cycles show."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,15 +21,21 @@ def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
     """Whether a cycle has ended with a validation loss that training no longer lowers.
 
     It must also be far above the training loss: otherwise noise or the restarts themselves may
-    have raised it.
+    have raised it. Epochs with a loss that is not finite do not count.
 
     Args:
         history: Columns `cycle`, `loss` and `val_loss`, one value per epoch.
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
     epochs = [row for row in zip(*columns, strict=False) if row[-1] is not None]
-    ends = list({cycle: epoch for epoch, (cycle, *_) in enumerate(epochs)}.values())
-    lowest = list(itertools.accumulate((row[-1] for row in epochs), min))
+    are_finite = [all(map(math.isfinite, losses)) for _, *losses in epochs]
+    last = {cycle: epoch for epoch, (cycle, *_) in enumerate(epochs)}.values()
+    ends = [epoch for epoch in last if are_finite[epoch]]
+    known = (
+        row[-1] if is_finite else math.inf
+        for row, is_finite in zip(epochs, are_finite, strict=True)
+    )
+    lowest = list(itertools.accumulate(known, min))
     for before, end in zip([None, *ends], ends, strict=False):
         _, loss, val_loss = epochs[end]
         has_risen = val_loss - lowest[end] > MIN_RISE * abs(lowest[end])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import pathlib
 import sys
 
 import keras
@@ -305,30 +306,46 @@ def test_tensorflow_logs_where_it_writes_only_if_verbose(verbose, tmp_path, monk
     assert logger.level == logging.INFO
 
 
-def test_an_existing_path_is_kept_without_overwrite(format):
+def test_only_an_earlier_export_is_replaced_and_only_with_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")
     ens = ensemble_of(dense())
     with pytest.raises(ValueError, match="The path already exists. Received: filepa"):
         ens.export(path, name)
+    with pytest.raises(ValueError, match="`overwrite=True` replaces only an earlier export"):
+        ens.export(path, name, overwrite=True)
     assert path.read_text() == "somebody's"
-    ens.export(path, name, overwrite=True)
+    path.unlink()
+    ens.export(path, name)
+    with pytest.raises(ValueError, match="The path already exists. Received: filepa"):
+        ens.export(path, name)
+    other = ensemble_of(dense(units=4))
+    other.export(path, name, overwrite=True)
     x = np.zeros((1, 4), "float32")
-    assert run(name, path, {"features": x})["answer"].shape == (1, 3)
+    actual = run(name, path, {"features": x})["answer"]
+    np.testing.assert_allclose(actual, other.predict(x, verbose=0), atol=1e-4)
     remaining = {path.name} | ({"served.bin"} if name == "openvino" else set())
     assert {entry.name for entry in path.parent.iterdir()} == remaining
 
 
-def test_a_failed_export_keeps_existing_files(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError("no space left"), "cannot be exported as 'tf_saved_model': no space left"),
+        (KeyboardInterrupt(), None),
+    ],
+)
+def test_a_failed_export_keeps_existing_files(error, message, tmp_path, monkeypatch):
     ens = ensemble_of(dense())
     ens.export(tmp_path / "served")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def broken(*args, **kwargs):
-        raise OSError("no space left")
+    def broken(model, path, **arguments):
+        pathlib.Path(path).write_text("half of an export")
+        raise error
 
     monkeypatch.setattr(keras.Model, "export", broken)
-    with pytest.raises(ValueError, match="cannot be exported as 'tf_saved_model': no space left"):
+    with pytest.raises((ValueError, KeyboardInterrupt), match=message):
         ens.export(tmp_path / "served", overwrite=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 

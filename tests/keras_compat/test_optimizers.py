@@ -72,6 +72,18 @@ def test_built_for_returns_the_variables():
     assert bias is model.weights[1]
 
 
+def test_initial_values():
+    plain, inner = (keras.optimizers.Adagrad(initial_accumulator_value=0.25) for _ in range(2))
+    for optimizer in (plain, keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)):
+        model = compiled(optimizer)
+        model.optimizer.build(model.trainable_variables)
+        expected = [variable.numpy() for variable in optimizer.variables]
+        model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+        actual = optimizers.initial_values(optimizer)
+        for one, other in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_optimizers_hidden(tmp_path):
     inner = compiled("adam")
     inner.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)

@@ -1,5 +1,7 @@
 """When a run counts as overfitted for `shrink="auto"`."""
 
+import math
+
 import pytest
 
 from snapshot_ensemble.training.overfitting import has_overfitted
@@ -44,6 +46,40 @@ def test_when_a_run_has_overfitted(losses, expected):
     assert not has_overfitted({name: memorised[name] for name in ("cycle", "loss")})
     # A training loss as high as the validation loss means that no data were memorised.
     assert not has_overfitted({**history, "loss": losses})
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([NAN, 1.0, 1.2, 1.3], True),  # The rise counts whatever was before.
+        ([INF, 1.0, 1.2, 1.3], True),
+        ([NAN, 1.0, 1.2, 0.85], False),
+        ([3.0, 1.0, NAN, 1.3], True),
+        ([3.0, 1.0, 1.2, NAN], False),  # A cycle without an end does not count at all, ...
+        ([3.0, 1.0, 1.2, NAN, 1.2, 1.3], True),
+        ([3.0, 1.0, 1.2, NAN, 0.8, 0.83], False),
+        ([3.0, NAN, 3.0, 1.0], False),  # ... nor as the first one.
+        ([3.0, NAN, 3.0, 1.0, 1.2, 1.3], True),
+        ([NAN, NAN, NAN, NAN], False),
+        ([INF, INF, -INF, -INF], False),
+    ],
+)
+@pytest.mark.parametrize("column", ["both", "loss"])
+def test_epochs_that_are_not_finite_do_not_count(losses, expected, column):
+    known = [math.isfinite(loss) for loss in losses]
+    history = {
+        "cycle": [i // 2 for i in range(len(losses))],
+        "loss": [0.1 if is_known else NAN for is_known in known],
+        "val_loss": losses,
+    }
+    if column == "loss":
+        history["val_loss"] = [
+            loss if is_known else 0.5 for loss, is_known in zip(losses, known, strict=True)
+        ]
+    assert has_overfitted(history) is expected
 
 
 @pytest.mark.parametrize(
