@@ -101,7 +101,8 @@ def reliability(logs: np.ndarray, truth: Truth, bins: int = BINS) -> np.ndarray:
         `(bins, 3)`: the mean probability of the most probable class, the accuracy, and the share of
         all items in the bin. There are no more bins than items.
     """
-    confidence = np.exp(logs.max(-1))
+    # Rounded, so that rounding errors do not split items of equal confidence.
+    confidence = np.exp(logs.max(-1)).round(12)
     order = np.lexsort((truth.weights, confidence))
     confidence, weights = confidence[order], truth.weights[order]
     right = weights * _correctness(logs, truth)[order]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from snapshot_ensemble.inference.batch_size import KERAS, MOST, scores_add_up
@@ -75,8 +76,18 @@ class Scorer(keras.Model):
                 self._has_metrics = True
             self.reset_metrics()
             values = self._run(data)
-        loss = values.pop("loss")
-        return {"loss": float(loss), **{name: float(values[name]) for name in sorted(values)}}
+        return {"loss": float(values.pop("loss")), **_by_name(values)}
+
+
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The results of metrics as numbers; a metric whose result is a dict has several names."""
+    named: dict[str, Any] = {}
+    for name, value in sorted(values.items()):
+        if isinstance(value, dict):
+            named |= _by_name(value)
+        else:
+            named[name] = value if np.ndim(value) else float(value)
+    return named
 
 
 def _as_keras_does(array: Any) -> Any:

@@ -81,20 +81,23 @@ def rows_at_once(model: keras.Model) -> int:
 def batch_size_for_scores(model: keras.Model, x: Any, **arguments: Any) -> dict[str, int]:
     """The arguments to add to `evaluate`: as `batch_size_for`, if that leaves its result as it is.
 
-    The mean over what a mask leaves of a batch has another denominator in each batch.
+    The mean over what a mask leaves of a batch has another denominator in each batch, and Keras
+    averages the losses of several outputs over the batches, not over the rows.
     """
+    graph = graph_of(model)
     masks = any(
         isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
         for layer in all_layers(model)
     )
-    return batch_size_for(model, x, **arguments) if scores_add_up(model) and not masks else {}
+    if graph is None or keras.tree.is_nested(graph.output) or masks or not scores_add_up(model):
+        return {}
+    return batch_size_for(model, x, **arguments)
 
 
 def scores_add_up(model: keras.Model) -> bool:
-    """Whether the compiled loss and metrics of data are the same in batches of any size.
+    """Whether the loss and all metrics are Keras's own sums over rows, for a single output.
 
-    They are if there is only one output (Keras averages the losses of several over the batches, not
-    the rows) without a mask, and the loss and all metrics are Keras's own sums over rows.
+    Without a mask, they are then the same in batches of any size.
     """
     arguments = compile_arguments(model)
     scores = keras.tree.flatten([arguments["metrics"], arguments["weighted_metrics"]])
