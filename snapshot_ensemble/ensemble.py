@@ -19,8 +19,9 @@ from snapshot_ensemble.evaluation.uncertainty import predict_uncertainty
 from snapshot_ensemble.evaluation.weight_averaging import average_weights
 from snapshot_ensemble.export.formats import check_format, export_members
 from snapshot_ensemble.export.merged_model import merge
+from snapshot_ensemble.inference.batch_size import batch_size_for_scores
 from snapshot_ensemble.inference.cloning import metrics_lent
-from snapshot_ensemble.inference.combining import check_weights, combine_outputs
+from snapshot_ensemble.inference.combining import check_weights
 from snapshot_ensemble.inference.member_pool import (
     MEMORY_LIMIT,
     MemberPool,
@@ -614,6 +615,7 @@ class SnapshotEnsemble:
             ValueError: If there are no members, or `combine` or `members` is invalid.
         """
         model = self._pool.members_model(self._pool.combiner(combine, members))
+        evaluate_arguments |= batch_size_for_scores(self.model, x, **evaluate_arguments)
         with metrics_lent(self.model):
             return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
 
@@ -758,8 +760,7 @@ class SnapshotEnsemble:
         indices, weights = self._pool.combination(combine, members)
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         held = gather(self._pool, x, y, sample_weight, arguments, indices=indices)
-        combined = combine_outputs(held.members(), combine, held.meanings, weights)
-        self.temperature = temperature_of(held, combined)
+        self.temperature = temperature_of(held, held.combined(combine, weights))
         return self.temperature
 
     def report(

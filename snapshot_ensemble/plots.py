@@ -16,7 +16,6 @@ from snapshot_ensemble.evaluation.held_out import gather
 from snapshot_ensemble.evaluation.loss_landscape import losses_between_members
 from snapshot_ensemble.evaluation.report import Report
 from snapshot_ensemble.evaluation.uncertainty import error_without_least_sure
-from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
 from snapshot_ensemble.training.lr_range_test import RangeTest
 
@@ -262,11 +261,10 @@ def plot_reliability(
     if ensemble.temperature != 1:
         curves.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
     for temperature, label, color, marker in curves:
-        combined = combine_outputs(held.members(), combine, held.meanings, weights, temperature)
+        combined = held.combined(combine, weights, temperature)
         logs = metrics.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
-        confidence, accuracy, _ = metrics.reliability(logs, held.truths[0], bins).T
-        error = metrics.calibration_error(logs, held.truths[0], bins)
-        with_error = f"{label} (ECE {error:.3f})"
+        confidence, accuracy, mass = metrics.reliability(logs, held.truths[0], bins).T
+        with_error = f"{label} (ECE {mass @ np.abs(accuracy - confidence):.3f})"
         ax.plot(confidence, accuracy, color=color, marker=marker, markersize=4, label=with_error)
     ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
     return _labelled(ax, "confidence (probability of the predicted class)", "accuracy")

@@ -12,6 +12,7 @@ from benchmarks import (
     faults,
     memory_cost,
     prediction_cost,
+    report_cost,
     shared_backbone,
     training_cost,
 )
@@ -64,6 +65,25 @@ def test_memory_cost(capsys):
     assert actual["6 heads on a frozen backbone, directory"] < 1.05
     assert actual["the same in memory"] == 1
     assert "peaks" in capsys.readouterr().out
+
+
+def test_report_cost(capsys):
+    [line] = report_cost.main(["--sizes", "40x2"])
+    assert line[:2] == [40, 2]
+    assert len(line) == len(report_cost.HEAD)
+    assert all(value > 0 for value in line)
+    assert "peak MB" in capsys.readouterr().out
+
+
+def test_the_hand_written_scores_are_those_of_the_report():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, report_cost.FEATURES)), rng.integers(0, report_cost.CLASSES, 40)
+    ens = report_cost.random_ensemble(report_cost.dense_net(), 2, scale=0.5)
+    rows = ens.report(x, y, verbose=0).rows
+    expected = [
+        (rows[name]["nll"], rows[name]["brier"]) for name in ("member 0", "member 1", "mean")
+    ]
+    np.testing.assert_allclose(report_cost.by_hand(list(ens), x, y), expected, rtol=1e-4)
 
 
 def test_torchensemble_cost(capsys):

@@ -1,5 +1,6 @@
 """Temperature scaling of the combined probabilities, fitted on held-out data."""
 
+import math
 from typing import Any
 
 import keras
@@ -8,9 +9,12 @@ import numpy as np
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.metrics import items_of, loss
 from snapshot_ensemble.evaluation.targets import Truth
+from snapshot_ensemble.inference.blocks import row_blocks
 
 # The lowest and the highest temperature that can be learned.
 TEMPERATURES = (0.05, 20.0)
+# With more items than this, a sample of them gives the first guess.
+MANY = 2**14
 
 
 def learn_temperature(items: list[np.ndarray], truths: list[Truth], shares: list[float]) -> float:
@@ -21,19 +25,67 @@ def learn_temperature(items: list[np.ndarray], truths: list[Truth], shares: list
         truths: The targets of each of these outputs.
         shares: The loss weight of each of these outputs.
     """
-    from scipy import optimize, special  # noqa: PLC0415  Loaded where it is used.
+    inverse = 1.0
+    for step in (64, 1) if sum(map(len, items)) > MANY else (1,):
+        chosen = [logs[::step] for logs in items]
+        sample = [Truth(truth.targets[::step], truth.weights[::step]) for truth in truths]
+        inverse = _best_inverse(chosen, sample, shares, inverse)
+    return float(np.clip(1 / inverse, *TEMPERATURES))
 
-    def loss_at(log_temperature: float) -> float:
-        tempered = [special.log_softmax(logs / np.exp(log_temperature), axis=-1) for logs in items]
-        parts = zip(tempered, truths, shares, strict=True)
-        return sum(share * loss(logs, truth) for logs, truth, share in parts)
 
-    minimum = optimize.minimize_scalar(
-        loss_at, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-7}
-    )
-    # The bounded search never evaluates its bounds, nor a temperature of exactly 1.
-    best = min([0.0, *np.log(TEMPERATURES), float(minimum.x)], key=loss_at)
-    return float(np.clip(np.exp(best), *TEMPERATURES))
+def _best_inverse(
+    items: list[np.ndarray], truths: list[Truth], shares: list[float], start: float
+) -> float:
+    """The inverse temperature with the lowest loss, which is convex in it, by Newton's method."""
+    parts = list(zip(items, truths, shares, strict=True))
+    masses = [share * _masses(truth) for _, truth, share in parts]
+    fixed = sum(share * loss(logs, truth) for logs, truth, share in parts)
+    inverse, low, high, stretch, before = start, 0.0, math.inf, 1.0, 0.0
+    for _ in range(100):
+        slope, curvature = fixed, 0.0
+        for logs, mass in zip(items, masses, strict=True):
+            mean, variance = _moments(logs, mass, inverse)
+            slope, curvature = slope + mean, curvature + variance
+        if slope == 0:  # Also if all classes are equally probable, so that any value is as good.
+            break
+        low, high = (low, inverse) if slope > 0 else (inverse, high)
+        # Where the slope only fades away, Newton's steps are all of one length: lengthen them.
+        stretch = 2 * stretch if before * slope > 0 and abs(before) < 4 * abs(slope) else 1.0
+        step = stretch * slope / max(curvature, 1e-300)
+        target = float(np.clip(inverse - step, 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]))
+        if abs(target - inverse) <= 1e-6 * inverse:  # Then the next step would be about 1e-12.
+            return target
+        before = slope
+        inverse = target if low < target < high else math.sqrt(low * high)
+    return inverse
+
+
+def _masses(truth: Truth) -> np.ndarray:
+    """The weight of each item times the sum of its targets, which may differ from 1 slightly."""
+    return truth.weights * truth.targets.sum(axis=-1)
+
+
+def _moments(logs: np.ndarray, masses: np.ndarray, inverse: float) -> tuple[float, float]:
+    """The mean and variance of the tempered classes' log-probabilities, summed over the items."""
+    mean = variance = 0.0
+    for rows in row_blocks(len(logs), logs.size):
+        powers = np.exp(inverse * logs[rows])
+        totals = powers.sum(axis=-1)
+        powers *= logs[rows]
+        means = powers.sum(axis=-1) / totals
+        powers *= logs[rows]
+        mean += float(masses[rows] @ means)
+        variance += float(masses[rows] @ (powers.sum(axis=-1) / totals - np.square(means)))
+    return mean, variance
+
+
+def tempered_loss(logs: np.ndarray, truth: Truth, temperature: float) -> float:
+    """The negative log-likelihood of log-probabilities at a temperature."""
+    inverse, masses = 1 / temperature, _masses(truth)
+    total = inverse * loss(logs, truth)
+    for rows in row_blocks(len(logs), logs.size):
+        total += float(masses[rows] @ np.log(np.exp(inverse * logs[rows]).sum(axis=-1)))
+    return total
 
 
 def temperature_of(held: HeldOut, combined: Any) -> float:

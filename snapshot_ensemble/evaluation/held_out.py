@@ -2,22 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation.metrics import items_of, loss
+from snapshot_ensemble.evaluation.scoring import Scorer
 from snapshot_ensemble.evaluation.targets import Truth, as_numbers, read_truth, shortened
 from snapshot_ensemble.inference.batch_size import batch_size_for
-from snapshot_ensemble.inference.cloning import compile_like, metrics_lent
+from snapshot_ensemble.inference.blocks import in_blocks, row_blocks
+from snapshot_ensemble.inference.combining import check_meanings, combine_stack
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
 from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, per_output
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
-from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
+from snapshot_ensemble.keras_compat.masks import mask_of
 
 
 class Gatherer(MembersModel):
@@ -37,6 +39,20 @@ def stack_members(outputs: list[Any]) -> dict[str, Any]:
     if masks := {name: mask for name, mask in masks.items() if mask is not None}:
         stacked["masks"] = masks
     return stacked
+
+
+class Block(NamedTuple):
+    """Some of the rows.
+
+    Attributes:
+        rows: Which rows.
+        items: The members' items of each flat output: `(members, items, ...)`.
+        truths: The targets of each flat output. The weights of all blocks sum to 1.
+    """
+
+    rows: slice
+    items: list[np.ndarray]
+    truths: list[Truth]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +104,7 @@ class HeldOut:
     @functools.cached_property
     def truths(self) -> list[Truth]:
         """The targets of each flat output; raises an error if they do not fit it."""
-        targets = self._flat(self.y, "y")
-        weights = [None] * len(targets)
-        if self.sample_weight is not None:
-            weights = self._flat(self.sample_weight, "sample_weight")
+        targets, weights = self._targets
         truths = []
         for i, (target, weight) in enumerate(zip(targets, weights, strict=True)):
             shape = self.outputs[i].shape[1:]
@@ -101,12 +114,36 @@ class HeldOut:
         return truths
 
     @functools.cached_property
-    def items(self) -> list[np.ndarray]:
-        """The members' items of each flat output: `(members, items, ...)`."""
-        return [
-            np.stack([items_of(member, meaning) for member in output])
-            for output, meaning in zip(self.outputs, self.meanings, strict=True)
-        ]
+    def _targets(self) -> tuple[list[Any], list[Any]]:
+        """The targets and the sample weights, or None, of each flat output."""
+        targets = self._flat(self.y, "y")
+        if self.sample_weight is None:
+            return targets, [None] * len(targets)
+        return targets, self._flat(self.sample_weight, "sample_weight")
+
+    def blocks(self) -> Iterator[Block]:
+        """All rows, block by block: the items of all at once would take a lot of memory."""
+        for rows in row_blocks(self.rows, sum(output.size for output in self.outputs)):
+            items = []
+            for output, meaning in zip(self.outputs, self.meanings, strict=True):
+                flat = items_of(output[:, rows], meaning)
+                items.append(flat.reshape(len(output), -1, *flat.shape[1:]))
+            truths = [truth.of_rows(rows, self.rows) for truth in self.truths]
+            yield Block(rows, items, truths)
+
+    def combined(self, combine: str, weights: Any = None, temperature: float = 1.0) -> Any:
+        """The members' outputs, combined as by `combine_outputs`."""
+        check_meanings(combine, self.meanings)
+
+        def combined(output: np.ndarray, meaning: Output) -> Any:
+            def of_block(rows: np.ndarray) -> Any:
+                stack = np.moveaxis(rows, 1, 0)
+                return combine_stack(stack, combine, meaning, weights, temperature)
+
+            return in_blocks(of_block, np.moveaxis(output, 0, 1))
+
+        flat = [combined(*pair) for pair in zip(self.outputs, self.meanings, strict=True)]
+        return keras.tree.pack_sequence_as(self.structure, flat)
 
     @functools.cached_property
     def loss_weights(self) -> list[float]:
@@ -129,21 +166,12 @@ class HeldOut:
 
     def scorer(self) -> Callable[[Any], dict[str, float]]:
         """A function that returns the compiled loss and metrics of combined outputs, by name."""
-        evaluator = _Scorer(self.model)
-
-        def scores(combined: Any) -> dict[str, float]:
-            with metrics_lent(self.model):
-                values = evaluator.evaluate(
-                    {"outputs": combined, "masks": self.masks},
-                    self.y,
-                    sample_weight=self.sample_weight,
-                    batch_size=self.batch_size,
-                    verbose=0,
-                    return_dict=True,
-                )
-            return {"loss": values.pop("loss"), **values}
-
-        return scores
+        targets, weights = self._targets
+        y = keras.tree.pack_sequence_as(self.structure, targets)
+        sample_weight = keras.tree.pack_sequence_as(self.structure, weights)
+        if self.sample_weight is None:
+            sample_weight = None
+        return Scorer(self.model, y, sample_weight, self.masks, self.batch_size).scores
 
     def check_for_fitting(self) -> None:
         """Raises `ValueError` if there are fewer than two rows, or a class does not occur."""
@@ -188,23 +216,6 @@ class HeldOut:
                     f"x with {self.rows} rows"
                 )
         return arrays
-
-
-class _Scorer(keras.Model):
-    """Evaluates a model's compiled loss and metrics on outputs that are already combined."""
-
-    def __init__(self, model: keras.Model) -> None:
-        super().__init__(name=model.name, autocast=False)
-        self.built = True
-        if getattr(model, "output_names", None):
-            self.output_names = model.output_names
-        compile_like(self, model)
-
-    def call(self, inputs: Any) -> Any:
-        outputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs["outputs"])
-        for name, mask in inputs["masks"].items():
-            set_mask(keras.tree.flatten(outputs)[int(name)], mask)
-        return outputs
 
 
 def gather(

@@ -1,6 +1,7 @@
 """How the score of the mean depends on the number of members, added from either end."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,34 +9,46 @@ from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.held_out import HeldOut
 
 
-def curves_by_members(held: HeldOut, backwards: bool) -> tuple[dict[str, list[float]], np.ndarray]:
-    """The errors and losses of the means of 1, 2, … members, and each row's share of the losses.
+class Curve(NamedTuple):
+    """The scores of the means of 1, 2, … members.
 
-    Args:
-        held: The members' predictions and the targets.
-        backwards: Whether members are added from the last one instead of the first one.
-
-    Returns:
-        The curves by name, and an array `(members, rows)` whose rows sum to the losses.
+    Attributes:
+        scores: The error of each output and the `loss`, by name, one value for each mean.
+        losses: `(members, rows)`, each row's share of the loss, so that its rows sum to `loss`.
     """
-    curves: dict[str, list[float]] = {}
-    parts = np.zeros((len(held.outputs[0]), held.rows))
-    names = ["error"] if len(held.names) == 1 else [f"{name}_error" for name in held.names]
-    for items, truth, weight, name in zip(
-        held.items, held.truths, held.loss_weights, names, strict=True
-    ):
-        ordered = items[::-1] if backwards else items
-        counts = np.arange(1, len(items) + 1).reshape(-1, *[1] * (items.ndim - 1))
-        if items.ndim == 2:
-            means = np.cumsum(ordered, axis=0) / counts
-        else:
-            means = np.logaddexp.accumulate(ordered, axis=0) - np.log(counts)
-        curves[name] = [metrics.error(mean, truth) for mean in means]
-        for k, mean in enumerate(means):
-            losses = weight * truth.weights * metrics.losses(mean, truth)
-            parts[k] += losses.reshape(held.rows, -1).sum(axis=1)
-    curves["loss"] = parts.sum(axis=1).tolist()
-    return curves, parts
+
+    scores: dict[str, list[float]]
+    losses: np.ndarray
+
+
+def curves_by_members(held: HeldOut, *orders: int) -> list[Curve]:
+    """The curve for each order in which members are added: 1 from the first, -1 from the last."""
+    members, outputs = len(held.outputs[0]), len(held.outputs)
+    losses = np.zeros((len(orders), members, held.rows))
+    errors = np.zeros((len(orders), outputs, members))
+    for block in held.blocks():
+        for i, (items, truth) in enumerate(zip(block.items, block.truths, strict=True)):
+            # Probabilities: in float64, even the smallest ones of float32 are exact.
+            values = np.exp(items) if held.meanings[i].is_classes else items
+            for k, order in enumerate(orders):
+                means = _means_of_first(values[::order])
+                means = np.log(means) if held.meanings[i].is_classes else means
+                errors[k, i] += metrics.item_errors(means, truth) @ truth.weights
+                shares = held.loss_weights[i] * truth.weights * metrics.losses(means, truth)
+                of_rows = losses[k, :, block.rows]
+                of_rows += shares.reshape(*of_rows.shape, -1).sum(axis=-1)
+    names = ["error"] if outputs == 1 else [f"{name}_error" for name in held.names]
+    curves = []
+    for of_outputs, parts in zip(errors.tolist(), losses, strict=True):
+        scores = dict(zip(names, of_outputs, strict=True))
+        curves.append(Curve({**scores, "loss": parts.sum(axis=1).tolist()}, parts))
+    return curves
+
+
+def _means_of_first(values: np.ndarray) -> np.ndarray:
+    """The means of the first 1, 2, … members."""
+    counts = np.arange(1, len(values) + 1).reshape(-1, *[1] * (values.ndim - 1))
+    return np.cumsum(values, axis=0) / counts
 
 
 def good_counts(parts: np.ndarray) -> list[int]:
@@ -56,4 +69,5 @@ def good_counts(parts: np.ndarray) -> list[int]:
 
 def most_members(held: HeldOut) -> int:
     """The largest number of last members whose mean is within one standard error of the best."""
-    return max(good_counts(curves_by_members(held, backwards=True)[1]))
+    [from_last] = curves_by_members(held, -1)
+    return max(good_counts(from_last.losses))

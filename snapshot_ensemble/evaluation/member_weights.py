@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.inference.blocks import row_blocks
 
 ROUNDS = 25
 # How far above the optimum the loss may end, relative to its scale (about 1 for nats).
@@ -36,14 +37,17 @@ class Objective:
         """The objective that sums the losses of all outputs."""
         members = len(held.outputs[0])
         rows, counts, products = [], [], np.zeros((members, members))
-        for items, truth, weight in zip(held.items, held.truths, held.loss_weights, strict=True):
-            if items.ndim == 2:
-                residuals = (items - truth.targets) * np.sqrt(weight * truth.weights)
-                products += residuals @ residuals.T
-                continue
-            count = weight * truth.weights[:, None] * truth.targets
-            rows.append(np.exp(items[:, count > 0]).T)
-            counts.append(count[count > 0])
+        for block in held.blocks():
+            for items, truth, weight in zip(
+                block.items, block.truths, held.loss_weights, strict=True
+            ):
+                if items.ndim == 2:
+                    residuals = (items - truth.targets) * np.sqrt(weight * truth.weights)
+                    products += residuals @ residuals.T
+                    continue
+                count = weight * truth.weights[:, None] * truth.targets
+                rows.append(np.exp(items[:, count > 0]).T)
+                counts.append(count[count > 0])
         empty = np.empty((0, members))
         return cls(np.concatenate([empty, *rows]), np.concatenate([[], *counts]), products)
 
@@ -68,8 +72,12 @@ class Objective:
         return 2 * self.products @ weights - self.likelihoods.T @ shares
 
     def curvature(self, weights: np.ndarray) -> np.ndarray:
-        rows = self.likelihoods * (np.sqrt(self.counts) / (self.likelihoods @ weights))[:, None]
-        return 2 * self.products + rows.T @ rows
+        curvature = 2 * self.products
+        for rows in row_blocks(len(self.likelihoods), self.likelihoods.size):
+            likelihoods = self.likelihoods[rows]
+            scaled = likelihoods * (np.sqrt(self.counts[rows]) / (likelihoods @ weights))[:, None]
+            curvature += scaled.T @ scaled
+        return curvature
 
     def gap(self, weights: np.ndarray) -> float:
         """An upper bound on the distance to the optimum: by convexity `g.w - min g`."""
@@ -102,6 +110,7 @@ def _center(objective: Objective, weights: np.ndarray, barrier: float) -> np.nda
     def barrier_loss(w: np.ndarray) -> float:
         return float(objective(w) - barrier * np.log(w).sum())
 
+    before = barrier_loss(weights)
     for _ in range(50):
         # Steps are relative to each weight, so the barrier's curvature is `barrier` for all.
         slope = weights * objective.gradient(weights) - barrier
@@ -116,12 +125,13 @@ def _center(objective: Objective, weights: np.ndarray, barrier: float) -> np.nda
         if decrement < barrier * 1e-5:
             break
         step = min(1.0, 0.99 / max(1e-300, -direction.min()))
-        before = barrier_loss(weights)
-        while barrier_loss(weights * (1 + step * direction)) > before - step * decrement / 4:
+        while (loss := barrier_loss(weights * (1 + step * direction))) > (
+            before - step * decrement / 4
+        ):
             step /= 2
             if step < 1e-10:  # Rounding: no further decrease is possible.
                 return weights
-        weights = weights * (1 + step * direction)
+        weights, before = weights * (1 + step * direction), loss
         weights /= weights.sum()
     return weights
 

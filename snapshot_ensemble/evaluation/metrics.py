@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.evaluation.targets import Truth
+from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import log_of, log_of_complement
 from snapshot_ensemble.inference.output_specs import Output
 
@@ -41,6 +42,10 @@ def items_of(output: Any, meaning: Output) -> np.ndarray:
     output = np.asarray(output)
     if not meaning.is_classes:
         return output.astype("float64").reshape(-1)
+    return in_blocks(lambda rows: _floored_logs(rows, meaning), output)
+
+
+def _floored_logs(output: np.ndarray, meaning: Output) -> np.ndarray:
     wide = output.astype("float64")
     if meaning.task != "multiclass" and not meaning.logits:
         # The largest value below 1 depends on the dtype in which the sigmoid was computed.
@@ -50,10 +55,10 @@ def items_of(output: Any, meaning: Output) -> np.ndarray:
 
 
 def losses(items: np.ndarray, truth: Truth) -> np.ndarray:
-    """Each item's negative log-likelihood in nats, or its squared error."""
-    if items.ndim == 1:
+    """Each item's negative log-likelihood in nats, or its squared error; any leading axes."""
+    if truth.targets.ndim == 1:
         return np.square(items - truth.targets)
-    return -np.sum(truth.targets * items, axis=-1)
+    return -np.einsum("...ij,ij->...i", items, truth.targets)
 
 
 def loss(items: np.ndarray, truth: Truth) -> float:
@@ -66,18 +71,22 @@ def brier_score(logs: np.ndarray, truth: Truth, meaning: Output) -> float:
 
     For binary and multilabel outputs it is `(p - y)^2`, half of that sum, as is customary.
     """
-    squares = np.sum(np.square(np.exp(logs) - truth.targets), axis=-1)
+    errors = np.exp(logs)
+    errors -= truth.targets
+    squares = np.einsum("ij,ij->i", errors, errors)
     return float(truth.weights @ squares) / (1 if meaning.task == "multiclass" else 2)
 
 
 def _correctness(logs: np.ndarray, truth: Truth) -> np.ndarray:
     """The target probability of each item's most probable class: 0 or 1 for hard targets."""
-    return np.take_along_axis(truth.targets, logs.argmax(-1)[:, None], axis=-1)[:, 0]
+    return truth.targets[np.arange(len(truth.targets)), logs.argmax(-1)]
 
 
 def item_errors(items: np.ndarray, truth: Truth) -> np.ndarray:
     """Each item's classification error (0 or 1 for hard targets), or its squared error."""
-    return losses(items, truth) if items.ndim == 1 else 1 - _correctness(items, truth)
+    if truth.targets.ndim == 1:
+        return losses(items, truth)
+    return 1 - _correctness(items, truth)
 
 
 def error(items: np.ndarray, truth: Truth) -> float:
@@ -92,20 +101,22 @@ def reliability(logs: np.ndarray, truth: Truth, bins: int = BINS) -> np.ndarray:
         `(bins, 3)`: the mean probability of the most probable class, the accuracy, and the share of
         all items in the bin. There are no more bins than items.
     """
-    confidence = np.exp(logs.max(-1))
+    # Rounded, so that rounding errors do not split items of equal confidence.
+    confidence = np.exp(logs.max(-1)).round(12)
+    order = np.lexsort((truth.weights, confidence))
+    confidence, weights = confidence[order], truth.weights[order]
+    right = weights * _correctness(logs, truth)[order]
     # Items of equal confidence share their mean accuracy, so their order does not matter.
-    levels, level_of = np.unique(confidence, return_inverse=True)
-    mass = np.bincount(level_of, truth.weights)
-    right = np.bincount(level_of, truth.weights * _correctness(logs, truth))
+    level_of = np.cumsum(np.diff(confidence, prepend=confidence[0]) > 0)
+    mass = np.bincount(level_of, weights)
+    right = np.bincount(level_of, right)
     right = np.divide(right, mass, out=np.zeros_like(right), where=mass > 0)[level_of]
-    order = np.lexsort((truth.weights, level_of))
     # An item belongs to the bin that contains the midpoint of its mass.
-    middle = np.cumsum(truth.weights[order]) - truth.weights[order] / 2
+    middle = np.cumsum(weights) - weights / 2
     count = min(bins, len(order))
     bin_of = np.minimum((middle * count).astype(int), count - 1)
-    weights = truth.weights[order]
     mass = np.bincount(bin_of, weights, count)
-    sums = [np.bincount(bin_of, weights * v[order], count) for v in (levels[level_of], right)]
+    sums = [np.bincount(bin_of, weights * v, count) for v in (confidence, right)]
     filled = mass > 0
     return np.stack([*(s[filled] / mass[filled] for s in sums), mass[filled]], axis=1)
 
@@ -129,12 +140,14 @@ def disagreement(items: np.ndarray, truth: Truth) -> np.ndarray:
 
     Returns:
         `(members, members)`: the share of items whose predicted classes differ; for values the
-        root mean squared difference.
+        mean squared difference. Those of blocks of items add up.
     """
-    if items.ndim == 2:
-        return np.stack([np.sqrt(np.square(items - one) @ truth.weights) for one in items])
-    labels = items.argmax(-1)
-    return np.stack([(labels != one) @ truth.weights for one in labels])
+    matrix = np.zeros((len(items), len(items)))
+    labels = items if items.ndim == 2 else items.argmax(-1)
+    for i, one in enumerate(labels):
+        differences = np.square(labels[:i] - one) if items.ndim == 2 else labels[:i] != one
+        matrix[i, :i] = differences @ truth.weights
+    return matrix + matrix.T
 
 
 def mean_of_pairs(matrix: np.ndarray) -> float:

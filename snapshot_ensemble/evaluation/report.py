@@ -10,11 +10,10 @@ import numpy as np
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation import metrics
-from snapshot_ensemble.evaluation.calibration import learn_temperature
+from snapshot_ensemble.evaluation.calibration import learn_temperature, tempered_loss
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
-from snapshot_ensemble.evaluation.targets import Truth
-from snapshot_ensemble.inference.combining import combine_outputs
+from snapshot_ensemble.evaluation.targets import of_rows
 from snapshot_ensemble.storage.record import Learned
 from snapshot_ensemble.tables import text_table
 
@@ -133,38 +132,47 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
     weights = None if learned.weights is None else np.asarray(learned.weights)
     temperature = learned.temperature
     members = held.members()
-    matrices = [
-        metrics.disagreement(items, truth)
-        for items, truth in zip(held.items, held.truths, strict=True)
-    ]
+    matrices, losses = _alone(held)
     compiled = held.scorer()
     rows = {}
     for number, outputs in enumerate(members):
         rows[f"member {number}"] = _row(held, compiled, outputs, outputs)
         for name, matrix in zip(_columns(held, "disagreement"), matrices, strict=True):
             rows[f"member {number}"][name] = float(matrix[number].sum() / max(1, len(members) - 1))
-    losses = [held.loss(outputs) for outputs in members]
     rows["last snapshot"] = rows[f"member {len(members) - 1}"]
     rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
     for combine in _combinations(held, weights):
         member_weights = weights if combine == "weighted" else None
-        plain = combine_outputs(members, combine, held.meanings, member_weights)
-        shown = combine_outputs(members, combine, held.meanings, member_weights, temperature)
+        plain = shown = held.combined(combine, member_weights)
+        if temperature != 1:
+            shown = held.combined(combine, member_weights, temperature)
         rows[combine] = _row(held, compiled, plain, shown)
-    from_last, last_rows = curves_by_members(held, backwards=True)
-    from_first, _ = curves_by_members(held, backwards=False)
-    worth = min(good_counts(last_rows))
+    from_last, from_first = curves_by_members(held, -1, 1)
+    worth = min(good_counts(from_last.losses))
     return Report(
         rows=rows,
         examples=held.rows,
         bins=_bins(held),
         temperature=temperature,
         disagreement=dict(zip(held.names, matrices, strict=True)),
-        added_from_last=from_last,
-        added_from_first=from_first,
+        added_from_last=from_last.scores,
+        added_from_first=from_first.scores,
         worth=worth,
-        notes=_notes(losses, from_last["loss"], worth, learned),
+        notes=_notes(losses, from_last.scores["loss"], worth, learned),
     )
+
+
+def _alone(held: HeldOut) -> tuple[list[np.ndarray], list[float]]:
+    """How much each pair of members disagrees in each output, and the loss of each member."""
+    count = len(held.outputs[0])
+    matrices, losses = [np.zeros((count, count)) for _ in held.outputs], np.zeros(count)
+    for block in held.blocks():
+        for i, (items, truth) in enumerate(zip(block.items, block.truths, strict=True)):
+            matrices[i] += metrics.disagreement(items, truth)
+            losses += held.loss_weights[i] * metrics.losses(items, truth) @ truth.weights
+    pairs = zip(matrices, held.meanings, strict=True)
+    matrices = [matrix if meaning.is_classes else np.sqrt(matrix) for matrix, meaning in pairs]
+    return matrices, losses.tolist()
 
 
 def _bins(held: HeldOut) -> int:
@@ -194,8 +202,9 @@ def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, floa
     row = dict(compiled(keras.tree.map_structure(np.asarray, shown)))
     untempered = _items(held, plain)
     calibrated = _calibrated(held, untempered)
+    shown_items = untempered if shown is plain else _items(held, shown)
     for i, (meaning, truth, items) in enumerate(
-        zip(held.meanings, held.truths, _items(held, shown), strict=True)
+        zip(held.meanings, held.truths, shown_items, strict=True)
     ):
         scores = {"squared_error": metrics.loss(items, truth)}
         if meaning.is_classes:
@@ -218,28 +227,19 @@ def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
 
 def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
     """Each output's negative log-likelihood; each half with the other half's temperature."""
-    from scipy import special  # noqa: PLC0415  Loaded where it is used.
-
     chosen = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
+    shares = [held.loss_weights[i] for i in chosen]
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    logs = [[of_rows(items[i], half, held.rows) for i in chosen] for half in halves]
+    truths = [[held.truths[i].of_rows(half, held.rows) for i in chosen] for half in halves]
     totals = [0.0 if i in chosen else math.nan for i in range(len(items))]
-    for half in (0, 1):
-        fitted, scored = (
-            [_half(held.truths[i], held.rows, side) for i in chosen] for side in (half, 1 - half)
-        )
-        if not all(truth.weights.any() for truth in (*fitted, *scored)):
-            return [math.nan] * len(items)
-        shares = [held.loss_weights[i] for i in chosen]
-        temperature = learn_temperature([items[i] for i in chosen], fitted, shares) if chosen else 1
-        for i, truth in zip(chosen, scored, strict=True):
-            tempered = special.log_softmax(items[i] / temperature, axis=-1)
-            totals[i] += metrics.loss(tempered, truth)
+    if not chosen or not all(truth.weights.any() for half in truths for truth in half):
+        return [math.nan] * len(items)
+    for fitted, scored in ((0, 1), (1, 0)):
+        temperature = learn_temperature(logs[fitted], truths[fitted], shares)
+        for i, half, truth in zip(chosen, logs[scored], truths[scored], strict=True):
+            totals[i] += tempered_loss(half, truth, temperature)
     return totals
-
-
-def _half(truth: Truth, rows: int, side: int) -> Truth:
-    """Every other row; the others get weight 0. The weights of both halves sum to 1."""
-    row_of = np.arange(len(truth.weights)) // (len(truth.weights) // rows)
-    return Truth(truth.targets, np.where(row_of % 2 == side, truth.weights, 0.0))
 
 
 def _notes(alone: list[float], from_last: list[float], worth: int, learned: Learned) -> list[str]:

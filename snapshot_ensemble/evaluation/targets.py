@@ -22,6 +22,15 @@ class Truth:
     targets: np.ndarray
     weights: np.ndarray
 
+    def of_rows(self, rows: slice, count: int) -> "Truth":
+        """The targets of some of `count` rows; the weights stay as they are."""
+        return Truth(*(of_rows(items, rows, count) for items in (self.targets, self.weights)))
+
+
+def of_rows(items: np.ndarray, rows: slice, count: int) -> np.ndarray:
+    """The items of some of `count` rows."""
+    return items.reshape(count, -1, *items.shape[1:])[rows].reshape(-1, *items.shape[1:])
+
 
 def as_numbers(leaf: Any, what: str) -> np.ndarray:
     """The leaf as an array of finite numbers, or an error that names it."""

@@ -10,6 +10,7 @@ from keras import ops
 from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.metrics import LOG_FLOOR, class_logs
+from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
 from snapshot_ensemble.inference.output_specs import Output
@@ -43,11 +44,11 @@ def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.nd
         For each kind of uncertainty the shares that are set aside, and the error of the members'
         mean on the rest: the error rate, or the mean squared error.
     """
-    members, meaning, truth = held.members(), held.meanings[0], held.truths[0]
-    mean = keras.tree.flatten(combine_outputs(members, "mean", held.meanings))[0]
+    meaning, truth = held.meanings[0], held.truths[0]
+    mean = keras.tree.flatten(held.combined("mean"))[0]
     errors = metrics.item_errors(metrics.items_of(mean, meaning), truth)
     curves = {}
-    spread = uncertainty([keras.tree.flatten(outputs)[0] for outputs in members], [meaning])
+    spread = in_blocks(lambda outputs: uncertainty(outputs, [meaning]), list(held.outputs[0]))
     for name, values in spread.items():
         order = np.argsort(np.asarray(values).reshape(-1), kind="stable")
         weights = truth.weights[order]

@@ -7,8 +7,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from snapshot_ensemble.inference.output_specs import is_mean_over_rows
+from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
 from snapshot_ensemble.keras_compat.layer_graph import all_layers, calls_of, graph_of
-from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step, is_stock_layer
+from snapshot_ensemble.keras_compat.stock_layers import (
+    has_own_predict_step,
+    is_stock_layer,
+    is_stock_metric,
+)
 
 # Keras's default, and the largest useful size: beyond it the overhead per batch is negligible.
 KERAS, MOST = 32, 1024
@@ -70,6 +76,37 @@ def rows_at_once(model: keras.Model) -> int:
                     largest = max(largest, 4 * math.prod(tensor.shape[1:]))  # Bytes of float32.
     rows_in_cache = 2 ** int(math.log2(max(CACHE / largest, 1)))
     return min(max(rows_in_cache, KERAS), MOST)
+
+
+def batch_size_for_scores(model: keras.Model, x: Any, **arguments: Any) -> dict[str, int]:
+    """The arguments to add to `evaluate`: as `batch_size_for`, if that leaves its result as it is.
+
+    The mean over what a mask leaves of a batch has another denominator in each batch, and Keras
+    averages the losses of several outputs over the batches, not over the rows.
+    """
+    graph = graph_of(model)
+    masks = any(
+        isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+        for layer in all_layers(model)
+    )
+    if graph is None or keras.tree.is_nested(graph.output) or masks or not scores_add_up(model):
+        return {}
+    return batch_size_for(model, x, **arguments)
+
+
+def scores_add_up(model: keras.Model) -> bool:
+    """Whether the loss and all metrics are Keras's own sums over rows, for a single output.
+
+    Without a mask, they are then the same in batches of any size.
+    """
+    arguments = compile_arguments(model)
+    scores = keras.tree.flatten([arguments["metrics"], arguments["weighted_metrics"]])
+    losses = keras.tree.flatten(arguments["loss"])
+    return (
+        len(losses) == 1
+        and is_mean_over_rows(losses[0])
+        and all(score is None or is_stock_metric(score) for score in scores)
+    )
 
 
 def _treats_rows_independently(operation: Any) -> bool:

@@ -225,13 +225,22 @@ def combine_outputs(
     combined = []
     for i, meaning in enumerate(meanings):
         stack = ops.stack([_at_least_float32(outputs[i]) for outputs in flat])
-        combined.append(COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights))
-        if temperature != 1 and meaning.is_classes:
-            combined[-1] = temper(combined[-1], meaning.task, meaning.logits, temperature)
+        combined.append(combine_stack(stack, combine, meaning, weights, temperature))
         # The mask keeps padding out of losses and metrics.
         if (mask := mask_of(flat[0][i])) is not None:
             set_mask(combined[-1], mask)
     return keras.tree.pack_sequence_as(members[0], combined)
+
+
+def combine_stack(
+    stack: Any, combine: str, meaning: Any, weights: Any = None, temperature: float = 1.0
+) -> Any:
+    """Combines one output of all members, which are on the first axis; else as above."""
+    stack = _at_least_float32(stack)
+    combined = COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights)
+    if temperature == 1 or not meaning.is_classes:
+        return combined
+    return temper(combined, meaning.task, meaning.logits, temperature)
 
 
 def _at_least_float32(output: Any) -> Any:

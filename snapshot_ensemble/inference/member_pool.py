@@ -13,6 +13,7 @@ from keras import ops
 
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.inference.batch_size import are_arrays, batch_size_for
+from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.cloning import blank_member, build_member, compile_like
 from snapshot_ensemble.inference.combining import (
     check_combine,
@@ -206,8 +207,7 @@ class MemberPool:
         for index in combiner.members:
             self.store.put(member, self.model, index)
             outputs.append(member.predict(x, **options))
-        combined = combiner.combine(outputs)
-        return keras.tree.map_structure(ops.convert_to_numpy, combined)
+        return in_blocks(combiner.combine, outputs)
 
     def is_too_large(self, indices: Sequence[int]) -> bool:
         """Whether these members' weights exceed the memory limit; shared ones count once."""

@@ -81,6 +81,16 @@ def _loss_family(loss: Any) -> tuple[str | None, bool | None]:
     return family, (bool(logits) if family in ("categorical", "binary") else None)
 
 
+def is_mean_over_rows(loss: Any) -> bool:
+    """Whether it is one of Keras's own losses that are the mean of each row's loss."""
+    loss = keras.losses.get(loss)
+    if not isinstance(loss, keras.losses.Loss):
+        return loss in _FAMILY
+    # A label that is ignored changes the number of rows that a mean is divided by.
+    is_mean = loss.reduction == "sum_over_batch_size"
+    return type(loss) in _FAMILY and is_mean and getattr(loss, "ignore_class", None) is None
+
+
 def _activation(tensor: Any) -> str | None:
     """The name of the last activation before an output tensor of a Functional model."""
     operation, node, index = source_of(tensor)

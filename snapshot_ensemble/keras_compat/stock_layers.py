@@ -12,6 +12,15 @@ def is_stock_layer(operation: Any) -> bool:
     )
 
 
+def is_stock_metric(metric: Any) -> bool:
+    """Whether it is one of Keras's own metrics, which are all sums over rows, or its name."""
+    if isinstance(metric, str):
+        return metric not in keras.saving.get_custom_objects()
+    # This one wraps any function.
+    is_wrapper = type(metric) is keras.metrics.MeanMetricWrapper
+    return type(metric).__module__.startswith("keras.src.metrics.") and not is_wrapper
+
+
 def is_stock_callback(callback: Any) -> bool:
     """Whether it is an instance of one of Keras's own callback classes."""
     return type(callback).__module__.startswith("keras.")

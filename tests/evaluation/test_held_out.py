@@ -69,7 +69,8 @@ def test_attributes_for_arrays(classifier):
     assert held.names == ["answer"]
     assert len(held.members()) == 3
     np.testing.assert_array_equal(held.members()[1], held.outputs[0][1])
-    np.testing.assert_allclose(held.items[0], np.log(held.outputs[0]), rtol=1e-5, atol=1e-6)
+    [block] = held.blocks()
+    np.testing.assert_allclose(block.items[0], np.log(held.outputs[0]), rtol=1e-5, atol=1e-6)
 
 
 # Targets of every shape that Keras accepts

@@ -314,12 +314,11 @@ def test_disagreement_of_classes_compares_predicted_classes(rng):
     assert mean_of_pairs(actual) == pytest.approx(np.mean(pairs))
 
 
-def test_disagreement_of_values_is_their_root_mean_squared_difference(rng):
+def test_disagreement_of_values_is_their_mean_squared_difference(rng):
     values, weights = rng.normal(size=(3, 50)), rng.exponential(size=50)
     actual = disagreement(values, Truth(np.zeros(50), weights / weights.sum()))
     expected = [
-        [metrics.root_mean_squared_error(a, b, sample_weight=weights) for b in values]
-        for a in values
+        [metrics.mean_squared_error(a, b, sample_weight=weights) for b in values] for a in values
     ]
     np.testing.assert_allclose(actual, expected, atol=1e-12)
 

@@ -7,7 +7,11 @@ import tensorflow as tf
 from keras import layers
 from models import ensemble_with
 
-from snapshot_ensemble.inference.batch_size import batch_size_for, rows_at_once
+from snapshot_ensemble.inference.batch_size import (
+    batch_size_for,
+    batch_size_for_scores,
+    rows_at_once,
+)
 
 
 def net(*inside, shape=(8,)):
@@ -147,3 +151,67 @@ def test_few_rows_in_many_combinations_cause_no_retracing_warning(caplog):
         for members in (1, 2, [0]):
             ens.predict(x, combine=combine, members=members, verbose=0)
     assert "retracing" not in caplog.text
+
+
+# The batch size of `evaluate`
+
+
+class Custom(keras.metrics.MeanSquaredError):
+    pass
+
+
+def cubed(y, p):
+    return keras.ops.mean(keras.ops.abs(y - p) ** 3)
+
+
+X = np.zeros((2**14, 8), "float32")
+LOSS = keras.losses.SparseCategoricalCrossentropy
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics"),
+    [
+        ("sparse_categorical_crossentropy", ["accuracy"]),
+        (LOSS(from_logits=True), None),
+        (["mse"], [keras.metrics.AUC(), keras.metrics.RootMeanSquaredError(), "mae"]),
+        (keras.losses.mean_squared_error, [["mae"]]),
+    ],
+)
+def test_scores_that_are_sums_over_rows_get_large_batches(loss, metrics):
+    model = net()
+    model.compile("sgd", loss, metrics=metrics)
+    assert batch_size_for_scores(model, X) == {"batch_size": 1024}
+    assert batch_size_for_scores(model, X, batch_size=5, y=None) == {}
+    assert batch_size_for_scores(model, X, steps=5) == {}
+    model.compile("sgd", loss, weighted_metrics=[cubed])
+    assert batch_size_for_scores(model, X) == {}
+
+
+@pytest.mark.parametrize(
+    ("loss", "metrics"),
+    [
+        (cubed, None),
+        (keras.losses.Dice(), None),
+        (LOSS(reduction="sum"), None),
+        (LOSS(ignore_class=1), None),
+        ("mse", [cubed]),
+        ("mse", [keras.metrics.MeanMetricWrapper(cubed)]),
+        ("mse", [Custom()]),
+    ],
+)
+def test_scores_that_depend_on_batches_keep_the_default_of_keras(loss, metrics):
+    model = net()
+    model.compile("sgd", loss, metrics=metrics)
+    assert batch_size_for_scores(model, X) == {}
+
+
+def test_masks_and_several_outputs_keep_the_default_of_keras():
+    masked = net(layers.Masking(), layers.LSTM(4), shape=(5, 8))
+    embedded = net(layers.Embedding(7, 4, mask_zero=True), layers.LSTM(4))
+    inputs = keras.Input((8,))
+    several = keras.Model(inputs, [layers.Dense(2)(inputs), layers.Dense(2)(inputs)])
+    for model in (masked, embedded, several):
+        model.compile("sgd", "mse")
+        x = np.zeros((2**14, *model.input_shape[1:]), "float32")
+        assert batch_size_for(model, x) != {}
+        assert batch_size_for_scores(model, x) == {}
