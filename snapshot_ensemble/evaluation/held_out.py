@@ -12,7 +12,7 @@ from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation.metrics import items_of, loss
 from snapshot_ensemble.evaluation.targets import Truth, as_numbers, read_truth, shortened
 from snapshot_ensemble.inference.batch_size import batch_size_for
-from snapshot_ensemble.inference.cloning import compile_like, metrics_lent
+from snapshot_ensemble.inference.cloning import compile_like
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
 from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, per_output
@@ -132,15 +132,14 @@ class HeldOut:
         evaluator = _Scorer(self.model)
 
         def scores(combined: Any) -> dict[str, float]:
-            with metrics_lent(self.model):
-                values = evaluator.evaluate(
-                    {"outputs": combined, "masks": self.masks},
-                    self.y,
-                    sample_weight=self.sample_weight,
-                    batch_size=self.batch_size,
-                    verbose=0,
-                    return_dict=True,
-                )
+            values = evaluator.evaluate(
+                {"outputs": combined, "masks": self.masks},
+                self.y,
+                sample_weight=self.sample_weight,
+                batch_size=self.batch_size,
+                verbose=0,
+                return_dict=True,
+            )
             return {"loss": values.pop("loss"), **values}
 
         return scores

@@ -27,9 +27,10 @@ class Background:
         An interrupt (Ctrl-C) is raised only after that, so that their files are complete.
         """
         interrupt: KeyboardInterrupt | None = None
-        while self._last is not None and not self._last.done():
+        # Another thread may submit tasks or finish in the meantime.
+        while (last := self._last) is not None and not last.done():
             try:
-                wait([self._last])
+                wait([last])
             except KeyboardInterrupt as error:
                 interrupt = error
         if interrupt is not None:

@@ -98,9 +98,12 @@ class Progress:
 
     def record_epoch(self, values: dict[str, Any]) -> None:
         """Adds an epoch; a metric without a value in it gets a `None`."""
-        epochs = len(self.history.get("cycle", ()))
-        for name in {**self.history, **values}:
-            self.history.setdefault(name, [None] * epochs).append(values.get(name))
+        before, epochs = self.history, len(self.history.get("cycle", ()))
+        # A new dict: another thread may be reading the old one.
+        self.history = {
+            name: [*before.get(name, [None] * epochs), values.get(name)]
+            for name in {**before, **values}
+        }
 
     def columns(self, first: int, last: int) -> dict[str, list[Any]]:
         """The history of epochs `first` to `last - 1` as in Keras, without `None`s."""

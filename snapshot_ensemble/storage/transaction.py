@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import re
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -13,48 +15,18 @@ from typing import Any, Self
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.background import Background
+from snapshot_ensemble.storage.contents import Contents
 from snapshot_ensemble.storage.lock import NAME as LOCK
 from snapshot_ensemble.storage.lock import DirectoryLock
 from snapshot_ensemble.storage.manifest import NAME, Manifest, describe, read_manifest, read_record
 from snapshot_ensemble.storage.record import Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
+from snapshot_ensemble.storage.view import FilesInUse
 
+# Versions are not used twice, even after an error: something may have been built for them.
+_versions = itertools.count(1)
 # The stores of this process that are writing, by the real paths of their directories.
 _writers: weakref.WeakValueDictionary[str, "ManifestDirectory"] = weakref.WeakValueDictionary()
-
-
-@dataclasses.dataclass
-class Contents:
-    """What this process knows of a directory: everything that a transaction rolls back.
-
-    Attributes:
-        record: What is kept besides the snapshots; updated during training.
-        kept: The manifest that the directory will have when all writes have finished.
-        saved: The manifest in the directory.
-        version: A number that changes whenever the snapshots change.
-        saved_version: The version of `saved`.
-        pending: The manifest with additions that are not yet committed.
-        known: The manifest's text when it was last read or written; None if there was none.
-        claimed: Whether the contents of the directory belong to this store.
-        restarting: Whether the next added file replaces all existing ones.
-        trusted: Whether the manifest, if any, could be read. Only then are files that it does not
-            name known to be left over from a killed writer.
-    """
-
-    record: Record = dataclasses.field(default_factory=Record)
-    kept: Manifest = dataclasses.field(default_factory=Manifest)
-    saved: Manifest = dataclasses.field(default_factory=Manifest)
-    version: int = 0
-    saved_version: int = 0
-    pending: Manifest | None = None
-    known: bytes | None = None
-    claimed: bool = False
-    restarting: bool = False
-    trusted: bool = True
-
-    def copy(self) -> "Contents":
-        """A copy to roll back to."""
-        return dataclasses.replace(self, record=dataclasses.replace(self.record))
 
 
 class ManifestDirectory:
@@ -77,6 +49,10 @@ class ManifestDirectory:
         self._now = Contents()
         self._lock = DirectoryLock(self.directory)
         self._background = Background()
+        # Held while what is kept changes, but not while snapshots are read or written. The
+        # background thread never takes it, so that whoever holds it may wait for that thread.
+        self._guard = threading.RLock()
+        self._files = FilesInUse(self.directory)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
@@ -198,7 +174,8 @@ class ManifestDirectory:
                     raise
         except BaseException:
             if not is_safe:
-                self._now = before
+                with self._guard:
+                    self._now = before
             raise
 
     def _undo(self, claimed: Contents) -> None:
@@ -212,13 +189,14 @@ class ManifestDirectory:
 
     def restart(self) -> None:
         """Makes the next added file replace all existing ones."""
-        now = self._now
-        if not now.kept.replacing and now.saved.names():
-            # So that, if the run is killed before it has replaced anything, resuming it does not
-            # resume the old run instead.
-            now.kept = dataclasses.replace(now.kept, replacing=True)
-            self._submit()
-        now.restarting = True
+        with self._guard:
+            now = self._now
+            if not now.kept.replacing and now.saved.names():
+                # So that, if the run is killed before it has replaced anything, resuming it does
+                # not resume the old run instead.
+                now.kept = dataclasses.replace(now.kept, replacing=True)
+                self._submit()
+            now.restarting = True
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -228,21 +206,30 @@ class ManifestDirectory:
             BlockingIOError: If another process is writing.
             SnapshotError: If another process has written.
         """
-        entered = self._lock.held
-        with self._lock:
-            if not entered:
-                if not self.is_current():
-                    raise SnapshotError(
-                        f"'{self.directory / NAME}' was changed by another process since it was "
-                        "read. Load the ensemble again."
-                    )
-                self._clean()
-                _writers[os.path.realpath(self.directory)] = self
+        with contextlib.ExitStack() as stack:
+            with self._guard:
+                entered = self._lock.held
+                stack.enter_context(self._lock)
+                if not entered:
+                    self._begin_writing()
             try:
                 yield
             finally:
                 if not entered:
                     self.settle()
+                with self._guard:
+                    if not entered:
+                        self.settle()  # What another thread has kept since.
+                    stack.close()
+
+    def _begin_writing(self) -> None:
+        if not self.is_current():
+            raise SnapshotError(
+                f"'{self.directory / NAME}' was changed by another process since it was read. "
+                "Load the ensemble again."
+            )
+        self._clean()
+        _writers[os.path.realpath(self.directory)] = self
 
     def wait_for_writes(self) -> None:
         """Waits until everything kept so far has been written, or has failed to be."""
@@ -260,20 +247,24 @@ class ManifestDirectory:
             self._background.wait()
         except KeyboardInterrupt as error:
             interrupt = error
+        with self._guard:
+            self._finish(interrupt is not None)
+        if interrupt is not None:
+            raise interrupt
+
+    def _finish(self, is_interrupted: bool) -> None:
         now = self._now
         try:
             self._background.finish()
         except BaseException:
             now.version = now.saved_version
             now.record.learned = read_record(now.saved.ensemble).learned
-            if interrupt is None:
+            if not is_interrupted:
                 raise
         finally:
             now.kept = dataclasses.replace(now.saved, written=now.kept.written)
             with contextlib.suppress(OSError):  # The directory may be gone.
                 self._clean()
-        if interrupt is not None:
-            raise interrupt
 
     def is_current(self) -> bool:
         """Whether nobody else has written to the directory since it was read."""
@@ -322,7 +313,7 @@ class ManifestDirectory:
         """
         if not self.claimed:
             return
-        with self._explained(), self.writing():
+        with self._explained(), self._guard, self.writing():
             now = self._now
             if now.pending is not None:
                 if now.pending.files != now.kept.files:
@@ -332,7 +323,7 @@ class ManifestDirectory:
             self._submit()
 
     def _members_changed(self, learned: Learned | None = None) -> None:
-        self._now.version += 1
+        self._now.version = next(_versions)
         self._now.record.learned = learned or Learned()
 
     def _submit(self) -> None:
@@ -355,9 +346,7 @@ class ManifestDirectory:
         manifest, before = manifest.finished(), now.saved
         self._publish(manifest.to_json().encode())
         now.saved, now.saved_version, now.trusted = manifest, version, True
-        for name in before.names() - manifest.names():
-            with contextlib.suppress(OSError):  # A leftover file does no harm.
-                (self.directory / name).unlink()
+        self._files.remove(before.names() - manifest.names())
 
     def _publish(self, text: bytes) -> None:
         self._draft(NAME, lambda path: pathlib.Path(path).write_bytes(text)).finish()
