@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
 from snapshot_ensemble.keras_compat.stateless_call import weights_shown
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.manifest import NAME, Manifest, read_record
@@ -300,7 +301,7 @@ class DirectoryStore(ManifestDirectory):
         path = self._path(self._now.kept.model)
         try:
             # The file holds no optimizer slots: a loaded model gets new ones.
-            with optimizers_hidden():
+            with optimizers_hidden(), seeds_drawn_apart():
                 return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)
         except Exception as error:
             raise SnapshotError(
