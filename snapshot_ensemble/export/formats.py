@@ -21,6 +21,7 @@ from snapshot_ensemble.inference.member_pool import Combiner, MemberPool
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
 from snapshot_ensemble.keras_compat.onnx_export import prepare_for_tf2onnx
 from snapshot_ensemble.keras_compat.serving_signature import input_signature
+from snapshot_ensemble.keras_compat.stateless_call import losses_left_alone
 from snapshot_ensemble.keras_compat.twins import twin_of
 from snapshot_ensemble.storage.snapshot import Weights
 
@@ -223,7 +224,8 @@ def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str,
     try:
         if format == "onnx":
             prepare_for_tf2onnx()
-        with _quiet(not arguments["verbose"]):
+        # TensorFlow traces the model itself, too, when it looks for resources to save.
+        with losses_left_alone(), _quiet(not arguments["verbose"]):
             served.model.export(str(path), format=format, **arguments)
     except Exception as error:
         raise ValueError(

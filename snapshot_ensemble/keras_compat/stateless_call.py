@@ -25,6 +25,9 @@ _calling_functions = ContextPatch(type(tf.function(lambda: None)), "__call__", _
 _clearing_losses = ContextPatch(
     keras.layers.Layer, "_clear_losses", lambda _value, _original, _layer: None
 )
+_adding_losses = ContextPatch(
+    keras.layers.Layer, "add_loss", lambda _value, _original, _layer, _loss: None
+)
 _finalizing = ContextPatch(
     keras.layers.Normalization, "finalize_state", lambda _value, _original, _layer: None
 )
@@ -58,6 +61,16 @@ def assignments_kept_apart() -> Iterator[None]:
     A model can thus read a file while another thread trains it.
     """
     with keras.StatelessScope(), _finalizing.active(True):
+        yield
+
+
+@contextlib.contextmanager
+def losses_left_alone() -> Iterator[None]:
+    """Calls of layers inside the context neither add losses to the layers nor clear them.
+
+    Another thread may be training with the losses.
+    """
+    with _clearing_losses.active(True), _adding_losses.active(True):
         yield
 
 

@@ -28,7 +28,7 @@ from keras.src.initializers.random_initializers import RandomInitializer
 from keras.src.ops.function import Function
 from keras.src.random import seed_generator
 from keras.src.saving import saving_lib
-from threads_cases import Paced, Seen, Shift, X, ensemble, fit, looking, same
+from threads_cases import MODELS, Paced, Seen, X, ensemble, fit, looking, same
 
 from snapshot_ensemble import SnapshotEnsemble
 
@@ -97,10 +97,13 @@ class Using(Seen):
 
     def __init__(self, ens, kind, scratch, on_disk):
         super().__init__(ens, kind, scratch)
-        self.actions += [self.export] + [self.load] * (on_disk and kind == "functional")
+        self.actions += [self.load] * on_disk
+        self.actions.insert(2, self.export)
 
     def load(self):
-        again = SnapshotEnsemble.load(self.ens.directory, custom_objects={"Shift": Shift})
+        model = MODELS[self.kind]()
+        model.compile("adam", "sparse_categorical_crossentropy")
+        again = SnapshotEnsemble.load(self.ens.directory, model=model)
         self.numbers.append(again.predict_members(X, verbose=0))
 
     def export(self):
@@ -119,7 +122,7 @@ def one_round(number, scratch):
     users = [Using(ens, kind, scratch / f"copy {i}", on_disk) for i in range(2)]
     plain.start()
     with looking(users[0], number), looking(users[1], number + 4):
-        actual = fit(ens, callbacks=[Paced(user, 2) for user in users])
+        actual = fit(ens, callbacks=[Paced(user, 1) for user in users])
     plain.ended.set()
     plain.join()
     wrong = [
@@ -137,20 +140,25 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=24)
     arguments = parser.parse_args(arguments)
     counts = {"rounds": 0, "disturbed": 0, "kept": 0, "looks": 0, "plain models": 0}
-    warnings.filterwarnings("ignore", "The model cannot be saved")
-    for number in range(arguments.rounds):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The model cannot be saved")
+        count_rounds(arguments.rounds, counts)
+    print("".join(f"{name:>14}" for name in counts))
+    print("".join(f"{count:14}" for count in counts.values()))
+    return counts
+
+
+def count_rounds(rounds, counts):
+    for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             wrong, changed, looks, built = one_round(number, pathlib.Path(folder))
         for problem in [*wrong, *changed]:
-            print(f"round {number}: {problem}")
+            print(f"round {number}: {problem[:500]}", flush=True)
         counts["rounds"] += 1
         counts["disturbed"] += bool(wrong)
         counts["kept"] += not changed
         counts["looks"] += looks
         counts["plain models"] += built
-    print("".join(f"{name:>14}" for name in counts))
-    print("".join(f"{count:14}" for count in counts.values()))
-    return counts
 
 
 if __name__ == "__main__":
