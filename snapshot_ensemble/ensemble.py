@@ -64,6 +64,10 @@ class SnapshotEnsemble:
     up to 1024 rows, which is faster and gives the same predictions; everything else in batches
     of 32. Held-out data are data that training has not seen.
 
+    All methods may be called from other threads and from callbacks while `fit` runs. They see the
+    snapshots that are finished by then, and leave training as it is. Only a second `fit` or
+    `find_lr` is refused.
+
     Example:
 
     >>> import keras, numpy as np
