@@ -20,7 +20,6 @@ from snapshot_ensemble.evaluation.weight_averaging import average_weights
 from snapshot_ensemble.export.formats import check_format, export_members
 from snapshot_ensemble.export.merged_model import merge
 from snapshot_ensemble.inference.batch_size import batch_size_for_scores
-from snapshot_ensemble.inference.cloning import metrics_lent
 from snapshot_ensemble.inference.combining import check_weights
 from snapshot_ensemble.inference.member_pool import (
     MEMORY_LIMIT,
@@ -42,8 +41,9 @@ from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.weight_files import load_weights
+from snapshot_ensemble.training.exclusive import is_training, only_training
 from snapshot_ensemble.training.fit_arguments import check_fit_arguments, validation_of
-from snapshot_ensemble.training.learning_rate import AnnealedRate, compiled_rate
+from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
 from snapshot_ensemble.training.member_checks import warn_of_stragglers
 from snapshot_ensemble.training.session import FitSession
@@ -64,6 +64,10 @@ class SnapshotEnsemble:
     default (`batch_size=None`), arrays go through a graph of Keras's own small layers in batches of
     up to 1024 rows, which is faster and gives the same predictions; everything else in batches
     of 32. Held-out data are data that training has not seen.
+
+    All methods may be called from other threads and from callbacks while `fit` runs. They see the
+    snapshots that are finished by then, and leave training as it is. Only a second `fit` or
+    `find_lr` is refused.
 
     Example:
 
@@ -220,7 +224,7 @@ class SnapshotEnsemble:
 
     def _peak(self) -> float:
         peak = self.schedule.lr_init
-        return compiled_rate(self.model) if peak is None else peak
+        return self._rate.compiled if peak is None else peak
 
     def find_lr(
         self,
@@ -262,20 +266,22 @@ class SnapshotEnsemble:
         Raises:
             ValueError: If a rate or the number of steps is impossible, or the loss never falls.
             TypeError: If `model.fit` has no such argument.
+            RuntimeError: If the model is being trained already, in this or another thread.
 
         References:
             - [Smith, 2017](https://arxiv.org/abs/1506.01186)
         """
-        return range_test(
-            self.model,
-            self._rate,
-            x,
-            y,
-            lr_min=lr_min,
-            lr_max=lr_max,
-            steps=steps,
-            **fit_arguments,
-        )
+        with only_training(self.model):
+            return range_test(
+                self.model,
+                self._rate,
+                x,
+                y,
+                lr_min=lr_min,
+                lr_max=lr_max,
+                steps=steps,
+                **fit_arguments,
+            )
 
     def fit(
         self,
@@ -348,10 +354,25 @@ class SnapshotEnsemble:
                 directory holds something, or an interrupted run had another plan, model or size
                 of data. All before training.
             TypeError: If `model.fit` has no such argument.
+            RuntimeError: If the model is being trained already, in this or another thread.
             OSError: If the directory cannot be written to, or another process writes to it.
             SnapshotError: If a file to resume from is not as it was saved.
         """
         check_fit_arguments(self.model, fit_arguments)
+        with only_training(self.model):
+            return self._fit(x, y, epochs, resume, overwrite, save_every, keep_going, fit_arguments)
+
+    def _fit(
+        self,
+        x: Any,
+        y: Any,
+        epochs: int | None,
+        resume: bool,
+        overwrite: bool,
+        save_every: int | None,
+        keep_going: bool,
+        fit_arguments: dict[str, Any],
+    ) -> keras.callbacks.History:
         first = fit_arguments.get("initial_epoch")
         session = FitSession(
             model=self.model,
@@ -395,10 +416,15 @@ class SnapshotEnsemble:
         return len(self._pool)
 
     def __getitem__(self, index: int) -> keras.Model:
-        return self._pool.member(range(len(self))[operator.index(index)])
+        return self._member(self._pool.now(), index)
 
     def __iter__(self) -> Iterator[keras.Model]:
-        return (self[i] for i in range(len(self)))
+        pool = self._pool.now()
+        return (self._member(pool, i) for i in range(len(pool)))
+
+    def _member(self, pool: MemberPool, index: int) -> keras.Model:
+        with self._rate.lifted():
+            return pool.member(range(len(pool))[operator.index(index)])
 
     # What was learned about the members
 
@@ -414,9 +440,10 @@ class SnapshotEnsemble:
 
     @weights.setter
     def weights(self, weights: Any) -> None:
+        pool = self._pool.now()
         if weights is not None:
-            weights = check_weights(weights, len(self)).tolist()
-        self._pool.learn(weights=weights)
+            weights = check_weights(weights, len(pool)).tolist()
+        pool.learn(weights=weights)
 
     @property
     def temperature(self) -> float:
@@ -438,10 +465,11 @@ class SnapshotEnsemble:
 
     @members.setter
     def members(self, members: int | Sequence[int] | None) -> None:
+        pool = self._pool.now()
         if members is not None:
-            indices = self._pool.indices(members)
+            indices = pool.indices(members)
             members = len(indices) if np.ndim(members) == 0 else indices
-        self._pool.learn(members=members)
+        pool.learn(members=members)
 
     # Predicting
 
@@ -481,7 +509,8 @@ class SnapshotEnsemble:
             ValueError: If there are no members, or `combine` or `members` is invalid.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        return self._pool.predict(x, self._pool.combiner(combine, members), arguments)
+        pool = self._pool.now()
+        return pool.predict(x, pool.combiner(combine, members), arguments)
 
     def __call__(
         self,
@@ -511,7 +540,8 @@ class SnapshotEnsemble:
         Raises:
             ValueError: If there are no members, or `combine` or `members` are invalid.
         """
-        return self._pool.members_model(self._pool.combiner(combine, members)).run(inputs)
+        pool = self._pool.now()
+        return pool.members_model(pool.combiner(combine, members)).run(inputs)
 
     def predict_members(
         self,
@@ -537,7 +567,8 @@ class SnapshotEnsemble:
             ValueError: If there are no members, or `members` is invalid.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        stacked = self._pool.predict(x, self._pool.side_by_side(members), arguments)
+        pool = self._pool.now()
+        stacked = pool.predict(x, pool.side_by_side(members), arguments)
         # Keras joins batches along the first axis, so until here the members are on the second.
         return keras.tree.map_structure(lambda array: np.moveaxis(array, 1, 0), stacked)
 
@@ -581,7 +612,7 @@ class SnapshotEnsemble:
             - [Depeweg et al., 2018](https://arxiv.org/abs/1710.07283)
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        return predict_uncertainty(self._pool, x, members, arguments)
+        return predict_uncertainty(self._pool.now(), x, members, arguments)
 
     def evaluate(
         self,
@@ -614,9 +645,9 @@ class SnapshotEnsemble:
         Raises:
             ValueError: If there are no members, or `combine` or `members` is invalid.
         """
-        model = self._pool.members_model(self._pool.combiner(combine, members))
+        pool = self._pool.now()
         evaluate_arguments |= batch_size_for_scores(self.model, x, **evaluate_arguments)
-        with metrics_lent(self.model):
+        with pool.evaluator(pool.combiner(combine, members)) as model:
             return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
 
     # Learning from held-out data
@@ -668,8 +699,10 @@ class SnapshotEnsemble:
         """
         check_method(method)
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        held = gather(self._pool, x, y, sample_weight, arguments)
-        self.weights = weights = learn_weights(held, method)
+        pool = self._pool.now()
+        held = gather(pool, x, y, sample_weight, arguments)
+        weights = check_weights(learn_weights(held, method), len(pool))
+        pool.learn(weights=weights.tolist())
         return weights
 
     def choose_members(
@@ -707,9 +740,10 @@ class SnapshotEnsemble:
             ValueError: If the data do not fit the model, or hold a NaN. `members` is as before.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        held = gather(self._pool, x, y, sample_weight, arguments)
+        pool = self._pool.now()
+        held = gather(pool, x, y, sample_weight, arguments)
         count = most_members(held)
-        self.members = None if count == len(self) else count
+        pool.learn(members=None if count == len(pool) else count)
         return count
 
     def calibrate(
@@ -757,11 +791,14 @@ class SnapshotEnsemble:
         References:
             - [Guo et al., 2017](https://arxiv.org/abs/1706.04599)
         """
-        indices, weights = self._pool.combination(combine, members)
+        pool = self._pool.now()
+        indices, weights = pool.combination(combine, members)
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        held = gather(self._pool, x, y, sample_weight, arguments, indices=indices)
-        self.temperature = temperature_of(held, held.combined(combine, weights))
-        return self.temperature
+        held = gather(pool, x, y, sample_weight, arguments, indices=indices)
+        temperature = temperature_of(held, held.combined(combine, weights))
+        temperature = real_number("temperature", temperature, positive=True)
+        pool.learn(temperature=temperature)
+        return temperature
 
     def report(
         self,
@@ -795,8 +832,9 @@ class SnapshotEnsemble:
             ValueError: If there are no members, or the data do not fit the model or hold a NaN.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
-        held = gather(self._pool, x, y, sample_weight, arguments)
-        return make_report(held, self._pool.learned)
+        pool = self._pool.now()
+        held = gather(pool, x, y, sample_weight, arguments)
+        return make_report(held, pool.learned)
 
     def average_weights(
         self,
@@ -845,7 +883,8 @@ class SnapshotEnsemble:
             - [Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)
             - [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482)
         """
-        return average_weights(self._pool, members, x, y, batch_size)
+        with self._rate.lifted():
+            return average_weights(self._pool.now(), members, x, y, batch_size)
 
     # One model to serve
 
@@ -879,8 +918,9 @@ class SnapshotEnsemble:
             ValueError: If there are no members, `combine` or `members` is invalid, or the
                 model is a subclass, which is not a graph of layers.
         """
-        combiner = self._pool.combiner(combine, members)
-        return merge(self.model, self._pool.weights(combiner.members), combiner.combine)
+        pool = self._pool.now()
+        combiner = pool.combiner(combine, members)
+        return merge(self.model, pool.weights(combiner.members), combiner.combine)
 
     def export(
         self,
@@ -916,8 +956,9 @@ class SnapshotEnsemble:
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)
-        combiner = self._pool.combiner(combine, members)
-        export_members(self._pool, combiner, path, format, overwrite, export_arguments)
+        pool = self._pool.now()
+        combiner = pool.combiner(combine, members)
+        export_members(pool, combiner, path, format, overwrite, export_arguments)
 
     # Saving and loading
 
@@ -935,13 +976,17 @@ class SnapshotEnsemble:
             ValueError: If there are no members, or the directory holds something and
                 `overwrite` is `False`.
         """
-        self._pool.indices()  # Raises if there are no members.
+        pool = self._pool.now()
+        pool.indices()  # Raises if there are no members.
         here = self.directory if self._store.claimed else None
         if here is not None and directory_path(directory).resolve() == here.resolve():
-            self._store.commit()  # Its snapshots are there already.
+            # Its snapshots are there already. While the model is being trained, its progress is
+            # saved with the next one.
+            save = pool.learn if is_training(self.model) else self._store.commit
+            save()
             return
         with self._rate.lifted():
-            copy_snapshots(self.model, self._store, directory, self._settings(), overwrite)
+            copy_snapshots(self.model, pool.view, directory, self._settings(), overwrite)
 
     @classmethod
     def load(
@@ -1002,7 +1047,7 @@ class SnapshotEnsemble:
         ensemble._use(store, MemberPool(loaded, ensemble.task, store, ensemble.memory_limit))
         ensemble._next_run = store.record.progress.done.runs
         if len(ensemble) and model is None:
-            store.put(loaded, loaded, len(ensemble) - 1)
+            store.view().put(loaded, loaded, len(ensemble) - 1)
         return ensemble
 
     @classmethod

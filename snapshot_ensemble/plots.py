@@ -248,7 +248,7 @@ def plot_reliability(
     Raises:
         ValueError: If the first output is a regression, or the data do not fit the model.
     """
-    pool = ensemble._pool
+    pool = ensemble._pool.now()
     indices, weights = pool.combination(combine, None)
     held = gather(pool, x, y, indices=indices)
     if not held.meanings[0].is_classes:
@@ -290,7 +290,7 @@ def plot_uncertainty(
     Raises:
         ValueError: If the data do not fit the model.
     """
-    pool = ensemble._pool
+    pool = ensemble._pool.now()
     held = gather(pool, x, y, indices=pool.default_indices())
     ax = _axes(ax)
     colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
@@ -333,7 +333,7 @@ def plot_landscape(
     References:
         - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109), figure 4
     """
-    positions, losses = losses_between_members(ensemble._pool, x, y, points, batch_size)
+    positions, losses = losses_between_members(ensemble._pool.now(), x, y, points, batch_size)
     ax = _axes(ax)
     ax.plot(positions, losses, color=BLUE)
     ax.plot(positions[::points], losses[::points], "o", color=RED, label="snapshot")

@@ -14,6 +14,7 @@ from benchmarks import (
     prediction_cost,
     report_cost,
     shared_backbone,
+    threads,
     training_cost,
 )
 
@@ -36,6 +37,20 @@ def test_faults(capsys):
     kinds = {"a bit flipped", "cut", "removed", "swapped", "manifest altered", "manifest forged"}
     assert kinds < set(counts)
     assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
+
+
+def test_threads(capsys):
+    counts = threads.main(["--rounds", "1"])
+    assert (counts["rounds"], counts["disturbed"], counts["kept"]) == (1, 0, 1)
+    assert counts["looks"] >= 6
+    assert "disturbed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_twenty_rounds_of_threads():
+    counts = threads.main(["--rounds", "20"])
+    assert (counts["rounds"], counts["disturbed"], counts["kept"]) == (20, 0, 20)
+    assert counts["plain models"] > 100
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from snapshot_ensemble.inference.batch_size import KERAS, MOST, scores_add_up
-from snapshot_ensemble.inference.cloning import compile_like, metrics_lent
+from snapshot_ensemble.inference.cloning import compile_like
 from snapshot_ensemble.keras_compat.masks import set_mask
 
 
@@ -44,7 +44,6 @@ class Scorer(keras.Model):
         given = (y,) if sample_weight is None else (y, sample_weight)
         targets = keras.tree.map_structure(_as_keras_does, given)
         self._with_targets: Any = lambda inputs: ({**inputs, "masks": masks}, *targets)
-        self._lent: Any = lambda: metrics_lent(model)
         self._run = self._all_steps
         if not self.run_eagerly:
             self._run = tf.function(self._all_steps, autograph=False, reduce_retracing=True)
@@ -70,12 +69,11 @@ class Scorer(keras.Model):
         """The loss and metrics by name, as `evaluate` returns them."""
         data = self._with_targets({"outputs": keras.tree.map_structure(_as_keras_does, outputs)})
         data = keras.tree.map_structure(keras.ops.convert_to_tensor, data)
-        with self._lent():
-            if not self._has_metrics:  # The first step creates their variables.
-                self.test_step(keras.tree.map_structure(lambda t: t[: self._size], data))
-                self._has_metrics = True
-            self.reset_metrics()
-            values = self._run(data)
+        if not self._has_metrics:  # The first step creates their variables.
+            self.test_step(keras.tree.map_structure(lambda t: t[: self._size], data))
+            self._has_metrics = True
+        self.reset_metrics()
+        values = self._run(data)
         return {"loss": float(values.pop("loss")), **_by_name(values)}
 
 

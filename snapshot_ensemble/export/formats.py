@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import logging
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from snapshot_ensemble.export.replacing import replaced
 from snapshot_ensemble.inference.cloning import Member
 from snapshot_ensemble.inference.member_pool import Combiner, MemberPool
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
-from snapshot_ensemble.keras_compat.quiet import warnings_ignored
+from snapshot_ensemble.keras_compat.onnx_export import prepare_for_tf2onnx
 from snapshot_ensemble.keras_compat.serving_signature import input_signature
+from snapshot_ensemble.keras_compat.stateless_call import losses_left_alone
+from snapshot_ensemble.keras_compat.twins import twin_of
 from snapshot_ensemble.storage.snapshot import Weights
 
 Outputs = dict[str, np.ndarray]
@@ -76,7 +79,9 @@ class _NamedOutputs(keras.Model):
         combine: Callable[[list[Any]], Any],
     ) -> None:
         super().__init__(name=model.name, autocast=False)
-        self._resources = model  # Tracked, so that its lookup tables are saved, too.
+        # Tracked, so that its lookup tables are saved, too. A twin, since TensorFlow takes away the
+        # compiled functions while it saves, and another thread may be training with them.
+        self._resources = twin_of(model)
         self._members = [Member(model) for _ in members]
         for member, weights in zip(self._members, members, strict=True):
             member.set_weights(weights)
@@ -187,9 +192,10 @@ def export_model(
 def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str, Any]) -> None:
     arguments = {"verbose": False, "input_signature": [served.signature], **arguments}
     try:
-        # Keras looks up `np.object` to patch it for tf2onnx, and NumPy warns.
-        probe = warnings_ignored("In the future `np.object`", FutureWarning)
-        with probe, _quiet(not arguments["verbose"]):
+        if format == "onnx":
+            prepare_for_tf2onnx()
+        # TensorFlow traces the model itself, too, when it looks for resources to save.
+        with losses_left_alone(), _quiet(not arguments["verbose"]):
             served.model.export(str(path), format=format, **arguments)
     except Exception as error:
         raise ValueError(
@@ -200,15 +206,21 @@ def _write(served: Served, path: pathlib.Path, format: str, arguments: dict[str,
 
 @contextlib.contextmanager
 def _quiet(enabled: bool) -> Iterator[None]:
-    """Hides TensorFlow's log of where it writes, since the file is moved afterwards."""
-    logger = tf.get_logger()
-    level = logger.level
-    if enabled:
-        logger.setLevel(max(level, logging.WARNING))
+    """Hides TensorFlow's log of where it writes, since the file is moved afterwards.
+
+    Not by the logger's level, which is the same for all threads.
+    """
+    logger, thread = tf.get_logger(), threading.get_ident()
+
+    def is_shown(record: logging.LogRecord) -> bool:
+        is_other = record.thread != thread
+        return not enabled or is_other or record.levelno >= logging.WARNING
+
+    logger.addFilter(is_shown)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(is_shown)
 
 
 def _compare(served: Served, path: pathlib.Path, format: str) -> None:

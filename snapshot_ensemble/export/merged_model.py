@@ -14,6 +14,7 @@ from snapshot_ensemble.keras_compat.layer_graph import (
     source_of,
     takes_training,
 )
+from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.weight_files import set_weights
 
@@ -122,7 +123,8 @@ def merge(
     )
     names = [tensor.name for tensor in keras.tree.flatten(inputs)]
     merger = Merger(model, members, [*names, *graph.output_names])
-    combined = combine([merger.outputs(graph, inputs, k) for k in range(len(members))])
+    with seeds_drawn_apart():
+        combined = combine([merger.outputs(graph, inputs, k) for k in range(len(members))])
     # An output is named after its last layer.
     named = [
         keras.layers.Identity(name=name, dtype=output.dtype)(output)

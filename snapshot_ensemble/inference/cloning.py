@@ -1,8 +1,6 @@
 """Clones of the user's model: one member as a separate model, compiled like the original."""
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -11,7 +9,9 @@ from snapshot_ensemble.inference.members_model import member_outputs
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
 from snapshot_ensemble.keras_compat.initializers import random_initializers_replaced
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
-from snapshot_ensemble.keras_compat.quiet import warnings_ignored
+from snapshot_ensemble.keras_compat.metric_copies import copy_of_metric
+from snapshot_ensemble.keras_compat.optimizer_rate import copy_of_optimizer
+from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.weight_files import set_weights
 
@@ -22,7 +22,8 @@ class Member(keras.Model):
     def __init__(self, model: keras.Model) -> None:
         super().__init__(name=model.name, dtype=model.dtype_policy, autocast=False)
         own = [
-            self.add_weight(shape=v.shape, dtype=v.dtype, trainable=v.trainable, name=v.name)
+            # Zeros, since drawing values would advance a random generator.
+            self.add_weight(v.shape, "zeros", v.dtype, trainable=v.trainable, name=v.name)
             for v in model.weights
         ]
 
@@ -49,7 +50,8 @@ def blank_member(model: keras.Model) -> keras.Model:
     """A new model with the architecture of `model`, not compiled, whose weights are to be set."""
     try:
         # Drawing initial weights that are overwritten anyway would cost time and memory.
-        with random_initializers_replaced(lambda _: keras.initializers.Zeros()):
+        zeros = random_initializers_replaced(lambda _: keras.initializers.Zeros())
+        with zeros, seeds_drawn_apart():
             # Not with `clone_model`, which fails if a loss or metric has no config.
             member = type(model).from_config(model.get_config())
             if not member.built:
@@ -66,7 +68,7 @@ def build_member(model: keras.Model, weights: Weights) -> keras.Model:
     """A new model with the architecture of `model` and these weights, compiled like it."""
     member = blank_member(model)
     set_weights(member, weights)
-    compile_like(member, model, optimizer=_copy(compile_arguments(model)["optimizer"]))
+    compile_like(member, model, optimizer=_own(compile_arguments(model)["optimizer"]))
     return member
 
 
@@ -74,39 +76,15 @@ def compile_like(target: keras.Model, model: keras.Model, optimizer: Any = "sgd"
     """Compiles `target` with the loss and metrics of `model`, and its own optimizer."""
     arguments = {**compile_arguments(model), "optimizer": optimizer}
     for name in ("metrics", "weighted_metrics"):
-        arguments[name] = keras.tree.map_structure(_copy, arguments[name])
+        arguments[name] = keras.tree.map_structure(_own, arguments[name])
     keras.Model.compile(target, **arguments)
 
 
-def _copy(original: Any) -> Any:
-    """A copy of an optimizer or metric with its own state; if that fails, the original."""
-    if not isinstance(original, (keras.Optimizer, keras.Metric)):
-        return original
-    try:
-        # Keras warns of lambdas in a config, but this one is not read from a file.
-        with warnings_ignored():
-            return type(original).from_config(original.get_config())
-    except Exception:
-        return original
-
-
-@contextlib.contextmanager
-def metrics_lent(model: keras.Model) -> Iterator[None]:
-    """Resets a model's metrics for the duration of a block and then restores their state.
-
-    This matters for metrics that cannot be copied and are shared with the user's model.
-    """
-    config = compile_arguments(model)
-    leaves = keras.tree.flatten([config["metrics"], config["weighted_metrics"]])
-    metrics = [leaf for leaf in leaves if isinstance(leaf, keras.Metric)]
-    saved = [(variable, variable.numpy()) for metric in metrics for variable in metric.variables]
-    for metric in metrics:
-        metric.reset_state()
-    try:
-        yield
-    finally:
-        for variable, value in saved:
-            variable.assign(value)
+def _own(given: Any) -> Any:
+    """A copy of an optimizer or metric, which have state; anything else as it is."""
+    if isinstance(given, keras.Metric):
+        return copy_of_metric(given)
+    return copy_of_optimizer(given) if isinstance(given, keras.Optimizer) else given
 
 
 def copy_assets(layer: Any, clone: Any) -> None:

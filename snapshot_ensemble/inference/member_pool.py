@@ -1,11 +1,12 @@
 """The members of an ensemble, run in one graph or one after another."""
 
+import contextlib
+import copy
 import dataclasses
-import errno
-import warnings
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -26,17 +27,14 @@ from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.output_specs import Output, check_task, read_outputs
 from snapshot_ensemble.keras_compat.compile_arguments import compilation
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
-from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.record import Learned
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.store import SnapshotStore
+from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_delta import bytes_of
 
 # In bytes: how much memory the members' weights may take at once.
 MEMORY_LIMIT = 2**28
-
-# The errors of a directory that may only be read.
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class PredictArguments(NamedTuple):
@@ -63,8 +61,39 @@ class Combiner(NamedTuple):
     combine: Callable[[list[Any]], Any]
 
 
+@dataclasses.dataclass(eq=False)
+class Graphs:
+    """The graphs built of some members, and what they were built of.
+
+    Attributes:
+        built_for: Identifies the members and metrics.
+        tensors: Each member's weights, by its index.
+        first: For each index in `model.weights`, the first array and the tensor made from it.
+        models: By the members and the combiner's name.
+    """
+
+    built_for: Any = None
+    tensors: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = dataclasses.field(default_factory=dict)
+    models: dict[Any, MembersModel] = dataclasses.field(default_factory=dict)
+
+
+class GraphCache:
+    """The latest graphs, for all threads.
+
+    The lock is held while graphs are built, not while they run.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.graphs = Graphs()
+
+
 class MemberPool:
     """The members of one model, whose weights are in a store.
+
+    The members of a pool are those that the store has, and may change from one call to the next
+    if another thread trains. Those of `now()` stay the same.
 
     Args:
         model: The compiled model whose weights the members are.
@@ -84,43 +113,34 @@ class MemberPool:
         check_task(model, task)
         self.memory_limit = whole_number("memory_limit", memory_limit, 0)
         self.model, self.task, self.store = model, task, store
-        self._forget()
+        self._cache = GraphCache()
+        self.fixed: View | None = None
 
-    def _forget(self, built_for: Any = None) -> None:
-        """Drops all graphs; `built_for` identifies the members and metrics of the next ones."""
-        self._tensors: dict[int, list[Any]] = {}
-        # For each index in `model.weights`, the first array and the tensor made from it.
-        self._first: dict[int, tuple[weakref.ref[np.ndarray], Any]] = {}
-        self._models: dict[Any, MembersModel] = {}
-        self._built_for: Any = built_for
+    def now(self) -> Self:
+        """The pool with the members that there are now."""
+        pool = copy.copy(self)
+        pool.fixed = self.store.view()
+        return pool
+
+    @property
+    def view(self) -> View:
+        """The members: always the same, or those that the store has at this moment."""
+        return self.store.view() if self.fixed is None else self.fixed
 
     def __len__(self) -> int:
-        return len(self.store.snapshots)
+        return len(self.view.snapshots)
 
     @property
     def learned(self) -> Learned:
-        """What was learned about the present members."""
-        return self.store.record.learned
+        """What was learned about the members."""
+        return self.view.learned
 
     def learn(self, **changes: Any) -> None:
-        """Changes what was learned and saves it with the snapshots."""
-        record, before = self.store.record, self.learned
-        with interrupts_deferred():
-            record.learned = dataclasses.replace(before, **changes)
-            try:
-                self.store.commit()
-            except OSError as error:
-                if error.errno not in NOT_WRITABLE:
-                    record.learned = before
-                    raise
-                warnings.warn(
-                    f"{', '.join(changes)} will not be saved: {error} Save the ensemble elsewhere "
-                    "with `save`.",
-                    stacklevel=3,
-                )
-            except BaseException:
-                record.learned = before
-                raise
+        """Changes what was learned about the members, and saves it with the snapshots.
+
+        It is forgotten if the store has other members by now.
+        """
+        self.store.learn(self.view.version, **changes)
 
     # Selecting members
 
@@ -143,11 +163,12 @@ class MemberPool:
 
     def weights(self, indices: Sequence[int]) -> list[Weights]:
         """The weights of members, each in the order of `model.weights`."""
-        return [self.store.weights(self.model, index) for index in indices]
+        view = self.view
+        return [view.weights(self.model, index) for index in indices]
 
     def member(self, index: int) -> keras.Model:
         """One member as a separate model."""
-        return build_member(self.model, self.store.weights(self.model, index))
+        return build_member(self.model, self.view.weights(self.model, index))
 
     # Combining their outputs
 
@@ -200,12 +221,12 @@ class MemberPool:
         options |= batch_size_for(self.model, x, **options)
         if not self.is_too_large(combiner.members) or not are_arrays(x):
             return self.members_model(combiner).predict(x, **options)
-        self._forget()
+        self._cache.graphs = Graphs()  # Drops all weights in memory.
         with self.model.distribute_strategy.scope():
             member = blank_member(self.model)
-        outputs = []
+        outputs, view = [], self.view
         for index in combiner.members:
-            self.store.put(member, self.model, index)
+            view.put(member, self.model, index)
             outputs.append(member.predict(x, **options))
         return in_blocks(combiner.combine, outputs)
 
@@ -215,37 +236,86 @@ class MemberPool:
         return len(indices) * trained + frozen > self.memory_limit
 
     def members_model(self, combiner: Combiner, kind: type[MembersModel] = MembersModel) -> Any:
-        """A model that runs the members; cached by the members and the combiner's name."""
-        # A new `compile` changes the metrics and perhaps the loss.
-        built_for = (self.store.version, compilation(self.model))
-        if self._built_for != built_for:
-            self._forget(built_for)
-        key = (tuple(combiner.members), combiner.name)
-        if key not in self._models:
-            for index in sorted(set(combiner.members) - set(self._tensors)):
-                self._tensors[index] = self._as_tensors(self.store.weights(self.model, index))
-            with self.model.distribute_strategy.scope():
-                weights = [self._tensors[index] for index in combiner.members]
-                model = kind(self.model, weights, combiner.combine)
-                compile_like(model, self.model)
-            # Evict graphs built for older weights or another temperature.
-            for other in list(self._models):
-                if (other[0], other[1][0]) == (key[0], key[1][0]):
-                    del self._models[other]
-            self._models[key] = model
-        return self._models[key]
+        """A model that runs the members; cached by the members and the combiner's name.
 
-    def _as_tensors(self, arrays: Weights) -> list[Any]:
-        """Arrays as tensors; an array that members share becomes one and the same tensor."""
-        tensors = []
-        for i, array in enumerate(arrays):
-            known, tensor = self._first.get(i, (None, None))
-            if known is None or known() is not array:
-                tensor = ops.convert_to_tensor(array)
-                if isinstance(array, np.ndarray):  # NumPy scalars have no weak references.
-                    self._first.setdefault(i, (weakref.ref(array), tensor))
-            tensors.append(tensor)
-        return tensors
+        Threads may share it to predict, but not to evaluate.
+        """
+        view, key = self.view, _key(combiner)
+        graphs = self._cache.graphs
+        model = graphs.models.get(key) if graphs.built_for == self._built_for(view) else None
+        if model is None:
+            with self._cache.lock:
+                graphs = self._graphs(view)
+                if key not in graphs.models:
+                    _keep(graphs, key, self._build(graphs, view, combiner, kind))
+                model = graphs.models[key]
+        return model
+
+    @contextlib.contextmanager
+    def evaluator(self, combiner: Combiner) -> Iterator[MembersModel]:
+        """Lends a model that runs the members to one thread, since metrics add up inside it."""
+        combiner = combiner._replace(name=("evaluate", *combiner.name))
+        view, key = self.view, _key(combiner)
+        with self._cache.lock:
+            graphs = self._graphs(view)
+            model = graphs.models.pop(key, None) or self._build(graphs, view, combiner)
+        yield model
+        with self._cache.lock:
+            _keep(graphs, key, model)
+
+    def _built_for(self, view: View) -> Any:
+        # A new `compile` changes the metrics and perhaps the loss.
+        return view.version, compilation(self.model)
+
+    def _graphs(self, view: View) -> Graphs:
+        """The graphs that were built for these members and the compiled metrics."""
+        built_for = self._built_for(view)
+        if self._cache.graphs.built_for != built_for:
+            self._cache.graphs = Graphs(built_for)
+        return self._cache.graphs
+
+    def _build(
+        self,
+        graphs: Graphs,
+        view: View,
+        combiner: Combiner,
+        kind: type[MembersModel] = MembersModel,
+    ) -> MembersModel:
+        for index in sorted(set(combiner.members) - set(graphs.tensors)):
+            graphs.tensors[index] = _as_tensors(view.weights(self.model, index), graphs.first)
+        with self.model.distribute_strategy.scope():
+            weights = [graphs.tensors[index] for index in combiner.members]
+            model = kind(self.model, weights, combiner.combine)
+            compile_like(model, self.model)
+        return model
+
+
+def _key(combiner: Combiner) -> tuple[Any, ...]:
+    return tuple(combiner.members), combiner.name
+
+
+def _keep(graphs: Graphs, key: Any, model: MembersModel) -> None:
+    """Adds a model, in place of one for other member weights or another temperature."""
+    size = 2 if key[1][0] == "evaluate" else 1
+    for other in list(graphs.models):
+        if (other[0], other[1][:size]) == (key[0], key[1][:size]):
+            del graphs.models[other]
+    graphs.models[key] = model
+
+
+def _as_tensors(
+    arrays: Weights, first: dict[int, tuple[weakref.ref[np.ndarray], Any]]
+) -> list[Any]:
+    """Arrays as tensors; an array that members share becomes one and the same tensor."""
+    tensors = []
+    for i, array in enumerate(arrays):
+        known, tensor = first.get(i, (None, None))
+        if known is None or known() is not array:
+            tensor = ops.convert_to_tensor(array)
+            if isinstance(array, np.ndarray):  # NumPy scalars have no weak references.
+                first.setdefault(i, (weakref.ref(array), tensor))
+        tensors.append(tensor)
+    return tensors
 
 
 def check_model(model: Any) -> None:

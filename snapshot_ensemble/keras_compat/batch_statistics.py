@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
+from snapshot_ensemble.keras_compat.twins import twin_of, twins_called
 
 STATISTICS = ("count", "mean", "variance")
 
@@ -23,21 +24,17 @@ def normalizing_layers(model: keras.Model) -> list[Any]:
 def recorded_by_batch(layers: Sequence[Any]) -> Iterator[list[list[dict[str, Any]]]]:
     """Makes these layers, and no others, work as in training, and records their statistics.
 
-    Their momentum is set to 0, so that they hold the statistics of the last batch only. Yields a
-    list for each layer, to which each call adds a dict with the statistics and the number of items.
+    Twins with momentum 0 are called instead of them, so that the scope they run in holds the
+    statistics of the last batch only. Yields a list for each layer, to which each call adds a dict
+    with the statistics and the number of items.
     """
     calls: list[list[dict[str, Any]]] = [[] for _ in layers]
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for layer, seen in zip(layers, calls, strict=True):
-            layer.momentum = 0.0
-            # Bypasses Keras's attribute tracking, which would register the change.
-            object.__setattr__(layer, "call", _in_training(layer, seen))
+    twins = {}
+    for layer, seen in zip(layers, calls, strict=True):
+        twins[id(layer)] = twin = twin_of(layer, momentum=0.0)
+        vars(twin)["call"] = _in_training(twin, seen)
+    with twins_called(twins):
         yield calls
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            vars(layer).pop("call", None)
 
 
 def _in_training(layer: Any, seen: list[dict[str, Any]]) -> Callable[..., Any]:

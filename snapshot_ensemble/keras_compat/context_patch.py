@@ -9,10 +9,10 @@ from typing import Any
 
 
 class ContextPatch:
-    """Replaces a method of a class, but only in the caller's own context.
+    """Replaces a method of a class or a function of a module, but only in the caller's context.
 
-    The class is patched while at least one caller needs it, and is restored afterwards. Other
-    threads, and code in the same thread after `active()` has ended, still get the original
+    The class or module is patched while at least one caller needs it, and is restored afterwards.
+    Other threads, and code in the same thread after `active()` has ended, still get the original
     method: the patch checks a `ContextVar`, which starts empty in each thread.
 
     Example:
@@ -30,13 +30,13 @@ class ContextPatch:
     'hello'
 
     Args:
-        owner: The class.
-        name: The method's name.
-        replacement: Called as `replacement(value, original, self, *args, **kwargs)`, where `value`
-            is the argument of `active`.
+        owner: The class or module.
+        name: The method's or function's name.
+        replacement: Called as `replacement(value, original, *args, **kwargs)`, where `value` is the
+            argument of `active`, and the first of `args` is the instance if it is a method.
     """
 
-    def __init__(self, owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         self._owner, self._name, self._replacement = owner, name, replacement
         self._value: contextvars.ContextVar[Any] = contextvars.ContextVar(name, default=None)
         self._lock = threading.Lock()
@@ -57,6 +57,11 @@ class ContextPatch:
                 self._value.reset(token)
         finally:
             self._remove()
+
+    @property
+    def value(self) -> Any:
+        """The argument of `active` in this context; None outside of one."""
+        return self._value.get()
 
     def _install(self) -> None:
         with self._lock:
@@ -83,10 +88,10 @@ class ContextPatch:
         value, replacement = self._value, self._replacement
 
         @functools.wraps(original)
-        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             current = value.get()
             if current is None:
-                return original(self, *args, **kwargs)
-            return replacement(current, original, self, *args, **kwargs)
+                return original(*args, **kwargs)
+            return replacement(current, original, *args, **kwargs)
 
         return wrapper

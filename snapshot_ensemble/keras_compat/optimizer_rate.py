@@ -6,6 +6,9 @@ from typing import Any
 
 import keras
 
+from snapshot_ensemble.keras_compat.context_patch import ContextPatch
+from snapshot_ensemble.keras_compat.twins import twin_of
+
 
 def rate_holder(optimizer: Any) -> Any:
     """The optimizer that has the learning rate, inside any `LossScaleOptimizer`."""
@@ -38,13 +41,38 @@ def rate_replaced(optimizer: Any, variable: keras.Variable) -> Iterator[None]:
         optimizer._untrack_variable(variable)
 
 
+def _config_with_rate(shown: Any, original: Any, optimizer: Any) -> Any:
+    holder, rate = shown
+    if optimizer is not holder:
+        return original(optimizer)
+    config = original(twin_of(optimizer, _learning_rate=rate))
+    return {**config, "learning_rate": rate} if isinstance(rate, float) else config
+
+
+_describing = ContextPatch(keras.Optimizer, "get_config", _config_with_rate)
+
+
 @contextlib.contextmanager
 def rate_shown(optimizer: Any, rate: Any) -> Iterator[None]:
-    """Lets an optimizer hold another rate, such as a schedule, while a model is saved."""
-    optimizer = rate_holder(optimizer)
-    variable = optimizer._learning_rate
-    optimizer._learning_rate = rate
-    try:
+    """Gives an optimizer's config another rate: a float, a schedule or a function.
+
+    Only in the caller's context: another thread may be training with the optimizer's own rate.
+    """
+    with _describing.active((rate_holder(optimizer), rate)):
         yield
-    finally:
-        optimizer._learning_rate = variable
+
+
+def copy_of_optimizer(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """A new optimizer with the same settings; the original if it has no usable config."""
+    holder, rate = _describing.value or (optimizer, rate_holder(optimizer)._learning_rate)
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    is_function = callable(rate) and not isinstance(rate, (keras.Variable, schedule))
+    try:
+        if holder is not optimizer or not is_function:
+            return type(optimizer).from_config(optimizer.get_config())
+        # A function is handed over as it is: Keras warns if it has to describe a lambda.
+        with rate_shown(optimizer, 0.0):
+            config = optimizer.get_config()
+        return type(optimizer).from_config({**config, "learning_rate": rate})
+    except Exception:
+        return optimizer

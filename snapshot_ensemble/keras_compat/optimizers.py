@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras.src.saving import saving_lib
 
-from snapshot_ensemble.keras_compat.layer_graph import all_layers
-from snapshot_ensemble.keras_compat.quiet import warnings_ignored
+from snapshot_ensemble.keras_compat.context_patch import ContextPatch
+from snapshot_ensemble.keras_compat.optimizer_rate import copy_of_optimizer
 
 
 def optimizers_of(model: keras.Model) -> list[Any]:
@@ -24,33 +25,31 @@ def built_for(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "_trainable_variables", []))
 
 
-def models_with_optimizers(model: keras.Model) -> list[keras.Model]:
-    """The model and the models inside it, as far as they are compiled."""
-    inside = [layer for layer in all_layers(model) if isinstance(layer, keras.Model)]
-    return [inner for inner in inside if getattr(inner, "optimizer", None) is not None]
-
-
 def initial_values(optimizer: Any) -> list[Any]:
     """The values that the variables of a built optimizer have before its first step."""
-    with warnings_ignored():  # Of functions in a config, which is not read from a file here.
-        new = type(optimizer).from_config(optimizer.get_config())
+    new = copy_of_optimizer(optimizer)
+    if new is optimizer:
+        raise ValueError(f"{type(optimizer).__name__} cannot be made from its config.")
     new.build(built_for(optimizer))
     return [keras.ops.convert_to_numpy(variable.value) for variable in new.variables]
 
 
-@contextlib.contextmanager
-def optimizers_hidden(model: keras.Model) -> Iterator[None]:
-    """Hides the optimizers, whose slots Keras would otherwise save with the weights, or expect.
+def _without_optimizers(_: Any, original: Any, saveable: Any) -> Iterator[tuple[str, Any]]:
+    is_model = isinstance(saveable, keras.Model)
+    for name, value in original(saveable):
+        if not (is_model and name == "optimizer"):
+            yield name, value
 
-    This includes optimizers of models inside, such as a backbone that was trained before.
+
+_walking = ContextPatch(saving_lib, "_walk_saveable", _without_optimizers)
+
+
+@contextlib.contextmanager
+def optimizers_hidden() -> Iterator[None]:
+    """Hides the optimizers of models, whose slots Keras would otherwise save, load or expect.
+
+    This includes optimizers of models inside, such as a backbone that was trained before. The
+    models keep their optimizers: another thread may be training with them.
     """
-    models = models_with_optimizers(model)
-    optimizers = [inner.optimizer for inner in models]
-    try:
-        for inner in models:
-            # Bypasses Keras's attribute tracking, which would register the change.
-            object.__setattr__(inner, "optimizer", None)
+    with _walking.active(True):
         yield
-    finally:
-        for inner, optimizer in zip(models, optimizers, strict=True):
-            object.__setattr__(inner, "optimizer", optimizer)

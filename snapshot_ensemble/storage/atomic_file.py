@@ -73,6 +73,12 @@ class Draft:
         """Removes the temporary file."""
         self._temporary.unlink(missing_ok=True)
 
+    def checked(self, directory: pathlib.Path) -> pathlib.Path:
+        """Its path, once it is in place; raises `SnapshotError` if that failed."""
+        if self._file is None:
+            raise SnapshotError(f"'{self._path}' could not be written.")
+        return self._file.checked(directory)
+
     def put(self) -> File:
         """Flushes the contents to disk and renames the file; does nothing more if called again."""
         if self._file is not None:

@@ -26,8 +26,9 @@ class Background:
 
     def wait(self) -> None:
         """Waits until all tasks have ended, whether they failed or not."""
-        if self._last is not None and self.busy:
-            wait([self._last])
+        # Another thread may submit tasks or finish in the meantime.
+        while self.busy and (last := self._last) is not None and not last.done():
+            wait([last])
 
     def submit(self, task: Callable[[], None]) -> None:
         """Runs a task after all earlier ones have ended."""

@@ -2,15 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage import history_blocks
+from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.file_names import LOCK, MANIFEST, is_left_over, new_tag
-from snapshot_ensemble.storage.manifest import Manifest, read_manifest, read_record
+from snapshot_ensemble.storage.manifest import Manifest, describe, read_manifest, read_record
 from snapshot_ensemble.storage.record import Counts, History, Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
+
+# Versions are not used twice, even after an error: something may have been built for them.
+_versions = itertools.count(1)
 
 
 @dataclasses.dataclass
@@ -49,8 +55,34 @@ class Contents:
 
     def members_changed(self, learned: Learned | None = None) -> None:
         """Resets what was learned about other members."""
-        self.version += 1
+        self.version = next(_versions)
         self.record.learned = learned or Learned()
+
+    def describe_record(self, draft: Callable[..., Draft]) -> None:
+        """Keeps the record as it is; full blocks of the history become files of their own.
+
+        Args:
+            draft: Makes a file of a kind, a number, a suffix and a function that writes it.
+        """
+        size, progress = history_blocks.EPOCHS, self.record.progress
+        columns, blocks = frozenset(progress.history), list(self.kept.history)
+        if columns != self.columns:
+            blocks, self.columns = [], columns
+        written = self.kept.written
+        while (end := (len(blocks) + 1) * size) <= history_blocks.length(progress.history):
+            block = history_blocks.cut(progress.history, end - size, end)
+            write = functools.partial(history_blocks.write_block, block=block)
+            written += 1
+            blocks.append(draft("history", written, "json", write))
+        rest = history_blocks.cut(progress.history, len(blocks) * size)
+        progress = dataclasses.replace(progress, history=rest)
+        self.kept = dataclasses.replace(
+            self.kept,
+            ensemble=describe(dataclasses.replace(self.record, progress=progress)),
+            history=tuple(blocks),
+            written=written,
+            tag=self.tag,
+        )
 
     def take_back(self, done: Counts) -> None:
         """Drops everything after these counts from memory, and from the next manifest."""
@@ -104,15 +136,16 @@ def read_contents(directory: pathlib.Path) -> Contents:
     now = Contents(record, manifest, manifest, known=known, claimed=True)
     now.tag = manifest.tag or now.tag
     if manifest.history:
-        record.progress.history = _whole_history(directory, manifest, record.progress.history)
+        record.progress.history = whole_history(directory, manifest, record.progress.history)
         now.columns = frozenset(record.progress.history)
     return now
 
 
-def _whole_history(directory: pathlib.Path, manifest: Manifest, rest: History) -> History:
+def whole_history(directory: pathlib.Path, manifest: Manifest, rest: History) -> History:
+    """The history in the blocks of a manifest, followed by the rest."""
     parts = []
     for file in manifest.history:
-        path = file.checked(directory)  # type: ignore[union-attr]  # It was read: it is no draft.
+        path = file.checked(directory)
         try:
             parts.append(history_blocks.read_block(path))
         except ValueError as error:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import os
 import pathlib
 import warnings
@@ -11,14 +13,18 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
-from snapshot_ensemble.keras_compat.quiet import warnings_ignored
+from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
+from snapshot_ensemble.keras_compat.stateless_call import weights_shown
 from snapshot_ensemble.storage.atomic_file import Draft
+from snapshot_ensemble.storage.contents import whole_history
 from snapshot_ensemble.storage.file_names import MANIFEST
-from snapshot_ensemble.storage.manifest import Manifest
-from snapshot_ensemble.storage.record import Record
+from snapshot_ensemble.storage.interrupts import interrupts_deferred
+from snapshot_ensemble.storage.manifest import Manifest, read_record
+from snapshot_ensemble.storage.record import Learned, Progress, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, Weights, renumbered
-from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.transaction import ManifestDirectory
+from snapshot_ensemble.storage.typed_json import encode
+from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_delta import (
     is_worth_it,
     read_base,
@@ -31,6 +37,9 @@ from snapshot_ensemble.storage.weight_files import (
     save_weights,
     set_weights,
 )
+
+# The errors of a directory that may only be read.
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DirectoryStore(ManifestDirectory):
@@ -53,7 +62,8 @@ class DirectoryStore(ManifestDirectory):
 
     def add(self, model: keras.Model, snapshot: Snapshot, *, commit: bool = True) -> None:
         with self._change():
-            begun, number = self._begun()
+            with self._guard:
+                begun, number = self._begun()
             model_file = begun.model
             if model_file is None and self._savable:
                 model_file = self._write_model(model, number)
@@ -64,15 +74,16 @@ class DirectoryStore(ManifestDirectory):
                 if isinstance(model_file, Draft) and model_file is not begun.model:
                     model_file.discard()
                 raise
-            self._add(
-                begun=begun,
-                snapshots=tuple(renumbered([*begun.snapshots, snapshot])),
-                files=(*begun.files, file),
-                model=model_file,
-                base=base,
-            )
-            if commit:
-                self.commit()
+            with self._guard:
+                self._add(
+                    begun=begun,
+                    snapshots=tuple(renumbered([*begun.snapshots, snapshot])),
+                    files=(*begun.files, file),
+                    model=model_file,
+                    base=base,
+                )
+                if commit:
+                    self.commit()
 
     def _write_weights(
         self, model: keras.Model, number: int, begun: Manifest, model_file: Any
@@ -98,24 +109,29 @@ class DirectoryStore(ManifestDirectory):
         return file.write()
 
     def _weights_of(self, model: keras.Model, base: Any) -> Weights:
-        if self._base[0] != base.name:
-            self.settle()
-            self._base = (base.name, read_base(model, self._path(base)))
-        return self._base[1]
+        name, weights = self._base
+        if name != base.name:
+            self.wait_for_writes()
+            weights = read_base(model, self._path(base))
+            self._base = (base.name, weights)
+        return weights
 
     def base(self, model: keras.Model) -> Weights:
-        if self._now.kept.base is None:
+        return self._base_of(self._now.kept, model)
+
+    def _base_of(self, kept: Manifest, model: keras.Model) -> Weights:
+        if kept.base is None:
             raise SnapshotError(
                 f"'{self.directory / MANIFEST}' names no base file, which the other files need."
             )
-        return self._weights_of(model, self._now.kept.base)
+        return self._weights_of(model, kept.base)
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         """Replaces the file with the state of training.
 
         It is written later, by `write`, which takes the path, and weights that are already saved.
         """
-        with self._change():
+        with self._change(), self._guard:
             begun, number = self._begun()
             shared = self._base[1] if begun.base and begun.base.name == self._base[0] else None
             file = self._draft("state", number, "npz", lambda path: write(path, shared))
@@ -129,12 +145,13 @@ class DirectoryStore(ManifestDirectory):
         return self._path(self._now.kept.state)
 
     def keep_newest(self, count: int) -> None:
-        if len(self._now.kept.snapshots) > count:
-            self._add(
-                snapshots=tuple(renumbered(self._now.kept.snapshots[-count:])),
-                files=self._now.kept.files[-count:],
-            )
-            self.commit()
+        with self._guard:
+            if len(self._now.kept.snapshots) > count:
+                self._add(
+                    snapshots=tuple(renumbered(self._now.kept.snapshots[-count:])),
+                    files=self._now.kept.files[-count:],
+                )
+                self.commit()
 
     def inspect(self) -> dict[str, Any]:
         """The manifest's contents, and whether each file is intact."""
@@ -202,7 +219,7 @@ class DirectoryStore(ManifestDirectory):
                 if _is_difference(file):
                     self._path(self._now.kept.base)
                 if model is not None:
-                    self.weights(model, index)
+                    self._weights(self._now.kept, model, index)
             except SnapshotError as error:
                 errors[index] = error
         return errors
@@ -217,22 +234,74 @@ class DirectoryStore(ManifestDirectory):
         )
         self._now.members_changed()
 
-    def weights(self, model: keras.Model, index: int) -> Weights:
-        self.settle()
-        file = self._now.kept.files[index]
+    def learn(self, version: int, **changes: Any) -> None:
+        with interrupts_deferred(), self._guard:
+            if self.version != version:
+                return
+            record, before = self.record, self.record.learned
+            record.learned = learned = dataclasses.replace(before, **changes)
+            try:
+                if self.claimed:
+                    self._write_learned(learned)
+            except OSError as error:
+                if error.errno not in NOT_WRITABLE:
+                    record.learned = before
+                    raise
+                warnings.warn(
+                    f"{', '.join(changes)} will not be saved: {error} Save the ensemble elsewhere "
+                    "with `save`.",
+                    stacklevel=4,
+                )
+            except BaseException:
+                record.learned = before
+                raise
+
+    def _write_learned(self, learned: Learned) -> None:
+        with self._change():
+            now = self._now
+            # Not the record: training in another thread may be changing its progress.
+            described = {**now.kept.ensemble, **encode(learned)}
+            now.kept = dataclasses.replace(now.kept, ensemble=described)
+            self._submit()
+
+    def view(self) -> View:
+        with self._guard:
+            kept = self._now.kept
+            return self._files.add(
+                View(
+                    snapshots=list(kept.snapshots),
+                    version=self.version,
+                    learned=self.record.learned,
+                    progress=functools.partial(self._progress, kept),
+                    weights=functools.partial(self._weights, kept),
+                    put=functools.partial(self._put, kept),
+                    files=frozenset(kept.names()),
+                )
+            )
+
+    def _progress(self, kept: Manifest) -> Progress:
+        progress = read_record(kept.ensemble).progress
+        if kept.history:
+            self.wait_for_writes()
+            progress.history = whole_history(self.directory, kept, progress.history)
+        return progress
+
+    def _weights(self, kept: Manifest, model: keras.Model, index: int) -> Weights:
+        self.wait_for_writes()
+        file = kept.files[index]
         path = self._path(file)
         if _is_difference(file):
-            return read_difference(path, self.base(model))
+            return read_difference(path, self._base_of(kept, model))
         return load_weights(model, path, foreign=False)
 
-    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
-        file = self._now.kept.files[index]
+    def _put(self, kept: Manifest, member: keras.Model, model: keras.Model, index: int) -> None:
+        file = kept.files[index]
         if _is_difference(file) or type(member) is not type(model):
-            set_weights(member, self.weights(model, index))
+            set_weights(member, self._weights(kept, model, index))
             return
         # Read directly into the model, so that no second copy is in memory.
-        self.settle()
-        load_into(member, self._path(self._now.kept.files[index]))
+        self.wait_for_writes()
+        load_into(member, self._path(file))
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""
@@ -250,7 +319,7 @@ class DirectoryStore(ManifestDirectory):
         path = self._path(self._now.kept.model)
         try:
             # The file holds no optimizer slots: a loaded model gets new ones.
-            with warnings_ignored("Skipping variable loading for optimizer"):
+            with optimizers_hidden(), seeds_drawn_apart():
                 return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)
         except Exception as error:
             raise SnapshotError(
@@ -260,7 +329,7 @@ class DirectoryStore(ManifestDirectory):
 
     def _write_model(self, model: keras.Model, number: int) -> Draft | None:
         try:
-            with optimizers_hidden(model):
+            with optimizers_hidden():
                 return self._draft("model", number, "keras", model.save).write()
         except (NotImplementedError, TypeError, ValueError) as error:
             cause = error.__context__
@@ -276,7 +345,7 @@ class DirectoryStore(ManifestDirectory):
 
 def copy_snapshots(
     model: keras.Model,
-    source: SnapshotStore,
+    source: View,
     directory: str | os.PathLike[str],
     settings: dict[str, Any],
     overwrite: bool,
@@ -284,26 +353,22 @@ def copy_snapshots(
     """Copies a store into another directory, completely or not at all.
 
     Args:
-        model: The model that the snapshots belong to. Its weights are restored.
-        source: The store.
+        model: The model that the snapshots belong to. It is not changed.
+        source: A view of the store.
         directory: Path of the other directory.
         settings: Arguments of the ensemble's constructor.
         overwrite: Whether the contents of the directory may be replaced.
     """
     target = DirectoryStore(directory)
-    progress = source.record.progress.copy()
+    progress = source.progress()
     progress.saves_state = False  # No run can be resumed there.
     target.record = Record(settings=settings, progress=progress)
-    own = model.get_weights()
-    try:
-        with target.transaction(overwrite=overwrite):
-            target.restart()
-            for snapshot in source.snapshots:
-                set_weights(model, source.weights(model, snapshot.index))
+    with target.transaction(overwrite=overwrite):
+        target.restart()
+        for snapshot in source.snapshots:
+            with weights_shown(model, source.weights(model, snapshot.index)):
                 target.add(model, snapshot, commit=False)
-            target.commit(source.record.learned)
-    finally:
-        set_weights(model, own)
+        target.commit(source.learned)
 
 
 def _is_difference(file: Any) -> bool:

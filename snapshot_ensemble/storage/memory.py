@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
 from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered
+from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_files import set_weights
 
 
@@ -25,7 +28,9 @@ class MemoryStore:
         self.snapshots: list[Snapshot] = []
         self.version = 0
         self._weights: list[Weights] = []
+        self._progress = self.record.progress.copy()
         self._restarting = False
+        self._guard = threading.Lock()  # Held while several of the values above change together.
 
     @contextlib.contextmanager
     def transaction(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
@@ -34,40 +39,59 @@ class MemoryStore:
             yield
         except BaseException:
             if self.version == version:
-                self.record, self._restarting = record, False
+                with self._guard:
+                    # Another thread may have learned something about the same snapshots.
+                    record.learned = self.record.learned
+                    self.record, self._restarting = record, False
             raise
 
     def restart(self) -> None:
         self._restarting = True
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
-        if self._restarting:
-            self.snapshots, self._weights, self._restarting = [], [], False
         self.add_weights(model.get_weights(), snapshot)
 
     def add_weights(self, weights: Weights, snapshot: Snapshot) -> None:
         """Adds arrays; those equal to the last snapshot's (frozen layers) are stored only once."""
-        if self._weights:
-            pairs = zip(self._weights[-1], weights, strict=True)
+        held, snapshots = ([], []) if self._restarting else (self._weights, self.snapshots)
+        if held:
+            pairs = zip(held[-1], weights, strict=True)
             weights = [old if np.array_equal(old, new) else new for old, new in pairs]
-        self._change([*self._weights, weights], [*self.snapshots, snapshot])
+        self._change([*held, weights], [*snapshots, snapshot])
+        self._restarting = False
 
     def keep_newest(self, count: int) -> None:
         self._change(self._weights[-count:], self.snapshots[-count:])
 
     def _change(self, weights: list[Weights], snapshots: list[Snapshot]) -> None:
-        self._weights, self.snapshots = weights, renumbered(snapshots)
-        self.version += 1
-        self.record.learned = Learned()
+        with self._guard:
+            # New lists: a view may hold the old ones.
+            self._weights, self.snapshots = weights, renumbered(snapshots)
+            self.version += 1
+            self.record.learned = Learned()
+            self._progress = self.record.progress.copy()
 
-    def weights(self, model: keras.Model, index: int) -> Weights:
-        return self._weights[index]
+    def view(self) -> View:
+        with self._guard:
+            held, progress = self._weights, self._progress
 
-    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
-        set_weights(member, self._weights[index])
+            def weights(model: keras.Model, index: int) -> Weights:
+                return held[index]
+
+            def put(member: keras.Model, model: keras.Model, index: int) -> None:
+                set_weights(member, held[index])
+
+            learned = self.record.learned
+            return View(self.snapshots, self.version, learned, progress.copy, weights, put)
+
+    def learn(self, version: int, **changes: Any) -> None:
+        with self._guard:
+            if self.version == version:
+                self.record.learned = dataclasses.replace(self.record.learned, **changes)
 
     def commit(self) -> None:
-        pass  # Memory is always up to date.
+        with self._guard:
+            self._progress = self.record.progress.copy()
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         pass  # It would not outlive the process.

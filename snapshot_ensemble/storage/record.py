@@ -99,8 +99,11 @@ class Progress:
     def record_epoch(self, values: dict[str, Any]) -> None:
         """Adds an epoch; a metric without a value in it gets a `None`."""
         epochs = len(self.history.get("cycle", ()))
-        for name in {**self.history, **values}:
-            self.history.setdefault(name, [None] * epochs).append(values.get(name))
+        if new := {name: [None] * epochs for name in values if name not in self.history}:
+            # A new dict: another thread may be going through the old one.
+            self.history = {**self.history, **new}
+        for name, column in self.history.items():
+            column.append(values.get(name))
 
     def columns(self, first: int, last: int) -> dict[str, list[Any]]:
         """The history of epochs `first` to `last - 1` as in Keras, without `None`s."""

@@ -3,12 +3,13 @@
 import contextlib
 import pathlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import keras
 
 from snapshot_ensemble.storage.record import Counts, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights
+from snapshot_ensemble.storage.view import View
 
 
 class SnapshotSink(Protocol):
@@ -37,6 +38,8 @@ class SnapshotSink(Protocol):
 
 class SnapshotStore(SnapshotSink, Protocol):
     """What an ensemble keeps its snapshots in.
+
+    One thread trains and adds snapshots. Meanwhile, others may call `view`, `learn` and `commit`.
 
     Attributes:
         record: What is kept besides the snapshots.
@@ -85,11 +88,14 @@ class SnapshotStore(SnapshotSink, Protocol):
     def base(self, model: keras.Model) -> Weights:
         """The weights that a saved state leaves out."""
 
-    def weights(self, model: keras.Model, index: int) -> Weights:
-        """The weights of one snapshot, in the order of `model.weights`."""
+    def view(self) -> View:
+        """The snapshots as they are now, and what was learned about them."""
 
-    def put(self, member: keras.Model, model: keras.Model, index: int) -> None:
-        """Gives a model of the same architecture the weights of one snapshot."""
+    def learn(self, version: int, **changes: Any) -> None:
+        """Changes what was learned about the snapshots of a version, and saves it.
+
+        If there is another version by now, it is forgotten, as it is whenever they change.
+        """
 
     def commit(self) -> None:
         """Saves the current `record`."""

@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from snapshot_ensemble.storage import history_blocks
 from snapshot_ensemble.storage.atomic_file import Draft, sync_directory
 from snapshot_ensemble.storage.background import Background
 from snapshot_ensemble.storage.contents import (
@@ -22,9 +21,10 @@ from snapshot_ensemble.storage.contents import (
 from snapshot_ensemble.storage.file_names import MANIFEST, directory_path, is_left_over, numbered
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.lock import DirectoryLock
-from snapshot_ensemble.storage.manifest import Manifest, describe, is_foreign, read_record
+from snapshot_ensemble.storage.manifest import Manifest, is_foreign, read_record
 from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
+from snapshot_ensemble.storage.view import FilesInUse
 
 # The stores of this process that are writing, by the real paths of their directories.
 _writers: weakref.WeakValueDictionary[str, "ManifestDirectory"] = weakref.WeakValueDictionary()
@@ -50,7 +50,10 @@ class ManifestDirectory:
         self._now = Contents()
         self._lock = DirectoryLock(self.directory)
         self._background = Background()
-        self._unneeded: set[str] = set()  # Files that no manifest names any more.
+        # Held while what is kept changes, but not while snapshots are read or written. The
+        # background thread never takes it, so that whoever holds it may wait for that thread.
+        self._guard = threading.RLock()
+        self._files = FilesInUse(self.directory)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Self:
@@ -145,7 +148,8 @@ class ManifestDirectory:
                     raise
         except BaseException:
             if not is_safe:
-                self._now = before
+                with self._guard:
+                    self._now = before
             raise
 
     def _end_early(self, claimed: Contents) -> bool:
@@ -161,7 +165,7 @@ class ManifestDirectory:
         with contextlib.suppress(Exception):
             self.settle()
         is_safe = self._now.saved.names() != claimed.saved.names()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), self._guard:
             if is_safe:
                 self.commit()
                 self.settle()
@@ -187,14 +191,14 @@ class ManifestDirectory:
 
     def restart(self) -> None:
         """Makes the next added file replace all existing ones."""
-        now = self._now
-        if not now.kept.replacing and now.saved.names():
-            # So that, if the run is killed before it has replaced anything, resuming it does not
-            # resume the old run instead.
-            now.kept = dataclasses.replace(now.kept, replacing=True)
-            with interrupts_deferred():
+        with interrupts_deferred(), self._guard:
+            now = self._now
+            if not now.kept.replacing and now.saved.names():
+                # So that, if the run is killed before it has replaced anything, resuming it does
+                # not resume the old run instead.
+                now.kept = dataclasses.replace(now.kept, replacing=True)
                 self._submit()
-        now.restarting = True
+            now.restarting = True
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -204,21 +208,21 @@ class ManifestDirectory:
             BlockingIOError: If another process is writing.
             SnapshotError: If another process has written.
         """
-        entered = self._lock.held
+        entered = acquired = False
         try:
-            if not entered:
-                with interrupts_deferred():
-                    self._enter()
+            with interrupts_deferred(), self._guard:
+                entered = self._lock.held
+                self._acquire()
+                acquired = True
+                if not entered:
+                    self._begin_writing()
             yield
         finally:
-            if not entered and self._lock.held:
+            if acquired and self._lock.held:
                 with interrupts_deferred():
-                    try:
-                        self.settle()
-                    finally:
-                        self._lock.release()
+                    self._end_writing(is_last=not entered)
 
-    def _enter(self) -> None:
+    def _acquire(self) -> None:
         if self._now.known is not None and not self.directory.exists():
             raise SnapshotError(
                 f"'{self.directory}' no longer exists. Load the ensemble from where it is now, or "
@@ -226,10 +230,24 @@ class ManifestDirectory:
             )
         with self._now.explained(self.directory):
             self._lock.acquire()
+
+    def _begin_writing(self) -> None:
         if not self.is_current():
             raise self._changed_error()
         self._clean()
         _writers[os.path.realpath(self.directory)] = self
+
+    def _end_writing(self, is_last: bool) -> None:
+        try:
+            if is_last:
+                self.settle()
+        finally:
+            with self._guard:
+                try:
+                    if is_last:
+                        self.settle()  # What another thread has kept since.
+                finally:
+                    self._lock.release()
 
     def _changed_error(self) -> SnapshotError:
         return SnapshotError(
@@ -254,18 +272,23 @@ class ManifestDirectory:
         """
         if not self._background.busy:
             return
-        now = self._now
         with interrupts_deferred():
-            try:
-                self._background.finish()
-            except BaseException:
-                now.version = now.saved_version
-                now.record.learned = read_record(now.saved.ensemble).learned
-                raise
-            finally:
-                now.kept = dataclasses.replace(now.saved, written=now.kept.written)
-                with contextlib.suppress(OSError):  # The directory may be gone.
-                    self._clean()
+            self._background.wait()
+            with self._guard:
+                self._finish()
+
+    def _finish(self) -> None:
+        now = self._now
+        try:
+            self._background.finish()
+        except BaseException:
+            now.version = now.saved_version
+            now.record.learned = read_record(now.saved.ensemble).learned
+            raise
+        finally:
+            now.kept = dataclasses.replace(now.saved, written=now.kept.written)
+            with contextlib.suppress(OSError):  # The directory may be gone.
+                self._clean()
 
     def is_current(self) -> bool:
         """Whether nobody else has written to the directory since it was read."""
@@ -300,7 +323,9 @@ class ManifestDirectory:
         """Changes the manifest that the next commit will write."""
         now = self._now
         begun = changes.pop("begun", now.kept)
-        now.pending = dataclasses.replace(begun, replacing=False, **changes)
+        # Another thread may have used numbers in the meantime.
+        written = max(begun.written, now.kept.written)
+        now.pending = dataclasses.replace(begun, replacing=False, written=written, **changes)
         now.restarting = False
 
     def commit(self, learned: Learned | None = None) -> None:
@@ -311,40 +336,18 @@ class ManifestDirectory:
         """
         if not self.claimed:
             return
-        with self._change():
+        with self._change(), self._guard:
             now = self._now
             if now.pending is not None:
                 if now.pending.files != now.kept.files:
                     now.members_changed(learned)
                 now.kept, now.pending = now.pending, None
-            self._keep_history()
+            now.describe_record(self._draft)
             self._submit()
 
-    def _keep_history(self) -> None:
-        """Keeps the record; full blocks of the history become files of their own."""
-        now, size = self._now, history_blocks.EPOCHS
-        progress = now.record.progress
-        columns, blocks = frozenset(progress.history), list(now.kept.history)
-        if columns != now.columns:
-            blocks, now.columns = [], columns
-        while (len(blocks) + 1) * size <= history_blocks.length(progress.history):
-            block = history_blocks.cut(
-                progress.history, len(blocks) * size, size * (len(blocks) + 1)
-            )
-            write = functools.partial(history_blocks.write_block, block=block)
-            number = now.kept.written + 1
-            now.kept = dataclasses.replace(now.kept, written=number)
-            blocks.append(self._draft("history", number, "json", write))
-        rest = history_blocks.cut(progress.history, len(blocks) * size)
-        record = dataclasses.replace(
-            now.record, progress=dataclasses.replace(progress, history=rest)
-        )
-        now.kept = dataclasses.replace(
-            now.kept, ensemble=describe(record), history=tuple(blocks), tag=now.tag
-        )
-
     def take_back(self, done: Counts) -> None:
-        self._now.take_back(done)
+        with self._guard:
+            self._now.take_back(done)
 
     def _submit(self) -> None:
         """Writes the manifest of what is kept, in the background."""
@@ -366,12 +369,7 @@ class ManifestDirectory:
             self._publish(empty.to_json().encode(), now.saved, now.saved_version)
         manifest, before = manifest.finished(), now.saved
         self._publish(manifest.to_json().encode(), manifest, version)
-        self._unneeded |= before.names() - manifest.names()
-        for name in sorted(self._unneeded):
-            # Windows refuses to remove a file that a reader has open: try again at the next write.
-            with contextlib.suppress(OSError):
-                (self.directory / name).unlink(missing_ok=True)
-                self._unneeded.discard(name)
+        self._files.remove(before.names() - manifest.names())
 
     def _publish(self, text: bytes, manifest: Manifest, version: int) -> None:
         """Replaces the manifest, unless somebody has written in spite of the lock."""

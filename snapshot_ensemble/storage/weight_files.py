@@ -13,6 +13,7 @@ import keras
 
 from snapshot_ensemble.keras_compat.layer_graph import all_layers
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.keras_compat.stateless_call import assignments_kept_apart
 from snapshot_ensemble.keras_compat.weights_file import weights_file
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 
@@ -26,7 +27,7 @@ def save_weights(model: keras.Model, path: str | os.PathLike[str]) -> None:
 def load_weights(
     model: keras.Model, path: str | os.PathLike[str], *, foreign: bool = True
 ) -> Weights:
-    """Reads a Keras weight file into arrays; the model keeps its own weights.
+    """Reads a Keras weight file into arrays; the model itself does not change, even for a moment.
 
     Args:
         model: A built model.
@@ -37,17 +38,15 @@ def load_weights(
     Raises:
         SnapshotError: If the file does not hold the weights of this model.
     """
-    own = model.get_weights()
     try:
-        with optimizers_hidden(model):
+        with optimizers_hidden():
             if foreign and str(path).endswith(".weights.h5"):
                 _check_layout(model, path)
-            model.load_weights(path)
-        return model.get_weights()
+            with assignments_kept_apart():
+                model.load_weights(path)
+                return model.get_weights()
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
-    finally:
-        set_weights(model, own)
 
 
 def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
@@ -61,7 +60,7 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
         SnapshotError: If the file does not hold the weights of this model.
     """
     try:
-        with optimizers_hidden(model):
+        with optimizers_hidden():
             model.load_weights(path)
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error

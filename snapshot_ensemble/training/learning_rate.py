@@ -20,7 +20,10 @@ from snapshot_ensemble.schedules import Cycle, anneal
 
 def compiled_rate(model: keras.Model) -> float:
     """The learning rate that the model was compiled with; for a schedule, its rate at step 0."""
-    rate = held_rate(model.optimizer)
+    return _at_start(held_rate(model.optimizer))
+
+
+def _at_start(rate: Any) -> float:
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = rate(0)
     elif callable(rate):
@@ -70,6 +73,12 @@ class AnnealedRate:
     @property
     def _optimizer(self) -> Any:
         return rate_holder(self.model.optimizer)  # A new `compile` replaces it.
+
+    @property
+    def compiled(self) -> float:
+        """The learning rate that the model was compiled with, also while another is installed."""
+        own = self._own
+        return compiled_rate(self.model) if own is None else _at_start(own)
 
     @property
     def steps_taken(self) -> int:
@@ -124,20 +133,13 @@ class AnnealedRate:
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
-        """Temporarily restores the optimizer's own rate, to save the model as it was compiled."""
-        if self._own is None:  # Not installed.
+        """Shows the optimizer's own rate in its config, to copy or save the model as compiled.
+
+        Training, in this or another thread, keeps its rate.
+        """
+        own = self._own
+        with contextlib.nullcontext() if own is None else rate_shown(self._optimizer, own):
             yield
-            return
-        variable, rate = held_rate(self._optimizer), self.last
-        try:
-            if isinstance(self._own, float):
-                variable.assign(self._own)
-                yield
-            else:
-                with rate_shown(self._optimizer, self._own):
-                    yield
-        finally:
-            variable.assign(rate)
 
 
 def _variable(value: Any, dtype: str) -> keras.Variable:

@@ -138,7 +138,7 @@ class Demanding(keras.metrics.Mean):
         return super().update_state(self.function(y_pred))
 
 
-def test_a_metric_that_cannot_be_copied_is_reset_and_then_restored(tmp_path):
+def test_a_metric_without_a_config_is_copied_and_not_changed(tmp_path):
     model, x = sequential()
     metric = Demanding(ops.max)
     model.compile("sgd", "mse", metrics=[metric])

@@ -23,7 +23,7 @@ class Stub:
 
 def kept(store):
     """The values that a store of `Stub` weights holds, oldest first."""
-    return [store.weights(None, i)[0][0] for i in range(len(store.snapshots))]
+    return [store.view().weights(None, i)[0][0] for i in range(len(store.snapshots))]
 
 
 def test_a_new_store_is_empty():
@@ -36,7 +36,7 @@ def test_kept_weights_are_those_of_the_moment(model, data):
     before = [variable.numpy().copy() for variable in model.weights]
     store.add(model, Snapshot(0))
     model.fit(*data, verbose=0)
-    assert_same(store.weights(model, 0), before)
+    assert_same(store.view().weights(model, 0), before)
     assert any(
         not np.array_equal(old, new.numpy()) for old, new in zip(before, model.weights, strict=True)
     )
@@ -46,7 +46,7 @@ def test_kept_weights_come_in_the_order_of_the_models(model):
     store = MemoryStore()
     store.add(model, Snapshot(0))
     shapes = [tuple(variable.shape) for variable in model.weights]
-    assert [array.shape for array in store.weights(model, 0)] == shapes
+    assert [array.shape for array in store.view().weights(model, 0)] == shapes
 
 
 def test_what_is_known_of_a_snapshot_is_kept_with_it():
@@ -64,7 +64,8 @@ def test_frozen_arrays_are_held_once(data):
     for i in range(3):
         store.add(model, Snapshot(i))
         model.fit(*data, verbose=0)
-    first, *others = [dict(zip("kbKB", store.weights(model, i), strict=True)) for i in range(3)]
+    view = store.view()
+    first, *others = [dict(zip("kbKB", view.weights(model, i), strict=True)) for i in range(3)]
     for other in others:
         assert other["k"] is first["k"]
         assert other["b"] is first["b"]

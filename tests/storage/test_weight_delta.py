@@ -62,7 +62,7 @@ def test_a_directory_stores_a_frozen_backbone_once(tmp_path):
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), ens.predict(X, verbose=0))
     # The very same arrays, not copies.
     store = DirectoryStore.open(tmp_path / "run")
-    first, last = (store.weights(loaded.model, i) for i in (0, 2))
+    first, last = (store.view().weights(loaded.model, i) for i in (0, 2))
     assert [a is b for a, b in zip(first, last, strict=True)].count(True) == 4
 
 

@@ -208,7 +208,7 @@ def test_finished_cycles_are_kept(tmp_path, error, in_memory):
 def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
     """The user presses Ctrl-C after training, while the last files are being written."""
     has_ended, is_waiting, interrupted = threading.Event(), threading.Event(), []
-    put, finish = Draft.put, Background.finish
+    put, wait = Draft.put, Background.wait
 
     def put_slowly(draft):
         if has_ended.is_set() and not interrupted:
@@ -219,10 +219,10 @@ def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
             time.sleep(0.2)
         return put(draft)
 
-    def finish_seen(thread):
+    def wait_seen(thread):
         if has_ended.is_set():
             is_waiting.set()
-        return finish(thread)
+        return wait(thread)
 
     class Ends(keras.callbacks.Callback):
         def on_train_end(self, logs=None):
@@ -230,7 +230,7 @@ def test_ctrl_c_in_the_final_wait_keeps_finished_cycles(tmp_path, monkeypatch):
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Workers ignore it.
     monkeypatch.setattr(Draft, "put", put_slowly)
-    monkeypatch.setattr(Background, "finish", finish_seen)
+    monkeypatch.setattr(Background, "wait", wait_seen)
     ens = ensemble(tmp_path / "run")
     try:
         with pytest.raises(KeyboardInterrupt):
