@@ -13,6 +13,7 @@ import keras
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
 from snapshot_ensemble.keras_compat.quiet import warnings_ignored
 from snapshot_ensemble.storage.atomic_file import Draft
+from snapshot_ensemble.storage.file_headers import check_weight_file
 from snapshot_ensemble.storage.manifest import NAME, Manifest
 from snapshot_ensemble.storage.record import Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, Weights, renumbered
@@ -168,7 +169,7 @@ class DirectoryStore(ManifestDirectory):
         """Yields the settings; an error while they are used becomes a `SnapshotError`."""
         try:
             yield dict(self.record.settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # Values of any kind may be in there.
             manifest = self.directory / NAME
             raise SnapshotError(f"The settings in '{manifest}' are not valid: {error}") from error
 
@@ -253,6 +254,7 @@ class DirectoryStore(ManifestDirectory):
             )
         path = self._path(self._now.kept.model)
         try:
+            check_weight_file(path)
             # The file holds no optimizer slots: a loaded model gets new ones.
             with warnings_ignored("Skipping variable loading for optimizer"):
                 return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)

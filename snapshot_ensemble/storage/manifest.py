@@ -7,13 +7,16 @@ import pathlib
 from typing import Any
 
 from snapshot_ensemble.storage.atomic_file import Draft, File
+from snapshot_ensemble.storage.file_headers import read_at_most
 from snapshot_ensemble.storage.record import Learned, Progress, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
-from snapshot_ensemble.storage.typed_json import Count, Number, decode, encode
+from snapshot_ensemble.storage.typed_json import Count, decode, encode, parse
 
 NAME = "ensemble.json"
 FORMAT = "snapshot_ensemble"
 VERSION = 1
+# The most bytes that are read: enough for the histories of ten metrics over 300,000 epochs.
+LARGEST = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class _Entry:
     cycle: Count | None
     epoch: Count | None
     step: Count | None
-    learning_rate: Number
+    learning_rate: float | None
     metrics: dict[str, float]
 
     def snapshot(self, index: int) -> Snapshot:
@@ -104,11 +107,30 @@ class _Content:
     ensemble: dict[str, Any]
     base: File | None = None
 
+    def check_files(self) -> None:
+        """Raises `ValueError` if two files have one name, or one is not written yet."""
+        every = [*(entry.file for entry in self.snapshots), self.model, self.state]
+        files = {file.name: file for file in every if file is not None}
+        if len(files) < len(every) - every.count(None):
+            raise ValueError(f"it names a file twice. Received: {sorted(files)}")
+        if self.base is not None and files.setdefault(self.base.name, self.base) != self.base:
+            raise ValueError(f"it names a file twice. Received: base={self.base.name!r}")
+        for file in files.values():
+            if file.number > self.written:
+                raise ValueError(
+                    f"`written` must be at least the number of each file. Received: "
+                    f"written={self.written}, {file.name!r}"
+                )
+
 
 def describe(record: Record) -> dict[str, Any]:
     """A record as JSON: the settings, what was learned, and the progress, in one object."""
     return encode(
-        {"settings": record.settings, **encode(record.learned), **encode(record.progress)}
+        {
+            "settings": record.settings,
+            **encode(record.learned),
+            **encode(record.progress.copy()),
+        }
     )
 
 
@@ -119,13 +141,21 @@ def read_record(ensemble: dict[str, Any]) -> Record:
     return Record(settings, learned, progress)
 
 
+def manifest_text(path: pathlib.Path) -> bytes:
+    """The text of a manifest; raises `OSError` if it cannot be one."""
+    return read_at_most(path, LARGEST)
+
+
 def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
-    """Reads a manifest; raises `SnapshotError` that names it if it is damaged."""
+    """Reads a manifest; raises `SnapshotError` that names it if it is damaged.
+
+    Args:
+        path: The path of the manifest.
+        text: Its text; None if that could not be read.
+    """
     try:
-        if text is None:
-            raise FileNotFoundError("the file does not exist or cannot be read")
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse(manifest_text(path) if text is None else text)
+    except (OSError, ValueError) as error:
         raise SnapshotError(f"'{path}' is not a readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SnapshotError(f"'{path}' is not a manifest of {FORMAT}.")
@@ -138,11 +168,15 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         raise SnapshotError(f"'{path}' is damaged: its SHA-256 does not match.")
     try:
         typed: _Content = decode(_Content, content, "manifest")
-        read_record(typed.ensemble).learned.check_for(len(typed.snapshots))
+        snapshots = tuple(entry.snapshot(index) for index, entry in enumerate(typed.snapshots))
+        record = read_record(typed.ensemble)
+        record.learned.check_for(len(snapshots))
+        record.progress.check_for(snapshots)
+        typed.check_files()
     except ValueError as error:
         raise SnapshotError(f"'{path}' is damaged: {error}") from error
     return Manifest(
-        snapshots=tuple(entry.snapshot(index) for index, entry in enumerate(typed.snapshots)),
+        snapshots=snapshots,
         files=tuple(entry.file for entry in typed.snapshots),
         model=typed.model,
         state=typed.state,

@@ -15,7 +15,14 @@ from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.background import Background
 from snapshot_ensemble.storage.lock import NAME as LOCK
 from snapshot_ensemble.storage.lock import DirectoryLock
-from snapshot_ensemble.storage.manifest import NAME, Manifest, describe, read_manifest, read_record
+from snapshot_ensemble.storage.manifest import (
+    NAME,
+    Manifest,
+    describe,
+    manifest_text,
+    read_manifest,
+    read_record,
+)
 from snapshot_ensemble.storage.record import Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 
@@ -282,7 +289,7 @@ class ManifestDirectory:
 
     def _manifest_now(self) -> bytes | None:
         try:
-            return (self.directory / NAME).read_bytes()
+            return manifest_text(self.directory / NAME)
         except OSError:
             return None
 
