@@ -23,6 +23,16 @@ def built_for(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "_trainable_variables", []))
 
 
+def built_twin(optimizer: Any, variables: list[Any]) -> Any:
+    """A copy of an optimizer, built for these variables; None if it cannot be copied."""
+    try:
+        twin = type(optimizer).from_config(optimizer.get_config())
+        twin.build(variables)
+    except Exception:  # A user's own class may raise anything.
+        return None
+    return twin
+
+
 @contextlib.contextmanager
 def optimizers_hidden(model: keras.Model) -> Iterator[None]:
     """Hides the optimizers, whose slots Keras would otherwise save with the weights, or expect.

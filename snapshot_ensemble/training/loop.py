@@ -10,6 +10,7 @@ import numpy as np
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage.snapshot import Snapshot
+from snapshot_ensemble.training.callback_state import check_states
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fit_arguments import flat_callbacks, steps_in_epoch
 from snapshot_ensemble.training.member_checks import not_finite
@@ -81,8 +82,6 @@ class CycleCallback(keras.callbacks.Callback):
         if run.steps is None:
             run.steps = steps or None
         progress = run.progress
-        progress.done.epochs += 1
-        progress.done.steps += steps
         logs["learning_rate"] = run.rate.last
         columns: dict[str, float] = {"cycle": number}
         if run.restarter.share < 1 or "shrink" in progress.history:
@@ -90,6 +89,8 @@ class CycleCallback(keras.callbacks.Callback):
             progress.history.setdefault("shrink", [1.0] * len(progress.history.get("cycle", ())))
             columns["shrink"] = run.restarter.share
         progress.record_epoch({**logs, **columns})
+        progress.done.epochs += 1
+        progress.done.steps += steps
         if epoch - run.first_epoch == cycle.last_epoch and is_complete:
             if cause := not_finite(self.model, metrics):
                 self._reject(number, cause)
@@ -176,7 +177,7 @@ class StateCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._run.state is not None:
-            self._run.state.restore_callbacks(self._callbacks)
+            self._run.state.restore_callbacks()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self.model.stop_training and self._run.is_state_due(epoch):
@@ -203,10 +204,13 @@ def train(
     Returns:
         The `History` of `model.fit`, including the epochs before an interruption.
     """
-    if run.state is not None:
-        build(model, x)
     arguments = {**arguments, "initial_epoch": run.next_epoch}
     own = flat_callbacks(arguments.pop("callbacks", None))
+    if run.state is not None:
+        build(model, x)
+        run.state.check_for(model, own)
+    if run.save_every is not None:
+        check_states(own)
     passes = Passes(x if run.save_every is not None else None)
 
     def steps_of(known: int | None) -> int | None:
