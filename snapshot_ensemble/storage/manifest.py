@@ -15,7 +15,7 @@ from snapshot_ensemble.storage.typed_json import Count, decode, encode, parse
 NAME = "ensemble.json"
 FORMAT = "snapshot_ensemble"
 VERSION = 1
-# The most bytes that are read: enough for the histories of ten metrics over 300,000 epochs.
+# The most bytes that are read: enough for the histories of ten metrics over 200,000 epochs.
 LARGEST = 2**26
 
 

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.keras_compat.stock_callbacks import changed_by_training
-from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.typed_json import LARGEST, at_least_zero, decode
 from snapshot_ensemble.storage.weight_delta import from_bits
 
@@ -123,10 +122,10 @@ def _checked(model: keras.Model, callback: Any, state: dict[str, Any]) -> dict[s
     for name, value in checked.items():
         if type(value) is int:
             at_least_zero(value, name)
-    weights: Weights = checked.get("best_weights") or []
-    own = [(tuple(variable.shape), str(variable.dtype)) for variable in model.weights]
-    if weights and [(array.shape, str(array.dtype)) for array in weights] != own:
-        raise ValueError("`best_weights` are those of another model")
+    if best := checked.get("best_weights"):
+        own = [(tuple(variable.shape), str(variable.dtype)) for variable in model.weights]
+        if [(array.shape, str(array.dtype)) for array in best] != own:
+            raise ValueError("`best_weights` are those of another model")
     return checked
 
 

@@ -153,13 +153,12 @@ class TrainingState:
         return cls(arrays, position, facts, base, path)
 
     def check_within(self, done: Counts) -> None:
-        """Raises `SnapshotError` if it is of later than what the directory says is done."""
+        """Raises `SnapshotError` if it is from later in training than the directory."""
         own = self.position.done
-        if (own.epochs, own.cycles, own.steps) > (done.epochs, done.cycles, done.steps) or (
-            own.cycles > done.cycles or own.steps > done.steps or self.position.run > done.runs
-        ):
+        pairs = [(own.epochs, done.epochs), (own.cycles, done.cycles), (own.steps, done.steps)]
+        if any(one > other for one, other in [*pairs, (self.position.run, done.runs)]):
             raise SnapshotError(
-                f"'{self._path}' is a state of training that the directory has not come to. "
+                f"'{self._path}' is from later in training than the directory. "
                 f"Received: done={own}; expected at most {done}"
             )
 

@@ -94,3 +94,21 @@ def test_optimizers_are_restored_after_an_exception():
     with pytest.raises(KeyError), optimizers.optimizers_hidden(model):
         raise KeyError
     assert model.optimizer is optimizer
+
+
+def test_a_built_twin_has_the_variables_that_building_will_give():
+    optimizer = keras.optimizers.Adam(0.5)
+    weights = [keras.Variable(np.zeros((2, 3))), keras.Variable(np.zeros(4))]
+    twin = optimizers.built_twin(optimizer, weights)
+    assert not optimizer.built
+    optimizer.build(weights)
+    assert [v.shape for v in twin.variables] == [v.shape for v in optimizer.variables]
+    assert [v.dtype for v in twin.variables] == [v.dtype for v in optimizer.variables]
+
+
+def test_an_optimizer_that_cannot_be_copied_has_no_twin():
+    class Own(keras.optimizers.SGD):
+        def get_config(self):
+            raise NotImplementedError
+
+    assert optimizers.built_twin(Own(), [keras.Variable(np.zeros(2))]) is None

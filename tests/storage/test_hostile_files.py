@@ -139,6 +139,15 @@ def test_compressed_entries_are_refused(tmp_path):
         read_difference(tmp_path / "a.npz", [np.zeros(10**5)])
 
 
+def test_a_header_that_claims_more_than_its_entry_is_refused(tmp_path):
+    claim = {"descr": "<f8", "fortran_order": False, "shape": (2**40,)}
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        with archive.open("weight_0.npy", "w") as entry:
+            np.lib.format.write_array_header_1_0(entry, claim)
+    with pytest.raises(ValueError, match=r"weight_0\.npy has shape \(1099511627776,\) and dtype"):
+        array_headers(tmp_path / "a.npz")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_entries_of_one_name_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:

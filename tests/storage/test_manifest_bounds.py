@@ -9,6 +9,8 @@ from models import classifier
 from storage_cases import MANIFEST, manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.storage.manifest import describe, read_record
+from snapshot_ensemble.storage.record import Counts, Progress, Record
 from snapshot_ensemble.storage.typed_json import DEEPEST, LARGEST, parse
 
 HUGE = 10**30
@@ -189,3 +191,11 @@ def copy_of(node):
     if isinstance(node, dict):
         return {key: copy_of(item) for key, item in node.items()}
     return [copy_of(item) for item in node] if isinstance(node, list) else node
+
+
+def test_an_epoch_that_is_not_counted_yet_is_not_written():
+    """An interrupt may come between recording an epoch and counting it."""
+    progress = Progress(history={"cycle": [0, 0], "loss": [0.5]}, done=Counts(0, 1, 3, 0))
+    written = describe(Record(progress=progress))
+    assert written["history"] == {"cycle": [0], "loss": [0.5]}
+    read_record(written).progress.check_for([])

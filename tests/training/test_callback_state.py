@@ -48,7 +48,7 @@ def restored(source, target, model=None):
     """Restores a callback to the state of another."""
     arrays = {}
     states = states_of([source], arrays)
-    for callback, state in restorers(model or dense(), [target], states, arrays):
+    for callback, state in restorers(model, [target], states, arrays):
         restore(callback, state)
     return target
 

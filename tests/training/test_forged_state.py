@@ -99,7 +99,7 @@ def array(name, value):
 
 NO_SUM = "the position of the run does not add up. Received: RunPosition"
 OTHER = "belongs to another model or optimizer. Received: "
-LATER = "is a state of training that the directory has not come to. Received: done="
+LATER = "is from later in training than the directory. Received: done="
 INVALID = "is not a valid state of training: "
 FORGERIES = {
     "epochs": (fact("epochs", value=99), NO_SUM),
