@@ -111,16 +111,22 @@ def test_what_training_changes_is_restored(make, changed):
         {"best": []},
         {"best_weights": [1]},
         {"best_weights": {"array": "missing"}},
-        {"best_weights": [{"array": "a"}, {"array": "b"}]},
+        {"best_weights": [{"array": "missing"}]},
     ],
 )
 def test_a_state_of_the_wrong_type_is_refused(state):
     target = callbacks.EarlyStopping()
     before = dict(vars(target))
-    arrays = {"a": np.zeros((3, 1), "float32"), "b": np.zeros(1, "float32")}
     with pytest.raises((ValueError, KeyError)):
-        restorers(dense(), [target], [["EarlyStopping", {"dict": state}]], arrays)
+        restorers(dense(), [target], [["EarlyStopping", {"dict": state}]], {})
     assert vars(target) == before
+
+
+def test_best_weights_of_another_model_are_refused():
+    arrays = {"a": np.zeros((3, 1), "float32"), "b": np.zeros(1, "float32")}
+    state = {"dict": {"best_weights": [{"array": "a"}, {"array": "b"}]}}
+    with pytest.raises(ValueError, match="`best_weights` are those of another model"):
+        restorers(dense(), [callbacks.EarlyStopping()], [["EarlyStopping", state]], arrays)
 
 
 def test_a_state_as_older_versions_wrote_it_is_read():
