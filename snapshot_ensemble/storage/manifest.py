@@ -141,9 +141,12 @@ def read_record(ensemble: dict[str, Any]) -> Record:
     return Record(settings, learned, progress)
 
 
-def manifest_text(path: pathlib.Path) -> bytes:
-    """The text of a manifest; raises `OSError` if it cannot be one."""
-    return read_at_most(path, LARGEST)
+def manifest_text(path: pathlib.Path) -> bytes | None:
+    """The text of a manifest; None if it cannot be read."""
+    try:
+        return read_at_most(path, LARGEST)
+    except OSError:
+        return None
 
 
 def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
@@ -154,7 +157,7 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         text: Its text; None if that could not be read.
     """
     try:
-        content = parse(manifest_text(path) if text is None else text)
+        content = parse(read_at_most(path, LARGEST) if text is None else text)
     except (OSError, ValueError) as error:
         raise SnapshotError(f"'{path}' is not a readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -288,10 +288,7 @@ class ManifestDirectory:
         return self._manifest_now() == self._now.known
 
     def _manifest_now(self) -> bytes | None:
-        try:
-            return manifest_text(self.directory / NAME)
-        except OSError:
-            return None
+        return manifest_text(self.directory / NAME)
 
     def _clean(self) -> None:
         """Removes files left over from a killed writer, which no manifest names."""
