@@ -83,7 +83,7 @@ class _Facts:
     callbacks: list[Any]
     optimizers: list[list[Count] | None]
     random: dict[str, Any]
-    weights: list[Count]
+    weights: list[Count] = dataclasses.field(default_factory=list)
     shared: dict[str, Count] = dataclasses.field(default_factory=dict)
 
 

@@ -1,6 +1,7 @@
 """States of training that anyone may have written: refused by name before anything has changed."""
 
 import json
+import pathlib
 import random
 import re
 import shutil
@@ -15,6 +16,7 @@ from models import SimulatedCrashError
 from resume_cases import arrays, crash_in_epoch, dense, run
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.training.state import TrainingState
 
 
 class Counting(keras.callbacks.Callback):
@@ -198,3 +200,9 @@ def test_no_forged_state_gives_any_other_error(state):
             pass
 
     check()
+
+
+def test_a_state_of_the_first_version_is_read():
+    (path,) = (pathlib.Path(__file__).parents[1] / "formats" / "1").glob("ensemble/state-*")
+    position = TrainingState.read(path).position
+    assert (position.finished, position.epochs, position.done.cycles) == (True, 2, 2)
