@@ -265,7 +265,8 @@ class SnapshotEnsemble:
 
         Raises:
             ValueError: If a rate or the number of steps is impossible, or the loss never falls.
-            TypeError: If `model.fit` has no such argument.
+            TypeError: If `model.fit` has no such argument, or a callback's `get_state()` returns
+                something that cannot be saved.
             RuntimeError: If the model is being trained already, in this or another thread.
 
         References:
@@ -317,7 +318,8 @@ class SnapshotEnsemble:
         With a `directory`, the state of training is taken at the end of each epoch and written
         while the next one runs (so a run that is killed may resume one epoch earlier): weights,
         optimizer, dropout seeds, Python's and NumPy's random generators, history, and the state
-        of Keras's own callbacks and of those with `get_state()` and `set_state(state)`. If the
+        of callbacks: what training changes in Keras's own, and `get_state()` of those with
+        `set_state(state)` (plain Python values and arrays, restored with their types). If the
         run is interrupted for any reason, the same script with `resume=True` continues it and
         ends with the same snapshots. They are bitwise equal on a CPU with
         `keras.utils.set_random_seed` and `tf.config.experimental.enable_op_determinism`, for

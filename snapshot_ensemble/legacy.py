@@ -114,6 +114,9 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
         - [Loshchilov & Hutter, 2017](https://arxiv.org/abs/1608.03983)
     """
 
+    # `SnapshotEnsemble.fit` refuses callbacks that say so.
+    sets_learning_rate = True
+
     def __init__(
         self,
         cycle_length: int = 10,

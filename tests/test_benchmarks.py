@@ -32,9 +32,10 @@ def test_shared_backbone(capsys):
 
 
 def test_faults(capsys):
-    counts = faults.main(["--flips", "20", "--mutations", "60"])
+    counts = faults.main(["--flips", "20", "--mutations", "60", "--states", "20"])
     assert all(tried == survived > 0 for tried, survived in counts.values())
     kinds = {"a bit flipped", "cut", "removed", "swapped", "manifest altered", "manifest forged"}
+    kinds |= {"state altered", "state forged", "hostile: a pipe", "hostile: oversized data"}
     assert kinds < set(counts)
     assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
 

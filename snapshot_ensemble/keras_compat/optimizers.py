@@ -25,12 +25,23 @@ def built_for(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "_trainable_variables", []))
 
 
+def built_twin(optimizer: Any, variables: list[Any]) -> Any:
+    """A copy of an optimizer, built for these variables; None if it cannot be copied."""
+    try:
+        twin = copy_of_optimizer(optimizer)
+        if twin is optimizer:
+            return None
+        twin.build(variables)
+    except Exception:  # A user's own class may raise anything.
+        return None
+    return twin
+
+
 def initial_values(optimizer: Any) -> list[Any]:
     """The values that the variables of a built optimizer have before its first step."""
-    new = copy_of_optimizer(optimizer)
-    if new is optimizer:
+    new = built_twin(optimizer, built_for(optimizer))
+    if new is None:
         raise ValueError(f"{type(optimizer).__name__} cannot be made from its config.")
-    new.build(built_for(optimizer))
     return [keras.ops.convert_to_numpy(variable.value) for variable in new.variables]
 
 

@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from snapshot_ensemble.storage.file_headers import open_regular, size_of
 from snapshot_ensemble.storage.file_names import checked_name, temporary
 from snapshot_ensemble.storage.snapshot import SnapshotError
 from snapshot_ensemble.storage.typed_json import Count
@@ -18,27 +20,41 @@ _IS_WINDOWS = os.name == "nt"
 _WAITS = (0.01, 0.05, 0.2, 1.0, 2.0)
 
 
+def _digest(text: str, field: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"`{field}` must be 64 hexadecimal digits. Received: {field}={text!r}")
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class File:
     """A file in a directory, with the size and hash that it was written with."""
 
     name: Annotated[str, checked_name]
     size: Count
-    sha256: str
+    sha256: Annotated[str, _digest]
+
+    @property
+    def number(self) -> int:
+        """The number in its name: files are numbered as they are written."""
+        return int(self.name.split("-")[1].split(".")[0])
 
     def checked(self, directory: pathlib.Path) -> pathlib.Path:
         """Its path; raises `SnapshotError` if its contents have changed."""
         path = directory / self.name
         try:
-            with path.open("rb") as opened:
-                size = os.fstat(opened.fileno()).st_size
-                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+            with open_regular(path) as opened:
+                # A file of another size, which may be huge, is not read.
+                found = f"{size_of(opened)} bytes"
+                if size_of(opened) == self.size:
+                    found += f" with SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()}"
         except OSError as error:
             raise SnapshotError(f"'{path}' cannot be read: {error}") from error
-        if size != self.size or digest != self.sha256:
+        expected = f"{self.size} bytes with SHA-256 {self.sha256}"
+        if found != expected:
             raise SnapshotError(
-                f"'{path}' differs from the file that was saved. Received: {size} bytes with "
-                f"SHA-256 {digest}; expected {self.size} bytes with {self.sha256}"
+                f"'{path}' differs from the file that was saved. Received: {found}; "
+                f"expected {expected}"
             )
         return path
 

@@ -11,7 +11,13 @@ from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage import history_blocks
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.file_names import LOCK, MANIFEST, is_left_over, new_tag
-from snapshot_ensemble.storage.manifest import Manifest, describe, read_manifest, read_record
+from snapshot_ensemble.storage.manifest import (
+    Manifest,
+    describe,
+    manifest_text,
+    read_manifest,
+    read_record,
+)
 from snapshot_ensemble.storage.record import Counts, History, Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 
@@ -64,17 +70,19 @@ class Contents:
         Args:
             draft: Makes a file of a kind, a number, a suffix and a function that writes it.
         """
+        # An epoch that is recorded, but not counted yet, is left out.
         size, progress = history_blocks.EPOCHS, self.record.progress
+        epochs = progress.done.epochs
         columns, blocks = frozenset(progress.history), list(self.kept.history)
         if columns != self.columns:
             blocks, self.columns = [], columns
         written = self.kept.written
-        while (end := (len(blocks) + 1) * size) <= history_blocks.length(progress.history):
+        while (end := (len(blocks) + 1) * size) <= epochs:
             block = history_blocks.cut(progress.history, end - size, end)
             write = functools.partial(history_blocks.write_block, block=block)
             written += 1
             blocks.append(draft("history", written, "json", write))
-        rest = history_blocks.cut(progress.history, len(blocks) * size)
+        rest = history_blocks.cut(progress.history, len(blocks) * size, epochs)
         progress = dataclasses.replace(progress, history=rest)
         self.kept = dataclasses.replace(
             self.kept,
@@ -116,27 +124,23 @@ class Contents:
             raise explained from error
 
 
-def manifest_text(directory: pathlib.Path) -> bytes | None:
-    """The manifest as it is; None if there is none."""
-    try:
-        return (directory / MANIFEST).read_bytes()
-    except OSError:
-        return None
-
-
 def read_contents(directory: pathlib.Path) -> Contents:
     """Reads a directory's manifest, and what belongs to its record.
 
     Raises:
         SnapshotError: If there is no manifest, or something is damaged.
     """
-    known = manifest_text(directory)
+    known = manifest_text(directory / MANIFEST)
     manifest = read_manifest(directory / MANIFEST, known)
     record = read_record(manifest.ensemble)
     now = Contents(record, manifest, manifest, known=known, claimed=True)
     now.tag = manifest.tag or now.tag
     if manifest.history:
         record.progress.history = whole_history(directory, manifest, record.progress.history)
+        try:
+            record.progress.check_for(manifest.snapshots)
+        except ValueError as error:
+            raise SnapshotError(f"'{directory / MANIFEST}' is damaged: {error}") from error
         now.columns = frozenset(record.progress.history)
     return now
 
@@ -148,7 +152,7 @@ def whole_history(directory: pathlib.Path, manifest: Manifest, rest: History) ->
         path = file.checked(directory)
         try:
             parts.append(history_blocks.read_block(path))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SnapshotError(f"'{path}' is damaged: {error}") from error
     try:
         return history_blocks.join([*parts, rest])
@@ -163,7 +167,7 @@ def is_free(directory: pathlib.Path) -> bool:
     names, tag, written = {file.name for file in directory.iterdir()}, "", 0
     if MANIFEST in names:
         try:
-            manifest = read_manifest(directory / MANIFEST, manifest_text(directory))
+            manifest = read_manifest(directory / MANIFEST, manifest_text(directory / MANIFEST))
         except SnapshotError:
             return False
         if manifest.names() or manifest.replacing:

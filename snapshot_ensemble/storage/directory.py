@@ -17,6 +17,7 @@ from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
 from snapshot_ensemble.keras_compat.stateless_call import weights_shown
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.contents import whole_history
+from snapshot_ensemble.storage.file_headers import check_weight_file
 from snapshot_ensemble.storage.file_names import MANIFEST
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.manifest import Manifest, read_record
@@ -181,7 +182,7 @@ class DirectoryStore(ManifestDirectory):
         """Yields the settings; an error while they are used becomes a `SnapshotError`."""
         try:
             yield dict(self.record.settings)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # Values of any kind may be in there.
             manifest = self.directory / MANIFEST
             raise SnapshotError(f"The settings in '{manifest}' are not valid: {error}") from error
 
@@ -318,6 +319,7 @@ class DirectoryStore(ManifestDirectory):
             )
         path = self._path(self._now.kept.model)
         try:
+            check_weight_file(path)
             # The file holds no optimizer slots: a loaded model gets new ones.
             with optimizers_hidden(), seeds_drawn_apart():
                 return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)

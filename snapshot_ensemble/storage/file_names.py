@@ -19,7 +19,7 @@ _NUMBERED = (
     r"\.(?:weights\.h5|keras|npz|json)"
 )
 # Names without a tag were given by earlier versions.
-_NAMED = rf"(?:{_NUMBERED}|(?:snapshot|model|state)-\d{{4,}}\.(?:weights\.h5|keras|npz))"
+_NAMED = rf"(?:{_NUMBERED}|(?:snapshot|model|state)-\d{{4,18}}\.(?:weights\.h5|keras|npz))"
 
 
 def new_tag() -> str:

@@ -4,16 +4,14 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from snapshot_ensemble.storage.file_headers import read_at_most
 from snapshot_ensemble.storage.record import History
-from snapshot_ensemble.storage.typed_json import decode, encode
+from snapshot_ensemble.storage.typed_json import decode, encode, parse
 
 # The manifest, which is written at every epoch, holds the rest.
 EPOCHS = 500
-
-
-def length(history: History) -> int:
-    """The number of epochs."""
-    return max(map(len, history.values()), default=0)
+# The most bytes of a block that are read.
+LARGEST = 2**24
 
 
 def cut(history: History, first: int, last: int | None = None) -> History:
@@ -34,8 +32,8 @@ def write_block(path: str, block: History) -> None:
 
 
 def read_block(path: pathlib.Path) -> History:
-    """Reads what `write_block` wrote; raises `ValueError` for anything else."""
-    block: History = decode(History, json.loads(path.read_bytes()), "history")
+    """Reads what `write_block` wrote; raises `ValueError` or `OSError` for anything else."""
+    block: History = decode(History, parse(read_at_most(path, LARGEST)), "history")
     if any(len(column) != EPOCHS for column in block.values()):
         raise ValueError(f"a block of the history has {EPOCHS} epochs")
     return block

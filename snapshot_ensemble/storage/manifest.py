@@ -7,14 +7,18 @@ import pathlib
 from typing import Annotated, Any
 
 from snapshot_ensemble.storage.atomic_file import Draft, File
+from snapshot_ensemble.storage.file_headers import read_at_most
 from snapshot_ensemble.storage.file_names import checked_tag
 from snapshot_ensemble.storage.record import Learned, Progress, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
-from snapshot_ensemble.storage.typed_json import Count, Number, decode, encode
+from snapshot_ensemble.storage.typed_json import Count, decode, encode, parse
 
 FORMAT = "snapshot_ensemble"
 # Version 2 has files with blocks of the history, without which a reader would miss epochs.
 VERSIONS = (1, 2)
+# The most bytes that are read. Version 1 holds the whole history: this is enough for ten metrics
+# over 200,000 epochs.
+LARGEST = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +99,7 @@ class _Entry:
     cycle: Count | None
     epoch: Count | None
     step: Count | None
-    learning_rate: Number
+    learning_rate: float | None
     metrics: dict[str, float]
 
     def snapshot(self, index: int) -> Snapshot:
@@ -116,11 +120,31 @@ class _Content:
     history: list[File] = dataclasses.field(default_factory=list)
     tag: Annotated[str, checked_tag] | None = None
 
+    def check_files(self) -> None:
+        """Raises `ValueError` if two files have one name, or one is not written yet."""
+        entries = (entry.file for entry in self.snapshots)
+        every = [*entries, *self.history, self.model, self.state]
+        files = {file.name: file for file in every if file is not None}
+        if len(files) < len(every) - every.count(None):
+            raise ValueError(f"it names a file twice. Received: {sorted(files)}")
+        if self.base is not None and files.setdefault(self.base.name, self.base) != self.base:
+            raise ValueError(f"it names a file twice. Received: base={self.base.name!r}")
+        for file in files.values():
+            if file.number > self.written:
+                raise ValueError(
+                    f"`written` must be at least the number of each file. Received: "
+                    f"written={self.written}, {file.name!r}"
+                )
+
 
 def describe(record: Record) -> dict[str, Any]:
     """A record as JSON: the settings, what was learned, and the progress, in one object."""
     return encode(
-        {"settings": record.settings, **encode(record.learned), **encode(record.progress)}
+        {
+            "settings": record.settings,
+            **encode(record.learned),
+            **encode(record.progress.copy()),
+        }
     )
 
 
@@ -131,13 +155,24 @@ def read_record(ensemble: dict[str, Any]) -> Record:
     return Record(settings, learned, progress)
 
 
-def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
-    """Reads a manifest; raises `SnapshotError` that names it if it is damaged."""
+def manifest_text(path: pathlib.Path) -> bytes | None:
+    """The text of a manifest; None if it cannot be read."""
     try:
-        if text is None:
-            raise FileNotFoundError("the file does not exist or cannot be read")
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_at_most(path, LARGEST)
+    except OSError:
+        return None
+
+
+def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
+    """Reads a manifest; raises `SnapshotError` that names it if it is damaged.
+
+    Args:
+        path: The path of the manifest.
+        text: Its text; None if that could not be read.
+    """
+    try:
+        content = parse(read_at_most(path, LARGEST) if text is None else text)
+    except (OSError, ValueError) as error:
         raise SnapshotError(f"'{path}' is not a readable manifest: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SnapshotError(f"'{path}' is not a manifest of {FORMAT}.")
@@ -150,11 +185,16 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         raise SnapshotError(f"'{path}' is damaged: its SHA-256 does not match.")
     try:
         typed: _Content = decode(_Content, content, "manifest")
-        read_record(typed.ensemble).learned.check_for(len(typed.snapshots))
+        snapshots = tuple(entry.snapshot(index) for index, entry in enumerate(typed.snapshots))
+        record = read_record(typed.ensemble)
+        record.learned.check_for(len(snapshots))
+        if not typed.history:  # The blocks of the history are read later.
+            record.progress.check_for(snapshots)
+        typed.check_files()
     except ValueError as error:
         raise SnapshotError(f"'{path}' is damaged: {error}") from error
     return Manifest(
-        snapshots=tuple(entry.snapshot(index) for index, entry in enumerate(typed.snapshots)),
+        snapshots=snapshots,
         files=tuple(entry.file for entry in typed.snapshots),
         model=typed.model,
         state=typed.state,

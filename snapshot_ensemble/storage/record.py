@@ -5,8 +5,10 @@ To store a new field, add it here and nowhere else.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
+from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.storage.typed_json import Count, Number
 
 History = dict[str, list[Number]]
@@ -37,11 +39,11 @@ class Learned:
         """Raises `ValueError` unless it fits this number of members."""
         weights = self.weights
         if weights is not None and not (
-            len(weights) == count and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6
+            len(weights) == count > 0 and min(weights) >= 0 and abs(sum(weights) - 1) <= 1e-6
         ):
             raise ValueError(f"`weights` are not valid for {count} members")
         if isinstance(self.members, list):
-            are_valid = all(index < count for index in self.members)
+            are_valid = bool(self.members) and all(index < count for index in self.members)
         else:
             are_valid = self.members is None or 0 < self.members <= count
         if not are_valid:
@@ -82,11 +84,38 @@ class Progress:
     saves_state: bool = dataclasses.field(default=False, metadata={"json": "saves"})
     pretrained: list[Count] | None = dataclasses.field(default=None, metadata={"json": "spared"})
 
+    def check_for(self, snapshots: Sequence[Snapshot]) -> None:
+        """Raises `ValueError` unless its numbers agree with each other and with the snapshots."""
+        done, earlier = self.done, self.run_epochs
+        for name, column in {"cycle": [], **self.history}.items():
+            if len(column) != done.epochs:
+                raise ValueError(
+                    f"`history` must have a value for each epoch. Received: {len(column)} values "
+                    f"of {name!r} for {done.epochs} epochs"
+                )
+        shares = self.history.get("shrink", [])
+        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares):
+            raise ValueError(f"`shrink` must be from 0 to 1. Received: shrink={shares}")
+        if sum(earlier) > done.epochs or len(earlier) > done.runs + 1 or done.cycles > done.epochs:
+            raise ValueError(f"`done` does not add up. Received: done={done}, run_epochs={earlier}")
+        ends = {"cycle": done.cycles, "epoch": done.epochs, "step": done.steps + 1}
+        for own in snapshots:
+            for name, end in ends.items():
+                value = getattr(own, name)
+                if value is not None and value >= end:
+                    raise ValueError(
+                        f"`{name}` of a snapshot must be below {end}. Received: {name}={value}"
+                    )
+
     def copy(self) -> Self:
-        """A copy that can change without changing this one."""
+        """A copy that can change without changing this one.
+
+        It has no epoch that is not counted yet: an interrupt may come just before that.
+        """
+        epochs = self.done.epochs
         return dataclasses.replace(
             self,
-            history={name: list(column) for name, column in self.history.items()},
+            history={name: column[:epochs] for name, column in self.history.items()},
             done=dataclasses.replace(self.done),
             run_epochs=list(self.run_epochs),
         )

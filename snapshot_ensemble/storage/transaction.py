@@ -15,13 +15,12 @@ from snapshot_ensemble.storage.contents import (
     Contents,
     check_place,
     is_free,
-    manifest_text,
     read_contents,
 )
 from snapshot_ensemble.storage.file_names import MANIFEST, directory_path, is_left_over, numbered
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.lock import DirectoryLock
-from snapshot_ensemble.storage.manifest import Manifest, is_foreign, read_record
+from snapshot_ensemble.storage.manifest import Manifest, is_foreign, manifest_text, read_record
 from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import SnapshotError
 from snapshot_ensemble.storage.view import FilesInUse
@@ -296,7 +295,7 @@ class ManifestDirectory:
         return self._manifest_now() == self._now.known
 
     def _manifest_now(self) -> bytes | None:
-        return manifest_text(self.directory)
+        return manifest_text(self.directory / MANIFEST)
 
     def _clean(self) -> None:
         """Removes files left over from a killed writer, which the manifest does not name."""

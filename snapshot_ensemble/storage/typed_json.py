@@ -5,6 +5,7 @@ default. `metadata={"json": name}` gives it another name in JSON.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -12,6 +13,24 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
+
+# Bounds for what is read: no value that is written comes close to them.
+LARGEST, DEEPEST = 2**63 - 1, 100
+
+
+def parse(text: bytes) -> Any:
+    """The value of a JSON text; raises `ValueError` if it is none, or nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(DEEPEST):
+        dicts = (item for node in level if isinstance(node, dict) for item in node.values())
+        level = [*dicts, *(item for node in level if isinstance(node, list) for item in node)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
 def at_least_zero(value: Any, name: str) -> Any:
@@ -117,5 +136,13 @@ def _key(field: Any) -> str:
 
 def _typed(value: Any, kind: Any, name: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"`{name}` has the wrong type. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` has the wrong type. Received: {name}={_short(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"`{name}` must be at most {LARGEST}. Received: {name}={_short(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    """The value for an error message, which a huge value must not fill."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -12,6 +12,7 @@ import zipfile
 import keras
 import numpy as np
 
+from snapshot_ensemble.storage.file_headers import array_headers, check_weight_file
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 from snapshot_ensemble.storage.weight_files import load_weights
 
@@ -58,13 +59,14 @@ def read_difference(path: str | os.PathLike[str], base: Weights) -> Weights:
     """Reads what `write_difference` wrote; the other weights are the base's arrays, not copies."""
     weights = list(base)
     try:
+        expected = {f"weight_{i}": header_of(array) for i, array in enumerate(base)}
+        for name, (shape, dtype) in array_headers(path).items():
+            if expected.get(name) != (shape, dtype):
+                raise ValueError(f"{name} has shape {shape} and dtype {dtype}")
         with np.load(path, allow_pickle=False) as file:
             for name in file.files:
                 index = int(name.removeprefix("weight_"))
-                array = from_bits(file[name], base[index].dtype)
-                if (array.shape, array.dtype) != (base[index].shape, base[index].dtype):
-                    raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}")
-                weights[index] = array
+                weights[index] = from_bits(file[name], base[index].dtype)
     except Exception as error:  # NumPy raises many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     return weights
@@ -73,6 +75,11 @@ def read_difference(path: str | os.PathLike[str], base: Weights) -> Weights:
 def as_bits(array: np.ndarray) -> np.ndarray:
     """The array, or its bits if NumPy cannot store its dtype in a file (bfloat16)."""
     return array.view(f"uint{8 * array.itemsize}") if array.dtype.kind == "V" else array
+
+
+def header_of(array: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and dtype that an array has in a file."""
+    return array.shape, as_bits(array[:0] if array.ndim else array).dtype
 
 
 def from_bits(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -86,8 +93,9 @@ def read_base(model: keras.Model, path: pathlib.Path) -> Weights:
         return load_weights(model, path, foreign=False)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            check_weight_file(path)
             with zipfile.ZipFile(path) as archive:
                 inside = archive.extract("model.weights.h5", folder)
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+        except Exception as error:
             raise SnapshotError(f"'{path}' holds no weights: {error}") from error
         return load_weights(model, inside, foreign=False)

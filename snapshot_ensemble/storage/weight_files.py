@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from snapshot_ensemble.keras_compat.layer_graph import all_layers
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
 from snapshot_ensemble.keras_compat.stateless_call import assignments_kept_apart
 from snapshot_ensemble.keras_compat.weights_file import weights_file
+from snapshot_ensemble.storage.file_headers import check_weight_file
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 
 
@@ -39,6 +41,7 @@ def load_weights(
         SnapshotError: If the file does not hold the weights of this model.
     """
     try:
+        check_weight_file(path, _needed(model))
         with optimizers_hidden():
             if foreign and str(path).endswith(".weights.h5"):
                 _check_layout(model, path)
@@ -60,6 +63,7 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
         SnapshotError: If the file does not hold the weights of this model.
     """
     try:
+        check_weight_file(path, _needed(model))
         with optimizers_hidden():
             model.load_weights(path)
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
@@ -82,6 +86,11 @@ def refresh_derived_state(model: Any) -> None:
     for layer in all_layers(model):
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()  # It holds copies of its mean and variance.
+
+
+def _needed(model: keras.Model) -> int:
+    """The most bytes that a file of a model's weights may hold: each number may be a float64."""
+    return 8 * sum(math.prod(variable.shape) for variable in model.variables) + 2**16
 
 
 def _check_layout(model: keras.Model, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ def check_callbacks(callbacks: Any) -> None:
                 "the schedule. Received: callbacks with BackupAndRestore. Leave it out, and resume "
                 "an interrupted run with `fit(..., resume=True)` and a `directory`."
             )
-        if isinstance(callback, RATE_SETTERS):
+        if isinstance(callback, RATE_SETTERS) or getattr(callback, "sets_learning_rate", False):
             name = type(callback).__name__
             raise ValueError(
                 "The learning rate is set by the ensemble's schedule, so no callback may set it. "

@@ -12,6 +12,7 @@ import numpy as np
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.snapshot import Snapshot
+from snapshot_ensemble.training.callback_state import check_states
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.fit_arguments import flat_callbacks, steps_in_epoch
 from snapshot_ensemble.training.last_good import LastGood
@@ -97,8 +98,6 @@ class CycleCallback(keras.callbacks.Callback):
         if run.steps is None:
             run.steps = steps or None
         progress = run.progress
-        progress.done.epochs += 1
-        progress.done.steps += steps
         logs["learning_rate"] = run.rate.last
         columns: dict[str, float] = {"cycle": number}
         if run.restarter.share < 1 or "shrink" in progress.history:
@@ -106,6 +105,8 @@ class CycleCallback(keras.callbacks.Callback):
             progress.history.setdefault("shrink", [1.0] * len(progress.history.get("cycle", ())))
             columns["shrink"] = run.restarter.share
         progress.record_epoch({**logs, **columns})
+        progress.done.epochs += 1
+        progress.done.steps += steps
         if epoch - run.first_epoch == cycle.last_epoch and is_complete:
             if cause := not_finite(self.model, metrics):
                 self._reject(number, cause)
@@ -192,7 +193,7 @@ class StateCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._run.state is not None:
-            self._run.state.restore_callbacks(self._callbacks)
+            self._run.state.restore_callbacks()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if not self.model.stop_training and self._run.is_state_due(epoch):
@@ -224,6 +225,10 @@ def train(
 
     cycles = CycleCallback(run, steps_of, passes)
     with_state = [*own, cycles]
+    if run.state is not None:
+        run.state.check_for(model, with_state)
+    if run.save_every is not None:
+        check_states(own)
     callbacks = [cycles, *own, StateCallback(run, with_state)]
     with run.rate.installed(), passes.counted():
         # For a run that has ended this runs no epoch; it only builds the model and restores the

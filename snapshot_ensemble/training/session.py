@@ -135,6 +135,7 @@ class FitSession:
         path = self.store.state
         state = None if path is None else TrainingState.read(path, self.store.base)
         if state is not None:
+            state.check_within(progress.done)
             progress.run_epochs = state.position.epochs_of_runs()
             if state.position.run == self.next_run:
                 check_same(state.position.fingerprint, current, self.directory)

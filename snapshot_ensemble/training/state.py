@@ -12,13 +12,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble.keras_compat.optimizers import built_for, optimizers_of
+from snapshot_ensemble.keras_compat.optimizers import built_for, built_twin, optimizers_of
 from snapshot_ensemble.keras_compat.random_seed import global_seed, set_global_seed
-from snapshot_ensemble.keras_compat.stock_layers import is_stock_callback
+from snapshot_ensemble.storage.file_headers import array_headers
 from snapshot_ensemble.storage.record import Counts
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
-from snapshot_ensemble.storage.typed_json import Count, decode, encode
-from snapshot_ensemble.storage.weight_delta import as_bits, from_bits, same
+from snapshot_ensemble.storage.typed_json import Count, decode, encode, parse
+from snapshot_ensemble.storage.weight_delta import as_bits, from_bits, header_of, same
+from snapshot_ensemble.training.callback_state import restore, restorers, states_of
 
 
 @dataclasses.dataclass
@@ -47,6 +48,21 @@ class RunPosition:
     run_epochs: list[Count] = dataclasses.field(default_factory=list, metadata={"json": "earlier"})
     done: Counts = dataclasses.field(default_factory=Counts.zero)
 
+    def check(self) -> None:
+        """Raises `ValueError` unless its numbers agree."""
+        first, done = self.fingerprint.get("first epoch", 0), self.done
+        plan = self.fingerprint.get("plan", [[0, done.epochs]])
+        are_valid = (
+            sum(self.run_epochs) + self.epochs <= done.epochs
+            and len(self.run_epochs) <= self.run
+            and self.cycles_before <= done.cycles <= done.epochs
+            and (self.steps is None or self.steps > 0)
+            and self.epochs <= plan[-1][1] + 1
+            and (self.finished or self.next_epoch == first + self.epochs)
+        )
+        if not are_valid:
+            raise ValueError(f"the position of the run does not add up. Received: {self}")
+
     def epochs_of_runs(self) -> list[int]:
         """The number of epochs of each run that has ended."""
         return self.run_epochs + [self.epochs] * self.finished
@@ -67,7 +83,7 @@ class _Facts:
     callbacks: list[Any]
     optimizers: list[list[Count] | None]
     random: dict[str, Any]
-    weights: list[Count]
+    weights: list[Count] = dataclasses.field(default_factory=list)
     shared: dict[str, Count] = dataclasses.field(default_factory=dict)
 
 
@@ -79,6 +95,7 @@ class TrainingState:
         position: How far the run has come.
         facts: The other facts.
         base: Returns the weights that the state leaves out because another file has them.
+        path: The file that it was read from, for error messages.
     """
 
     def __init__(
@@ -87,9 +104,11 @@ class TrainingState:
         position: RunPosition,
         facts: _Facts,
         base: Callable[[keras.Model], Weights] | None = None,
+        path: str | os.PathLike[str] = "",
     ) -> None:
         self.arrays, self.position = arrays, position
-        self._facts, self._base = facts, base
+        self._facts, self._base, self._path = facts, base, path
+        self._callbacks: list[tuple[Any, Any]] = []
 
     @classmethod
     def of(cls, model: keras.Model, callbacks: Sequence[Any], position: RunPosition) -> Self:
@@ -99,10 +118,7 @@ class TrainingState:
             arrays[f"variable_{number}"] = keras.ops.convert_to_numpy(variable.value)
         if (seed := global_seed()) is not None:
             arrays["keras_seed"] = seed
-        states = []
-        for number, callback in enumerate(callbacks):
-            state = _pack(_state_of(callback), f"callback_{number}", arrays)
-            states.append([type(callback).__name__, state])
+        states = states_of(callbacks, arrays)
         numbers = {id(variable): number for number, variable in enumerate(variables)}
         weights = [numbers[id(variable)] for variable in model.weights]
         return cls(arrays, position, _Facts(states, _built_for(model), _random_state(), weights))
@@ -126,49 +142,95 @@ class TrainingState:
     ) -> Self:
         """Reads what `write` wrote; raises `SnapshotError` for any other file."""
         try:
+            array_headers(path)
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            content = json.loads(arrays.pop("facts").tobytes())
+            content = parse(arrays.pop("facts").tobytes())
             position, facts = (decode(kind, content, "facts") for kind in (RunPosition, _Facts))
+            position.check()
         except Exception as error:  # NumPy raises many classes of errors for a damaged file.
             raise SnapshotError(f"'{path}' is not a valid state of training: {error}") from error
-        return cls(arrays, position, facts, base)
+        return cls(arrays, position, facts, base, path)
 
-    def restore_model(self, model: keras.Model) -> None:
-        """Restores the model, its optimizers and the random generators."""
-        _build_optimizers(model, self._facts.optimizers)
-        variables = variables_of(model)
+    def check_within(self, done: Counts) -> None:
+        """Raises `SnapshotError` if it is from later in training than the directory."""
+        own = self.position.done
+        pairs = [(own.epochs, done.epochs), (own.cycles, done.cycles), (own.steps, done.steps)]
+        if any(one > other for one, other in [*pairs, (self.position.run, done.runs)]):
+            raise SnapshotError(
+                f"'{self._path}' is from later in training than the directory. "
+                f"Received: done={own}; expected at most {done}"
+            )
+
+    def check_for(self, model: keras.Model, callbacks: Sequence[Any]) -> None:
+        """Checks that everything can be restored, before anything is.
+
+        Args:
+            model: The model to restore. It is not changed.
+            callbacks: The callbacks to restore. They are not changed.
+
+        Raises:
+            SnapshotError: If the state is another model's, or is damaged.
+        """
+        try:
+            variables, are_all = _after_building(model, self._facts.optimizers)
+            self._add_shared(model)
+            self._check_arrays(variables, are_all)
+            _check_random(self._facts.random, self.arrays.get("keras_seed"))
+            self._callbacks = restorers(model, callbacks, self._facts.callbacks, self.arrays)
+        except SnapshotError:
+            raise
+        except Exception as error:  # Anything may be in a forged state.
+            raise SnapshotError(
+                f"'{self._path}' is not a valid state of training: {error!r}"
+            ) from error
+
+    def _add_shared(self, model: keras.Model) -> None:
+        """Adds the arrays that the file leaves out."""
         if self._facts.shared and self._base is not None:
             base = self._base(model)
             for key, index in self._facts.shared.items():
                 self.arrays[f"variable_{key}"] = base[index]
-        self._check_for(variables)
+
+    def _check_arrays(self, variables: Sequence[Any], are_all: bool = True) -> None:
+        """Raises `SnapshotError` unless there is an array for each variable, and no other."""
+        kept = [name for name in self.arrays if name.startswith("variable_")]
+        for number, variable in enumerate(variables):
+            array = self.arrays.get(f"variable_{number}")
+            found = None if array is None else header_of(array)
+            empty = np.empty(0, variable.dtype)
+            expected = (tuple(variable.shape), header_of(empty)[1])
+            if found != expected or (are_all and len(kept) > len(variables)):
+                raise SnapshotError(
+                    f"The state of training in '{self._path}' belongs to another model or "
+                    f"optimizer. Received: {variable.path} of shape and dtype {expected}, but "
+                    f"{found} in the state; {len(variables)} variables, but {len(kept)} in the "
+                    "state"
+                )
+
+    def restore_model(self, model: keras.Model) -> None:
+        """Restores the model, its optimizers and the random generators."""
+        _build_optimizers(model, self._facts.optimizers)
+        self._add_shared(model)
+        variables = variables_of(model)
+        self._check_arrays(variables)
         for number, variable in enumerate(variables):
             array = self.arrays[f"variable_{number}"]
-            dtype = keras.ops.convert_to_numpy(variable.value).dtype
-            variable.assign(from_bits(array, dtype))
+            variable.assign(from_bits(array, np.dtype(variable.dtype)))
         if "keras_seed" in self.arrays:
             set_global_seed(self.arrays["keras_seed"])
         _set_random_state(self._facts.random)
 
-    def _check_for(self, variables: Sequence[Any]) -> None:
-        """Raises `SnapshotError` unless there is exactly one array for each variable."""
-        kept = [name for name in self.arrays if name.startswith("variable_")]
-        for number, variable in enumerate(variables):
-            array = self.arrays.get(f"variable_{number}")
-            if array is None or array.shape != tuple(variable.shape) or len(kept) > len(variables):
-                shape = None if array is None else array.shape
+    def restore_callbacks(self) -> None:
+        """Restores the callbacks that the state was checked for."""
+        for callback, state in self._callbacks:
+            try:
+                restore(callback, state)
+            except Exception as error:
                 raise SnapshotError(
-                    "The state of training belongs to another model or optimizer. Received: "
-                    f"{variable.path} of shape {tuple(variable.shape)}, but {shape} in the state; "
-                    f"{len(variables)} variables, but {len(kept)} in the state"
-                )
-
-    def restore_callbacks(self, callbacks: Sequence[Any]) -> None:
-        """Restores the callbacks that have the same class as when the state was saved."""
-        for callback, (kind, state) in zip(callbacks, self._facts.callbacks, strict=False):
-            if type(callback).__name__ == kind and state is not None:
-                _set_state_of(callback, _unpack(state, self.arrays))
+                    f"'{self._path}' has a state that {type(callback).__name__}.set_state() "
+                    f"refuses: {error!r}"
+                ) from error
 
 
 def variables_of(model: keras.Model) -> list[Any]:
@@ -186,6 +248,26 @@ def _built_for(model: keras.Model) -> list[list[int] | None]:
         [numbers[id(v)] for v in built_for(optimizer)] if optimizer.built else None
         for optimizer in optimizers_of(model)
     ]
+
+
+def _after_building(model: keras.Model, built: list[list[int] | None]) -> tuple[list[Any], bool]:
+    """The variables once the optimizers are built, and whether they are all known.
+
+    Raises:
+        ValueError: If they cannot be built for these variables.
+    """
+    optimizers = optimizers_of(model)
+    for _, numbers in zip(optimizers, built, strict=True):
+        if numbers and (len(set(numbers)) < len(numbers) or max(numbers) >= len(model.variables)):
+            raise ValueError(f"an optimizer was built for the variables {numbers}")
+    if all(o.built or not numbers for o, numbers in zip(optimizers, built, strict=True)):
+        return variables_of(model), True
+    known = list({id(variable): variable for variable in model.variables}.values())
+    twin = None
+    if len(optimizers) == 1:
+        with model.distribute_strategy.scope():
+            twin = built_twin(optimizers[0], [model.variables[n] for n in built[0] or ()])
+    return known + ([] if twin is None else twin.variables), twin is not None
 
 
 def _build_optimizers(model: keras.Model, variables: list[list[int] | None]) -> None:
@@ -225,65 +307,25 @@ def _dtype(spec: Any) -> Any:
     return spec.dtype.as_numpy_dtype
 
 
-def _state_of(callback: Any) -> Any:
-    """The result of `get_state`, or the plain attributes of one of Keras's own callbacks."""
-    if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
-        return callback.get_state()
-    if not is_stock_callback(callback):
-        return None
-    plain = (bool, int, float, str, np.generic, np.ndarray, list, type(None))
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if isinstance(value, plain) or _is_operation(value)
-    }
-
-
-def _is_operation(value: Any) -> bool:
-    """Whether it is a Keras operation, such as the comparison that `EarlyStopping` uses."""
-    return callable(value) and getattr(keras.ops, getattr(value, "__name__", ""), None) is value
-
-
-def _set_state_of(callback: Any, state: Any) -> None:
-    if hasattr(callback, "get_state") and hasattr(callback, "set_state"):
-        callback.set_state(state)
-    else:
-        vars(callback).update(state)
-
-
-def _pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
-    """A value as JSON; arrays are added to `arrays`, and the JSON names them."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        arrays[name] = value
-        return {"array": name}
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.item()
-    if _is_operation(value):
-        return {"operation": value.__name__}
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, f"{name}_{i}", arrays) for i, item in enumerate(value)]
-    if isinstance(value, dict):
-        return {"dict": {str(k): _pack(v, f"{name}_{k}", arrays) for k, v in value.items()}}
-    return value
-
-
-def _unpack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(value, list):
-        return [_unpack(item, arrays) for item in value]
-    if isinstance(value, dict) and "array" in value:
-        return arrays[value["array"]]
-    if isinstance(value, dict) and "operation" in value:
-        return getattr(keras.ops, value["operation"])
-    if isinstance(value, dict):
-        return {name: _unpack(item, arrays) for name, item in value["dict"].items()}
-    return value
-
-
 def _random_state() -> dict[str, Any]:
     """The states of Python's and NumPy's generators, which data and callbacks may use."""
     state: Any = np.random.get_state()  # noqa: NPY002  The global generator is needed.
     kind, keys, *rest = state
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+
+
+def _check_random(state: dict[str, Any], seed: np.ndarray | None) -> None:
+    """Raises an exception unless the random generators can be set to a state."""
+    version, words, gauss = state["python"]
+    random.Random().setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    own = (kind, np.asarray(keys, "uint32"), position, has_gauss, cached)
+    np.random.RandomState().set_state(own)
+    # NumPy would read past the end of the keys.
+    if not 0 <= position <= len(keys) or not isinstance(gauss, (float, type(None))):
+        raise ValueError(f"Received: position={position!r}, gauss={gauss!r}")
+    if seed is not None and (seed.shape != (2,) or seed.dtype.kind not in "iu"):
+        raise ValueError(f"Received: a seed of shape {seed.shape} and dtype {seed.dtype}")
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -113,3 +113,21 @@ def test_optimizers_hidden(tmp_path):
     model.save_weights(tmp_path / "with.weights.h5")
     sizes = [(tmp_path / name).stat().st_size for name in ("alone.weights.h5", "with.weights.h5")]
     assert sizes[0] < sizes[1]
+
+
+def test_a_built_twin_has_the_variables_that_building_will_give():
+    optimizer = keras.optimizers.Adam(0.5)
+    weights = [keras.Variable(np.zeros((2, 3))), keras.Variable(np.zeros(4))]
+    twin = optimizers.built_twin(optimizer, weights)
+    assert not optimizer.built
+    optimizer.build(weights)
+    assert [v.shape for v in twin.variables] == [v.shape for v in optimizer.variables]
+    assert [v.dtype for v in twin.variables] == [v.dtype for v in optimizer.variables]
+
+
+def test_an_optimizer_that_cannot_be_copied_has_no_twin():
+    class Own(keras.optimizers.SGD):
+        def get_config(self):
+            raise NotImplementedError
+
+    assert optimizers.built_twin(Own(), [keras.Variable(np.zeros(2))]) is None

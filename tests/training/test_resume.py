@@ -100,7 +100,7 @@ class Stateful(keras.callbacks.Callback):
 
     def set_state(self, state):
         self.seen, self.table = state["seen"], state["inner"]["table"]
-        assert state["inner"]["pair"] == [1, 2.5]
+        assert state["inner"]["pair"] == (1, 2.5)
 
 
 def early_stopping():
