@@ -257,6 +257,6 @@ def test_a_directory_of_each_format_is_read(tmp_path, version):
 def test_a_newer_format_is_refused_with_advice_to_update(tmp_path):
     directory = shutil.copytree(HERE / "formats" / "1" / "ensemble", tmp_path / "ensemble")
     path = directory / "ensemble.json"
-    path.write_text(path.read_text("utf-8").replace('"version": 1', '"version": 2'))
-    with pytest.raises(SnapshotError, match=r"ensemble\.json.*version 2.*Update"):
+    path.write_text(path.read_text("utf-8").replace('"version": 1', '"version": 3'))
+    with pytest.raises(SnapshotError, match=r"ensemble\.json.*version 3.*Update"):
         SnapshotEnsemble.load(directory)

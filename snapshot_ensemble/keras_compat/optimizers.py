@@ -39,16 +39,14 @@ def built_twin(optimizer: Any, variables: list[Any]) -> Any:
 
 def initial_values(optimizer: Any) -> list[Any]:
     """The values that the variables of a built optimizer have before its first step."""
-    new = built_twin(optimizer, built_for(optimizer))
-    if new is None:
-        raise ValueError(f"{type(optimizer).__name__} cannot be made from its config.")
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(built_for(optimizer))
     return [keras.ops.convert_to_numpy(variable.value) for variable in new.variables]
 
 
 def _without_optimizers(_: Any, original: Any, saveable: Any) -> Iterator[tuple[str, Any]]:
-    is_model = isinstance(saveable, keras.Model)
     for name, value in original(saveable):
-        if not (is_model and name == "optimizer"):
+        if not isinstance(value, keras.Optimizer):
             yield name, value
 
 
@@ -59,8 +57,9 @@ _walking = ContextPatch(saving_lib, "_walk_saveable", _without_optimizers)
 def optimizers_hidden() -> Iterator[None]:
     """Hides the optimizers of models, whose slots Keras would otherwise save, load or expect.
 
-    This includes optimizers of models inside, such as a backbone that was trained before. The
-    models keep their optimizers: another thread may be training with them.
+    This includes optimizers of models inside, such as a backbone that was trained before, and
+    others that a model with a training step of its own has. They stay in their models: another
+    thread may be training with them.
     """
     with _walking.active(True):
         yield

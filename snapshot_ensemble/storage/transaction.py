@@ -211,7 +211,10 @@ class ManifestDirectory:
         try:
             with interrupts_deferred(), self._guard:
                 entered = self._lock.held
-                self._acquire()
+                if not entered:
+                    self._check_existence()
+                with self._now.explained(self.directory):
+                    self._lock.acquire()
                 acquired = True
                 if not entered:
                     self._begin_writing()
@@ -221,14 +224,12 @@ class ManifestDirectory:
                 with interrupts_deferred():
                     self._end_writing(is_last=not entered)
 
-    def _acquire(self) -> None:
+    def _check_existence(self) -> None:
         if self._now.known is not None and not self.directory.exists():
             raise SnapshotError(
                 f"'{self.directory}' no longer exists. Load the ensemble from where it is now, or "
                 "save it with `save`."
             )
-        with self._now.explained(self.directory):
-            self._lock.acquire()
 
     def _begin_writing(self) -> None:
         if not self.is_current():

@@ -88,7 +88,7 @@ CHANGES = {
     ),
     "someone's file": (
         name_another_file,
-        "`name` must be a file of this package. Received: name='thesis.txt'",
+        "`name` must be a file of this directory. Received: name='thesis.txt'",
     ),
     "a hash that is none": (
         lambda m, e: m["model"].update(sha256="x"),
