@@ -1,5 +1,6 @@
 """Shared by all tests: no TensorFlow logging, a fixed seed, small models and data."""
 
+import collections
 import gc
 import os
 import shutil
@@ -18,6 +19,18 @@ gc.freeze()
 
 # TensorFlow would warn that tests retrace functions for their many small models.
 tf.get_logger().setLevel("ERROR")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases of a `sampled(n)` test as slow, except for every n-th."""
+    seen = collections.Counter()
+    for item in items:
+        if (marker := item.get_closest_marker("sampled")) is not None:
+            test = (item.path, item.originalname)
+            if seen[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True)

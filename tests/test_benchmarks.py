@@ -40,6 +40,7 @@ def test_faults(capsys):
     assert f"{sum(tried for tried, _ in counts.values())}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_threads(capsys):
     counts = threads.main(["--rounds", "1"])
     assert (counts["rounds"], counts["disturbed"], counts["kept"]) == (1, 0, 1)
@@ -83,6 +84,7 @@ def test_memory_cost(capsys):
     assert "peaks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_report_cost(capsys):
     [line] = report_cost.main(["--sizes", "40x2"])
     assert line[:2] == [40, 2]
@@ -117,6 +119,7 @@ def killed(*arguments):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_one_kill():
     # In a new process: it forks, which is safe only before TensorFlow has run anything.
     (row,) = killed("--kills", "1", "--kinds", "tf.data")

@@ -31,7 +31,7 @@ def case(name):
 
 def learned(ens, x, y, weights):
     """Everything that the held-out data say."""
-    ens.weights, ens.temperature = [0.5, 0.2, 0.3], 1.3
+    ens.weights, ens.temperature, ens.members = [0.5, 0.2, 0.3], 1.3, None
     options = {"sample_weight": weights, "verbose": 0}
     values = {"report": ens.report(x, y, **options).to_dict()}
     # Rounding in float32 splits tempered votes of equal confidence.
@@ -44,6 +44,7 @@ def learned(ens, x, y, weights):
     return values
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["softmax", "log-odds", "multilabel", "regression", "pixels", "two outputs"]
 )

@@ -39,6 +39,7 @@ def by_hand(losses):
     return max(counts)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "noise", [(2, 1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1), (3, 2, 1, 0), (0, 1, 2, 3), (0.6, 0.4, 0.3)]
 )
@@ -90,6 +91,7 @@ def test_methods_that_use_the_chosen_members_and_those_that_do_not():
     np.testing.assert_allclose(ens.predict(X, verbose=0), everyone.mean(0), atol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("members", [2, [0, 2], None])
 def test_it_is_saved_and_reset_when_the_members_change(members, tmp_path):
     ens = ensemble_around((1, 0.1, 0.1))
@@ -131,6 +133,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_chooses_by_its_validation_data(kind, monkeypatch):
     counts = []

@@ -30,6 +30,7 @@ def assert_alike(actual, expected, atol=1e-6):
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
 def test_every_task_and_combination_agrees_with_predict(task, combine):
     loss, units, activation = TASKS[task]
@@ -114,6 +115,7 @@ ARCHITECTURES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("build", ARCHITECTURES)
 def test_every_architecture_agrees_with_predict(build):
     source = build()

@@ -47,6 +47,7 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("members"))
 
 
+@pytest.mark.sampled(3)
 def test_all_members_in_one_pass(case):
     actual = case.ens.predict_members(case.x, verbose=0)
     assert_all_close(actual, case.expected, case.tolerance)

@@ -59,6 +59,7 @@ def test_fitting_resuming_and_overwriting_leave_them(tmp_path):
     assert len(SnapshotEnsemble.load(directory.parent / "copy")) == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_directory_with_one_is_not_free(tmp_path, name):
     add_foreign(tmp_path / "run", [name])

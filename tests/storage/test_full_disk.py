@@ -117,6 +117,7 @@ def small_disk(tmp_path_factory):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_small_disks(tmp_path, small_disk):
     cases = [
         (small_disk(kilobytes) / "run", 0, frozen)

@@ -60,6 +60,7 @@ def test_a_loaded_history_is_the_same(tmp_path):
     assert manifest_of(tmp_path / "run")["version"] == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("stop", "every"), [(3, 1), (4, 1), (5, 1), (8, 1), (5, 3), (9, 3)])
 def test_a_resumed_history_is_that_of_an_uninterrupted_run(tmp_path, stop, every):
     expected = ensemble(None)
@@ -102,7 +103,7 @@ def test_inspect_lists_blocks(tmp_path):
 
 def test_what_an_epoch_writes_does_not_grow(tmp_path, monkeypatch):
     """Counted in bytes of the manifests: a time would be noise."""
-    monkeypatch.setattr(history_blocks, "EPOCHS", 10)
+    monkeypatch.setattr(history_blocks, "EPOCHS", 5)
     sizes, write = [], Manifest.to_json
 
     def measured(manifest):
@@ -111,7 +112,7 @@ def test_what_an_epoch_writes_does_not_grow(tmp_path, monkeypatch):
         return text
 
     monkeypatch.setattr(Manifest, "to_json", measured)
-    fit(ensemble(tmp_path / "run", cycles=1), epochs=80)
-    assert len(sizes) > 80
+    fit(ensemble(tmp_path / "run", cycles=1), epochs=40)
+    assert len(sizes) > 40
     blocks = 8
-    assert max(sizes[60:]) < max(sizes[:20]) + blocks * 250  # An entry for each block.
+    assert max(sizes[30:]) < max(sizes[:10]) + blocks * 250  # An entry for each block.

@@ -119,6 +119,7 @@ def test_a_model_file_that_cannot_be_written_is_an_error(tmp_path):
     assert len(ens) == 0
 
 
+@pytest.mark.sampled(2)
 @LASTING
 @pytest.mark.parametrize("owner", ["another object", "the same object"])
 def test_a_failing_overwrite_leaves_the_old_ensemble(made, tmp_path, reference, owner, lasting):

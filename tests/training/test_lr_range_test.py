@@ -64,6 +64,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("optimizer", "trained"), [*((name, True) for name in OPTIMIZERS), ("Adam", False)]
 )
