@@ -124,6 +124,10 @@ def probabilities(kind, weights, x=X):
     return powers / powers.sum(-1, keepdims=True)
 
 
+# What `evaluate` returns depends on the temperature that another reader may be learning.
+ONE_TEMPERATURE = threading.Lock()
+
+
 class Seen:
     """Checks what readers see of an ensemble while it trains; counts, and keeps what was wrong."""
 
@@ -155,19 +159,21 @@ class Seen:
             self.wrong.append(f"a member has the learning rate {rate}")
 
     def evaluate(self):
-        scores = self.ens.evaluate(X, Y, members=[0], combine="mean", verbose=0, return_dict=True)
+        with ONE_TEMPERATURE:
+            scores = self.ens.evaluate(X, Y, members=[0], verbose=0, return_dict=True)
         p = probabilities(self.kind, member_weights(self.ens)[0])
         expected = [np.mean(p.argmax(-1) == Y), np.mean(p > 0.5)]
         if not np.allclose([scores["accuracy"], scores["share"]], expected, atol=1e-5):
             self.wrong.append(f"scores {scores} instead of {expected}")
 
     def learn(self):
-        self.ens.calibrate(X, Y, verbose=0)
+        with ONE_TEMPERATURE:
+            self.ens.calibrate(X, Y, verbose=0)
+            self.ens.temperature = 1.0  # For the numbers of `evaluate`.
         self.ens.fit_weights(X, Y, verbose=0)
         with contextlib.suppress(ValueError):  # A cycle may have ended since `len` was read.
             self.ens.weights = np.ones(len(self.ens)) / len(self.ens)
         self.ens.members = None
-        self.ens.temperature = 1.0  # For the numbers of `evaluate`.
 
     def save(self):
         self.ens.save(self.scratch, overwrite=True)

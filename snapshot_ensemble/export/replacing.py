@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 from snapshot_ensemble.export.recognition import foreign_part
+from snapshot_ensemble.storage.atomic_file import flush, sync_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def replaced(
         _check_free(places, [move.old for move in moves], format, overwrite)
         for move in moves:
             move.new.rename(move.place)
-        _flush_directory(folder.parent)
+        sync_directory(folder.parent)
         is_done = True
     finally:
         if is_written and not is_done:
@@ -151,16 +152,7 @@ def _flush(folder: pathlib.Path) -> None:
     """Makes sure that a folder is on disk with all that is in it."""
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
-            _flush_directory(path)
+            sync_directory(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _flush_directory(directory: pathlib.Path) -> None:
-    if os.name == "posix":  # Other systems cannot open directories.
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            with path.open("r+b") as file:  # Windows flushes only files open for writing.
+                flush(file.fileno())

@@ -106,7 +106,7 @@ class Draft:
             with self._temporary.open("r+b") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = os.fstat(file.fileno()).st_size
-                _flush(file.fileno())
+                flush(file.fileno())
             _replace(self._temporary, self._path)
         except BaseException:
             self.discard()
@@ -121,7 +121,7 @@ class Draft:
         return file
 
 
-def _flush(handle: int) -> None:
+def flush(handle: int) -> None:
     """Flushes a file to the disk, on macOS also through the disk's own cache."""
     if sys.platform == "darwin":
         import fcntl  # noqa: PLC0415  Not on Windows.

@@ -225,12 +225,12 @@ def train(
 
     cycles = CycleCallback(run, steps_of, passes)
     with_state = [*own, cycles]
-    if run.state is not None:
-        run.state.check_for(model, with_state)
     if run.save_every is not None:
         check_states(own)
     callbacks = [cycles, *own, StateCallback(run, with_state)]
     with run.rate.installed(), passes.counted():
+        if run.state is not None:
+            run.state.check_for(model, with_state)
         # For a run that has ended this runs no epoch; it only builds the model and restores the
         # state.
         result = model.fit(x, y, epochs=run.epochs, callbacks=callbacks, **arguments)

@@ -1,6 +1,7 @@
 """One run of a plan: its settings, and how far it has come."""
 
 import dataclasses
+from bisect import bisect_left
 from typing import Any
 
 import keras
@@ -63,7 +64,7 @@ class Run:
     def cycle_of(self, epoch: int) -> Cycle:
         """The cycle of an epoch, given by Keras's number."""
         in_plan = epoch - self.first_epoch
-        return next(cycle for cycle in self.plan if in_plan <= cycle.last_epoch)
+        return self.plan[bisect_left(self.plan, in_plan, key=lambda cycle: cycle.last_epoch)]
 
     @property
     def epochs_done(self) -> int:

@@ -10,8 +10,9 @@ hash or with a matching one.
 
 A fault counts as survived if loading raises a `SnapshotError` that names the file, or if every
 member's predictions are unchanged. A state is read by resuming: that must go well, or raise an
-error before the model, its optimizer or a random generator has changed. For runs that are
-killed, see `kills.py`.
+error before the model, its optimizer or a random generator has changed. Files of other programs
+in the directory must be as they were after it has been overwritten, resumed, added to and saved
+over. For runs that are killed, see `kills.py`.
 """
 
 import argparse
@@ -36,7 +37,23 @@ import numpy as np
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 
 MANIFEST = "ensemble.json"
+# Names of files that other programs, or their users, may put into the directory.
+FOREIGN = (
+    "notes.txt",
+    "writing-notes.txt",
+    "writing-1-model.keras",
+    "state-0009.npz",
+    "model-0001.keras",
+    "model-0042.keras",
+    "snapshot-0001.weights.h5",
+    "snapshot-0042.weights.h5",
+    "history-0001.json",
+    "snapshot-0042-0123456789ab.weights.h5",
+    "ensemble.json.bak",
+    "folder/model-0001.keras",
+)
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+Y = np.arange(8) % 3
 
 
 class Remembering(keras.callbacks.Callback):
@@ -59,11 +76,11 @@ def make_model():
     return model
 
 
-def fit(directory, model, resume=False):
+def fit(directory, model, **arguments):
     ens = SnapshotEnsemble(model, cycles=3, lr_init=0.5, directory=directory)
     stopping = keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
     callbacks = [stopping, Remembering()]
-    ens.fit(X, np.arange(8) % 3, epochs=3, verbose=0, callbacks=callbacks, resume=resume)
+    ens.fit(X, Y, epochs=3, verbose=0, callbacks=callbacks, **arguments)
     return ens
 
 
@@ -264,7 +281,7 @@ class Faults:
 
     def count(self, kind, is_safe):
         tried, good = self.counts.get(kind, (0, 0))
-        self.counts[kind] = (tried + 1, good + is_safe)
+        self.counts[kind] = (tried + 1, good + bool(is_safe))
 
     def loaded(self, name, is_forged=False, model=None):
         return survived(self.directory, self.expected, name, model, is_forged)
@@ -314,6 +331,25 @@ class Faults:
                 self.count(f"hostile: {kind}", in_bounds(lambda name=name: self.refused(name)))
                 self.restore()
 
+    def add_foreign_files(self):
+        uses = (
+            lambda: fit(self.directory, make_model(), overwrite=True),
+            lambda: fit(self.directory, make_model(), resume=True),
+            lambda: SnapshotEnsemble.load(self.directory).fit(
+                X, np.arange(8) % 3, epochs=3, verbose=0
+            ),
+            lambda: SnapshotEnsemble.load(self.spare).save(self.directory, overwrite=True),
+        )
+        for name in FOREIGN:
+            for use in uses:
+                path = self.directory / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(b"of another program")
+                use()
+                is_left = path.read_bytes() == b"of another program"
+                self.count("foreign file", is_left and len(SnapshotEnsemble.load(self.directory)))
+                self.restore()
+
     def refused(self, name):
         try:
             if name == self.state:
@@ -333,6 +369,7 @@ def try_all(flips, mutations, states, seed):
         faults.alter_manifests(mutations)
         faults.alter_states(states)
         faults.replace_files()
+        faults.add_foreign_files()
         assert faults.loaded(None)
     return faults.counts
 

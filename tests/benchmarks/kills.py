@@ -5,6 +5,10 @@
 A process is killed (SIGKILL) at random moments after the start of training, every other time in
 the middle of a write, and the same script is run again with `resume=True`. All weights of all
 snapshots, the final weights and the history must equal those of an uninterrupted run bit for bit.
+
+The same must hold if a run ends because no file may grow beyond a random size, as on a full disk
+(an `OSError`, not a signal), and if two processes start in one directory at the same time (one of
+them is refused). For Ctrl-C at each step of a run's writes, see `interrupts.py`.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import select
 import signal
 import sys
@@ -153,6 +158,78 @@ def attempt(kind, directory, alive=None, writes=None):
     return False
 
 
+REFUSED = 3
+
+
+def start(kind, directory, refusal, largest_file=None):
+    """Starts training in a new process, which ends with `REFUSED` after an error of this class."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if largest_file is not None:
+                limits = (largest_file, resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            train(kind, directory)
+            code = 0
+        except refusal:
+            code = REFUSED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def ending(child):
+    """The exit code of a process, negative if a signal has ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def full_disk(kind, directory, rng):
+    """Trains where no file may grow beyond a random size; returns whether it ended as it must."""
+    return ending(start(kind, directory, OSError, rng.randrange(60_000))) in (0, REFUSED)
+
+
+def two_processes(kind, directory, rng):
+    """Trains in two processes at once; returns whether one has finished, and none has failed."""
+    children = [start(kind, directory, BlockingIOError)]
+    time.sleep(rng.uniform(0, 0.5))
+    children.append(start(kind, directory, BlockingIOError))
+    codes = [ending(child) for child in children]
+    return 0 in codes and set(codes) <= {0, REFUSED}
+
+
+OTHER_ENDINGS = {"full disk": full_disk, "two processes": two_processes}
+
+
+def survive_others(kind, rounds, seed):
+    """Counts of each other ending, and of those after which the resumed run is the same."""
+    rng, rows = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as scratch:
+        home = pathlib.Path(scratch)
+        (home / "uninterrupted").mkdir()
+        attempt(kind, home / "uninterrupted")
+        expected = load(home / "uninterrupted")
+        for name, end in OTHER_ENDINGS.items():
+            equal = 0
+            for number in range(rounds):
+                directory = home / f"{name} {number}"
+                directory.mkdir()
+                if end(kind, directory, rng):
+                    attempt(kind, directory)
+                    equal += is_same(load(directory), expected)
+            rows.append({"kind": kind, "ending": name, "runs": rounds, "equal": equal})
+    return rows
+
+
+def is_same(actual, expected):
+    """Whether two results are equal bit for bit."""
+    same = [np.array_equal(actual[name], expected[name]) for name in expected]
+    return set(actual) == set(expected) and all(same)
+
+
 def load(directory):
     with np.load(directory / "result.npz") as file:
         return {name: file[name] for name in file.files}
@@ -183,10 +260,8 @@ def survive(kind, kills, seed, longest):
                     break
                 killed += 1
                 in_write += any((directory / "ensemble").glob("writing-*"))
-            actual = load(directory)
             runs += 1
-            same = [np.array_equal(actual[name], expected[name]) for name in expected]
-            equal += set(actual) == set(expected) and all(same)
+            equal += is_same(load(directory), expected)
         return {
             "kind": kind,
             "kills": killed,
@@ -202,16 +277,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=0.4, help="maximum seconds until a kill")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--others", type=int, default=10, help="runs of each other ending")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = [survive(k, arguments.kills, arguments.seed, arguments.longest) for k in arguments.kinds]
+    others = [
+        row
+        for kind in arguments.kinds
+        for row in survive_others(kind, arguments.others, arguments.seed)
+    ]
     if arguments.json:
-        print(json.dumps(rows))
+        print(json.dumps(rows + others))
         return
     print(f"{'data':10}{'kills':>7}{'in a write':>12}{'runs':>6}{'equal bit for bit':>20}")
     for row in rows:
         figures = f"{row['kills']:7}{row['in a write']:12}{row['runs']:6}{row['equal']:20}"
         print(f"{row['kind']:10}{figures}")
+    print(f"\n{'data':10}{'ending':16}{'runs':>6}{'equal bit for bit':>20}")
+    for row in others:
+        print(f"{row['kind']:10}{row['ending']:16}{row['runs']:6}{row['equal']:20}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 In each round one thread trains, two use the same ensemble (`predict`, `ens[0]`, `evaluate`,
 `calibrate`, `save`, `load`, `export` and others), and one runs plain Keras. A round is disturbed if
-training ends with other weights, slots, history, snapshots or random generators than when nobody
-looks, or if a reader gets wrong numbers or an error; it is kept if Keras, TensorFlow and `warnings`
-are as before, and the plain models had weights of their own.
+training ends with other weights, slots, history or snapshots than when nobody looks, or if a
+reader gets wrong numbers or an error; it is kept if Keras, TensorFlow and `warnings` are as before,
+and the plain models had weights of their own.
 """
 
 import argparse

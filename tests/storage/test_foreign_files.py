@@ -5,27 +5,13 @@ import shutil
 
 import keras
 import pytest
+from benchmarks.faults import FOREIGN as NAMES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from storage_cases import MANIFEST, ensemble, file_entries, fit, manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage.contents import is_free
-
-NAMES = [
-    "notes.txt",
-    "writing-notes.txt",
-    "writing-1-model.keras",
-    "state-0009.npz",
-    "model-0001.keras",
-    "model-0042.keras",
-    "snapshot-0001.weights.h5",
-    "snapshot-0042.weights.h5",
-    "history-0001.json",
-    "snapshot-0042-0123456789ab.weights.h5",
-    "ensemble.json.bak",
-    "folder/model-0001.keras",
-]
 
 
 def add_foreign(directory, names=NAMES):
