@@ -1,8 +1,8 @@
 """`SnapshotEnsemble`, the class that users work with."""
 
-import contextlib
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -11,23 +11,25 @@ import numpy as np
 
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.evaluation.calibration import temperature_of
-from snapshot_ensemble.evaluation.held_out import gather
-from snapshot_ensemble.evaluation.member_counts import most_members
+from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_early_exit
+from snapshot_ensemble.evaluation.evaluating import evaluate
+from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.member_weights import check_method, learn_weights
 from snapshot_ensemble.evaluation.report import Report, make_report
+from snapshot_ensemble.evaluation.streamed_choice import count_of_members
 from snapshot_ensemble.evaluation.uncertainty import predict_uncertainty
 from snapshot_ensemble.evaluation.weight_averaging import average_weights
-from snapshot_ensemble.export.formats import check_format, export_members
+from snapshot_ensemble.export.formats import check_format, check_weights_dtype, export_members
 from snapshot_ensemble.export.merged_model import merge
-from snapshot_ensemble.inference.batch_size import batch_size_for_scores
 from snapshot_ensemble.inference.combining import check_weights
+from snapshot_ensemble.inference.early_exit import check_early_exit
 from snapshot_ensemble.inference.member_pool import (
     MEMORY_LIMIT,
     MemberPool,
     PredictArguments,
-    check_built,
-    check_model,
 )
+from snapshot_ensemble.inference.model_checks import check_built, check_model
+from snapshot_ensemble.keras_compat.random_seed import generators_restored
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
     Plan,
@@ -35,12 +37,14 @@ from snapshot_ensemble.schedules import (
     plan_of_fit,
     settings_of,
 )
-from snapshot_ensemble.storage.directory import DirectoryStore, copy_snapshots
+from snapshot_ensemble.storage.copying import copy_snapshots
+from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.file_names import directory_path
 from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.weight_files import load_weights
+from snapshot_ensemble.training.distilling import distill
 from snapshot_ensemble.training.exclusive import is_training, only_training
 from snapshot_ensemble.training.fit_arguments import check_fit_arguments, validation_of
 from snapshot_ensemble.training.learning_rate import AnnealedRate
@@ -108,9 +112,14 @@ class SnapshotEnsemble:
             statistics are carried over. Defaults to `"auto"`.
         directory: Where snapshots are written as training goes. Defaults to `None`: in memory.
         max_snapshots: Keep only the newest that many. Defaults to `None`: keep all.
-        task: `"multiclass"`, `"binary"`, `"multilabel"` or `"regression"`; with several outputs
-            one for each, in the outputs' structure. Defaults to `None`: inferred from the compiled
-            loss and the last activation.
+        task: What the model's output means: `"multiclass"`, `"binary"`, `"multilabel"` or
+            `"regression"`, or `"passthrough"` for an id or a label, which must be equal in all
+            members. `"multiclass_logits"`, `"binary_probabilities"` and so on also say whether
+            classes come as logits or probabilities. With several outputs, one for each, in the
+            outputs' structure. Defaults to `None`: inferred from the compiled loss and the last
+            activation. It must be given if these do not say it: a loss of your own without a
+            softmax or sigmoid, a `train_step` or `compute_loss` of your own, or a `predict_step`
+            that changes the outputs. Integers, bools and strings are always passed through.
         memory_limit: How many bytes the members' weights may take in memory at once; weights that
             all members share count once. If there are more, members predict arrays one after
             another, through one model. Defaults to `2**28` (256 MiB).
@@ -159,10 +168,18 @@ class SnapshotEnsemble:
 
     def _use(self, store: SnapshotStore, pool: MemberPool) -> None:
         self._store, self._pool = store, pool
+        if isinstance(store, DirectoryStore):
+            store.computes_the_same = pool.is_faithful
 
     def __repr__(self) -> str:
         where = "in memory" if self.directory is None else f"in '{self.directory}'"
         return f"<SnapshotEnsemble of {self.model.name!r}: {counted(len(self), 'member')} {where}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "An ensemble cannot be pickled or copied. Received: "
+            f"{self!r}. Use `save(directory)` and `SnapshotEnsemble.load(directory)`."
+        )
 
     # Constructor arguments
 
@@ -306,7 +323,8 @@ class SnapshotEnsemble:
         second `fit` adds cycles.
 
         With validation data (arrays, a `tf.data.Dataset`, a `PyDataset`), `choose_members` is
-        called with them: early members that make the mean worse do not predict by default.
+        called with them: early members that make the mean worse do not predict by default. If that
+        fails, a warning says why, and all members predict.
 
         A snapshot has the weights as they were trained, even if `use_ema` or
         `EarlyStopping(restore_best_weights=True)` puts others into the model later.
@@ -349,14 +367,17 @@ class SnapshotEnsemble:
 
         Returns:
             The Keras `History`; its `history` also holds `learning_rate` (of the last step),
-            `cycle` and, once a restart was not warm, `shrink`, one value an epoch.
+            `cycle` and, once a restart was not warm, `shrink`, one value an epoch. The first two
+            are also in the `logs` of all callbacks.
 
         Raises:
-            ValueError: If the plan is impossible, a callback sets the learning rate, the
+            ValueError: If the plan is impossible, a callback sets the learning rate, the model
+                has several optimizers, a metric has the name of a column that is added, the
                 directory holds something, or an interrupted run had another plan, model or size
                 of data. All before training.
             TypeError: If `model.fit` has no such argument.
-            RuntimeError: If the model is being trained already, in this or another thread.
+            RuntimeError: If the model is being trained already, in this or another thread, or
+                the first epoch has trained it without its compiled optimizer.
             OSError: If the directory cannot be written to, or another process writes to it.
             SnapshotError: If a file to resume from is not as it was saved.
         """
@@ -390,22 +411,29 @@ class SnapshotEnsemble:
             overwrite=overwrite,
             save_every=save_every,
             keep_going=keep_going,
+            on_first_batch=self._pool.keep_sample if self._pool.sample is None else None,
         )
         history = session.run(x, y, fit_arguments)
         self._next_run = session.next_run
         if session.has_trained:
             warn_of_stragglers(self.snapshots, self.history)
-            self._choose_members_by(validation_of(x, y, fit_arguments))
+            self._choose_members_by(x, y, fit_arguments)
         return history
 
-    def _choose_members_by(self, validation: dict[str, Any] | None) -> None:
+    def _choose_members_by(self, x: Any, y: Any, fit_arguments: dict[str, Any]) -> None:
         """Chooses the members that predict by default, if there are data and memory for it."""
         everyone = range(len(self))
-        if validation is None or len(everyone) < 2 or self._pool.is_too_large(everyone):
+        if len(everyone) < 2 or self._pool.is_too_large(everyone):
             return
-        # Training has succeeded, so a failed choice must not raise: all members predict then.
-        with contextlib.suppress(TypeError, ValueError):
-            self.choose_members(**validation, verbose=0)
+        try:
+            if (validation := validation_of(x, y, fit_arguments)) is not None:
+                self.choose_members(**validation, verbose=0)
+        except Exception as error:  # Training has succeeded, so whatever fails here must not raise.
+            warnings.warn(
+                "Members could not be chosen by the validation data: "
+                f"{type(error).__name__}: {error}. All members predict.",
+                stacklevel=4,
+            )
 
     # The members
 
@@ -481,6 +509,8 @@ class SnapshotEnsemble:
         *,
         combine: str = "mean",
         members: int | Sequence[int] | None = None,
+        early_exit: bool = False,
+        return_counts: bool = False,
         batch_size: int | None = None,
         verbose: Any = "auto",
         steps: int | None = None,
@@ -502,17 +532,27 @@ class SnapshotEnsemble:
             members: Which members: an int for the last that many, or a list of indices. Defaults
                 to `None`: those of the attribute `members`, which are all unless validation data
                 chose some; for `"weighted"`, all.
+            early_exit: Whether members run in turn, only until a row is settled, as
+                `fit_early_exit` has learned. Defaults to `False`.
+            return_counts: Whether to return how many members ran for each row, too. Defaults to
+                `False`.
             batch_size, verbose, steps, callbacks: As for `model.predict`.
 
         Returns:
-            NumPy arrays in the structure and shapes of `model.predict`.
+            NumPy arrays in the structure and shapes of `model.predict`. With `return_counts`, a
+            tuple of them and an int32 array of shape `(rows,)`.
 
         Raises:
-            ValueError: If there are no members, or `combine` or `members` is invalid.
+            ValueError: If there are no members, `combine` or `members` is invalid, or is given
+                with `early_exit`, or nothing has been learned for `early_exit`.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         pool = self._pool.now()
-        return pool.predict(x, pool.combiner(combine, members), arguments)
+        check_early_exit(early_exit, combine, members, return_counts)
+        if early_exit:
+            outputs, counts = pool.predict_early(x, arguments)
+            return (outputs, counts) if return_counts else outputs
+        return pool.predict_combined(x, pool.combiner(combine, members), arguments)
 
     def __call__(
         self,
@@ -520,9 +560,11 @@ class SnapshotEnsemble:
         *,
         combine: str = "mean",
         members: int | Sequence[int] | None = None,
+        early_exit: bool = False,
     ) -> Any:
         """The members' outputs for one batch, combined: as `model(inputs, training=False)`.
 
+        The outputs are those of `predict`: if the model has a `predict_step` of its own, it runs.
         For single rows, gradients with respect to the inputs, and use inside a `tf.function`.
         All members run in one compiled graph, traced at the first call.
 
@@ -535,15 +577,35 @@ class SnapshotEnsemble:
             inputs: One batch: arrays or tensors, in the structure of the model's inputs.
             combine: As for `predict`. Defaults to `"mean"`.
             members: As for `predict`.
+            early_exit: As for `predict`. Not inside a function that XLA compiles, which gives
+                wrong results there. Defaults to `False`.
 
         Returns:
             Tensors in the structure and shapes of the model's outputs.
 
         Raises:
-            ValueError: If there are no members, or `combine` or `members` are invalid.
+            ValueError: As for `predict`.
         """
         pool = self._pool.now()
-        return pool.members_model(pool.combiner(combine, members)).run(inputs)
+        check_early_exit(early_exit, combine, members)
+        if early_exit:
+            return pool.call_early(inputs)[0]
+        return pool.call(inputs, pool.combiner(combine, members))
+
+    def reset_state(self) -> None:
+        """Resets the recurrent states of all members, as `reset_state` of a stateful layer.
+
+        Layers with `stateful=True` carry their states on from batch to batch and from call to call.
+        Each member has its own, which start at zero and are shared by `predict`, `evaluate` and all
+        other methods that run the members. Members as separate models (`ens[0]`) have their own.
+        What a layer writes into its weights while it predicts is forgotten: each batch begins with
+        the weights of the snapshot.
+
+        Example:
+
+        >>> ens.reset_state()
+        """
+        self._pool.reset_state()
 
     def predict_members(
         self,
@@ -628,8 +690,11 @@ class SnapshotEnsemble:
     ) -> Any:
         """The compiled loss and metrics, on the combined output.
 
-        The loss is that of the predictions alone: penalties on weights (regularizers) belong to
-        single members and are not in it.
+        The loss is that of the combined predictions: where Keras computes a model's loss from the
+        logits behind a softmax or sigmoid, it is computed from those of the combination. Penalties
+        on weights and losses that layers add belong to single members and are not in it, and
+        neither are the model's own `test_step`, `compute_loss` and `compute_metrics`; a warning
+        says so.
 
         Args:
             x: As for `model.evaluate`.
@@ -645,12 +710,12 @@ class SnapshotEnsemble:
             The loss and metrics as `model.evaluate` returns them.
 
         Raises:
-            ValueError: If there are no members, or `combine` or `members` is invalid.
+            ValueError: If there are no members, `combine` or `members` is invalid, or the
+                model has an `evaluate` of its own, no compiled loss, or a `predict_step` that
+                returns something else than what the loss is computed of.
         """
-        pool = self._pool.now()
-        evaluate_arguments |= batch_size_for_scores(self.model, x, **evaluate_arguments)
-        with pool.evaluator(pool.combiner(combine, members)) as model:
-            return model.evaluate(x, y, return_dict=return_dict, **evaluate_arguments)
+        arguments = {**evaluate_arguments, "return_dict": return_dict}
+        return evaluate(self._pool.now(), x, y, combine, members, arguments)
 
     # Learning from held-out data
 
@@ -693,8 +758,8 @@ class SnapshotEnsemble:
             The weights, float64 of shape `(members,)`; also in `weights` from then on.
 
         Raises:
-            ValueError: If the data do not fit the model, are fewer than two rows, lack a class,
-                or hold a NaN. The weights are as before.
+            ValueError: If the data do not fit the model, are fewer than two rows, or
+                hold a NaN. The weights are as before.
 
         References:
             - [Caruana et al., 2004](https://doi.org/10.1145/1015330.1015432)
@@ -723,7 +788,8 @@ class SnapshotEnsemble:
         Early members that have not converged make the mean worse. This compares the means of the
         last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
         nats, or squared error) is within one standard error of the paired difference from the
-        lowest. `fit` calls it with its validation data.
+        lowest. `fit` calls it with its validation data. Only sums are kept of each batch; arrays
+        go through in batches whose outputs, of all members, take up to 64 MiB.
 
         Example:
 
@@ -743,8 +809,7 @@ class SnapshotEnsemble:
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         pool = self._pool.now()
-        held = gather(pool, x, y, sample_weight, arguments)
-        count = most_members(held)
+        count = count_of_members(pool, x, y, sample_weight, arguments)
         pool.learn(members=None if count == len(pool) else count)
         return count
 
@@ -788,7 +853,7 @@ class SnapshotEnsemble:
 
         Raises:
             ValueError: If all outputs are regressions, or the data do not fit the model, are
-                fewer than two rows, lack a class, or hold a NaN. The temperature is as before.
+                fewer than two rows, or hold a NaN. The temperature is as before.
 
         References:
             - [Guo et al., 2017](https://arxiv.org/abs/1706.04599)
@@ -801,6 +866,69 @@ class SnapshotEnsemble:
         temperature = real_number("temperature", temperature, positive=True)
         pool.learn(temperature=temperature)
         return temperature
+
+    def fit_early_exit(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        tolerance: float = 0.0,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> float:
+        """Learns on held-out data when the first members are enough, for `early_exit=True`.
+
+        Members run one after another, and a row is settled as soon as they are sure of it: the
+        probability of its most probable class is high enough or, for regression, the standard
+        deviation over the members is low enough. Then it gets the mean of the members so far, at a
+        temperature of its own for each stage, which this learns together with the order of the
+        members and the thresholds. Of these it takes the lowest cost at which neither the negative
+        log-likelihood nor the error (for regression, the squared error) on the held-out data is
+        more than `tolerance` standard errors of the paired difference above that of all members.
+        If a share `p_k` of the rows reaches member `k`, the cost is `sum_k p_k` members a row. What
+        was learned is saved with the ensemble and forgotten when the members change.
+
+        Rows must not depend on each other, since later members see only some of them. With several
+        outputs, a row is settled when all of them are.
+
+        Example:
+
+        >>> members_a_row = ens.fit_early_exit(x_val, y_val, verbose=0)
+        >>> p, counts = ens.predict(x, early_exit=True, return_counts=True, verbose=0)
+        >>> bool(1 <= counts.min() <= counts.max() <= len(ens))
+        True
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`. Data that training has seen make members
+                look surer than they are.
+            tolerance: How many standard errors worse than all members the predictions may be on
+                these data. Defaults to 0.0: no worse. With few rows, more is lost on others.
+            sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Returns:
+            How many members run for each of these rows, on average.
+
+        Raises:
+            ValueError: If rows depend on each other, `tolerance` is negative, there are no members,
+                or the data do not fit the model, are fewer than two rows, or hold a NaN.
+
+        References:
+            - [Wang et al., 2022](https://arxiv.org/abs/2012.01988)
+        """
+        pool = self._pool.now()
+        tolerance = real_number("tolerance", tolerance, positive=False)
+        check_rows_apart(pool, x)
+        indices = pool.default_indices()
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        held = gather(pool, x, y, sample_weight, arguments, indices=indices)
+        learned, members_a_row = learn_early_exit(
+            held, indices, pool.learned.temperature, tolerance
+        )
+        pool.learn(early_exit=learned)
+        return members_a_row
 
     def report(
         self,
@@ -828,15 +956,16 @@ class SnapshotEnsemble:
             sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
 
         Returns:
-            A `Report`. It prints as a table; `to_dict()` gives its numbers.
+            A `Report`. It prints as a table; `to_dict()` and `to_frame()` give its numbers.
 
         Raises:
             ValueError: If there are no members, or the data do not fit the model or hold a NaN.
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         pool = self._pool.now()
-        held = gather(pool, x, y, sample_weight, arguments)
-        return make_report(held, pool.learned)
+        held = gather(pool, x, y, sample_weight, arguments, with_logits=True)
+        stages = None if pool.learned.early_exit is None else pool.cascade().stages
+        return make_report(held, pool.learned, stages)
 
     def average_weights(
         self,
@@ -845,6 +974,9 @@ class SnapshotEnsemble:
         y: Any = None,
         *,
         batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
     ) -> keras.Model:
         """One model of the original size, whose weights are the mean of the members' weights.
 
@@ -860,7 +992,7 @@ class SnapshotEnsemble:
 
         Example:
 
-        >>> small = ens.average_weights("greedy", x=x_val, y=y_val)
+        >>> small = ens.average_weights("greedy", x=x_val, y=y_val, verbose=0)
         >>> small.count_params() == ens.model.count_params()
         True
 
@@ -872,7 +1004,7 @@ class SnapshotEnsemble:
             x: Data as for `model.evaluate`, to estimate the statistics on.
             y: Targets of `x`, to check on. A warning says if the averaged model is worse there
                 than the worst member.
-            batch_size: As for `model.predict`.
+            batch_size, verbose, steps, callbacks: As for `model.predict`, in each pass.
 
         Returns:
             A compiled `keras.Model`.
@@ -885,8 +1017,75 @@ class SnapshotEnsemble:
             - [Izmailov et al., 2018](https://arxiv.org/abs/1803.05407)
             - [Wortsman et al., 2022](https://arxiv.org/abs/2203.05482)
         """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         with self._rate.lifted():
-            return average_weights(self._pool.now(), members, x, y, batch_size)
+            return average_weights(self._pool.now(), members, x, y, arguments)
+
+    def distill(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        epochs: int | None = None,
+        student: keras.Model | None = None,
+        alpha: float = 0.0,
+        temperature: float = 2.0,
+        **fit_arguments: Any,
+    ) -> keras.Model:
+        """One model of the original size, trained on the ensemble's predictions.
+
+        It starts as the newest of the members that predict by default, and trains through one more
+        cycle, from the ensemble's peak rate to its floor. Its loss is `alpha` times the compiled
+        loss of the targets, plus `1 - alpha` times the cross-entropy between the ensemble's
+        probabilities and its own (for values: the compiled loss of the ensemble's values), plus
+        its own penalties. Sample weights and class weights count in both.
+
+        The ensemble predicts arrays once, before training, and all other data batch by batch in
+        each epoch, which costs one forward pass of all members a step. It sees the rows as the
+        data have them, while layers of random augmentation inside the model change what the student
+        sees. Such a student may be worse than one long run: use `alpha=1.0`, which trains it by the
+        targets alone, or augment in a `tf.data.Dataset`, where both see the same rows. The model,
+        its optimizer, the random generators and the members stay as they are.
+
+        Example:
+
+        >>> small = ens.distill(x, y, epochs=2, verbose=0)
+        >>> small.count_params() == ens.model.count_params()
+        True
+
+        Args:
+            x: Training data, as for `model.fit`.
+            y: Targets, as for `model.fit`, for `alpha` and the metrics. Defaults to `None`: the
+                student learns from the ensemble alone, unless `x` yields targets.
+            epochs: The budget. Defaults to `None`: the length of two cycles of `fit`.
+            student: Another model to train in place, with outputs of the same shapes and tasks,
+                compiled or not. If it is compiled, its own rate is the peak. Defaults to `None`.
+            alpha: The share of the compiled loss, from 0 to 1. Defaults to `0.0`.
+            temperature: What the logarithms of the probabilities of both are divided by in the
+                cross-entropy between them, which shows the student more of what the ensemble
+                finds less likely. Defaults to `2.0`.
+            **fit_arguments: All other arguments of `model.fit`.
+
+        Returns:
+            The student, compiled with the model's own loss and metrics and an optimizer of the
+            same settings.
+
+        Raises:
+            ValueError: If there are no members, a value is impossible, the model cannot be made
+                from its config, or the student has a training step or loss of its own.
+            TypeError: If `student` is no model, or `model.fit` has no such argument.
+
+        References:
+            - [Hinton, Vinyals & Dean, 2015](https://arxiv.org/abs/1503.02531)
+        """
+        pool, done = self._pool.now(), self._store.record.progress.done
+        if epochs is None and done.cycles:
+            epochs = max(1, round(2 * done.epochs / done.cycles))
+        # A student that is compiled has a rate of its own.
+        peak = None if getattr(student, "compiled", False) else self._peak()
+        annealed = as_schedule(1, None, peak, self.schedule.lr_min)
+        with generators_restored(), self._rate.lifted():
+            return distill(pool, x, y, student, annealed, epochs, alpha, temperature, fit_arguments)
 
     # One model to serve
 
@@ -900,6 +1099,13 @@ class SnapshotEnsemble:
         that depend only on such layers (a frozen backbone, preprocessing) are in it once, and
         computed once. Its output carries no Keras mask: to score padded sequences with it, mask
         the padding by `sample_weight`.
+
+        It takes any batch size, unless a Functional model was given a fixed one or a layer is
+        stateful. Penalties for weights and outputs (regularizers) are left out, so that its
+        loss is that of the combined outputs, as in `evaluate`. Keras's cross-entropies clip its
+        probabilities at 1e-7, since it knows no logits; where the ensemble is surer than that and
+        wrong, the loss of `evaluate` is higher. Before it is returned, the model is compared with
+        the members on rows that `fit` saw or, without them, on random inputs.
 
         Example:
 
@@ -917,12 +1123,14 @@ class SnapshotEnsemble:
             plain SGD, which adds no slots to its file).
 
         Raises:
-            ValueError: If there are no members, `combine` or `members` is invalid, or the
-                model is a subclass, which is not a graph of layers.
+            ValueError: If there are no members, `combine` or `members` is invalid, the model is
+                a subclass, which is not a graph of layers, or a layer cannot be made from its
+                config, or computes something else then.
         """
         pool = self._pool.now()
         combiner = pool.combiner(combine, members)
-        return merge(self.model, pool.weights(combiner.members), combiner.combine)
+        weights = pool.weights(combiner.members)
+        return merge(self.model, weights, combiner.combine, pool.sample)
 
     def export(
         self,
@@ -931,14 +1139,21 @@ class SnapshotEnsemble:
         *,
         combine: str = "mean",
         members: int | Sequence[int] | None = None,
+        early_exit: bool = False,
         overwrite: bool = False,
+        x: Any = None,
+        weights: str | None = None,
         **export_arguments: Any,
     ) -> None:
         """Exports one model that computes the combination, to be served without Keras.
 
-        Its signature has the model's own input and output names and takes any batch size. The
-        file is opened by its own runtime, where that is installed, and compared with `predict`
-        on random inputs before it is moved into place.
+        The model's own layers run, as in `predict`, so nothing has to be made from a config. Its
+        signature has the model's own input and output names and takes any batch size, unless a
+        Functional model was given a fixed one or a layer is stateful. The file is opened by its
+        own runtime, where that is installed, and compared with `predict` before it is moved into
+        place: on `x`, on rows that `fit` saw or, without them, on random inputs. Where the
+        ensemble cannot predict these, there is a warning instead. Outputs that are drawn at
+        random are compared by shape and type alone, those of quantized files within 10%.
 
         Args:
             filepath: Path of the folder or file. Files end with `.onnx`, `.tflite` (LiteRT) or
@@ -947,20 +1162,30 @@ class SnapshotEnsemble:
                 `"tf_saved_model"`.
             combine: As for `predict`. Defaults to `"mean"`.
             members: As for `predict`.
+            early_exit: As for `predict`; only in a SavedModel, in which members then run only for
+                the rows that reach them. Defaults to `False`.
             overwrite: Whether an earlier export in this format may be replaced; nothing else ever
                 is. The old one is removed when the new one is in place. Defaults to `False`.
+            x: A few rows of inputs, as for `predict`, on which the file is compared with the
+                ensemble. Defaults to `None`: rows that `fit` saw, or random inputs.
+            weights: `"float16"` halves the size of the file: its kernels are stored in float16,
+                and cast to the model's own dtype where they are used. How far that changes the
+                outputs on the batch of the check is printed, unless `verbose=False`; more than 1%
+                of the largest output is refused. Not for ONNX. Defaults to `None`.
             **export_arguments: As for `keras.Model.export`.
 
         Raises:
-            ValueError: If there are no members, `combine`, `members` or `format` is invalid, the
-                path exists and may not be replaced, or the exported file does not reproduce the
-                ensemble's predictions.
+            ValueError: If there are no members, `combine`, `members`, `format` or `weights` is
+                invalid, the path exists and may not be replaced, or the exported file does not
+                reproduce the ensemble's predictions.
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)
+        check_weights_dtype(weights, format, export_arguments)
         pool = self._pool.now()
-        combiner = pool.combiner(combine, members)
-        export_members(pool, combiner, path, format, overwrite, export_arguments)
+        check_early_exit(early_exit, combine, members)
+        combiner = pool.cascade() if early_exit else pool.combiner(combine, members)
+        export_members(pool, combiner, path, format, overwrite, x, weights, export_arguments)
 
     # Saving and loading
 
@@ -988,7 +1213,8 @@ class SnapshotEnsemble:
             save()
             return
         with self._rate.lifted():
-            copy_snapshots(self.model, pool.view, directory, self._settings(), overwrite)
+            settings = self._settings()
+            copy_snapshots(self.model, pool.view, directory, settings, overwrite, pool.is_faithful)
 
     @classmethod
     def load(
@@ -998,6 +1224,7 @@ class SnapshotEnsemble:
         custom_objects: dict[str, Any] | None = None,
         model: keras.Model | None = None,
         skip_damaged: bool = False,
+        memory_limit: int | None = None,
     ) -> Self:
         """Loads an ensemble from the directory that `fit` or `save` wrote.
 
@@ -1009,9 +1236,11 @@ class SnapshotEnsemble:
             directory: Path of the directory.
             custom_objects: Classes and functions of your own that the model uses, by name.
             model: The compiled model itself, if it cannot be made from a file: a subclass
-                without `get_config`, a loss that is a lambda.
+                without `get_config`, a loss that is a lambda, a layer that draws a constant. When
+                the directory was written, a warning said so.
             skip_damaged: Whether to load the other snapshots if some are not as they were saved; a
                 warning names them. Their files stay where they are. Defaults to `False`.
+            memory_limit: As for `SnapshotEnsemble`. Defaults to `None`: as it was saved.
 
         Returns:
             A `SnapshotEnsemble`.
@@ -1023,11 +1252,14 @@ class SnapshotEnsemble:
         while True:
             store = DirectoryStore.open(directory)
             try:
-                return cls._load(store, directory, custom_objects, model, skip_damaged)
+                ensemble = cls._load(store, directory, custom_objects, model, skip_damaged)
             except SnapshotError:
                 if store.is_current():
                     raise
-                # A writer has replaced files in the meantime: load all of it again.
+                continue  # A writer has replaced files in the meantime: load all of it again.
+            if memory_limit is not None:
+                ensemble.memory_limit = memory_limit
+            return ensemble
 
     @classmethod
     def _load(
@@ -1094,4 +1326,5 @@ class SnapshotEnsemble:
             "shrink": self.shrink,
             **settings_of(self.schedule),
             "task": self.task,
+            "memory_limit": self.memory_limit,
         }

@@ -16,7 +16,7 @@ from snapshot_ensemble.storage.record import Progress
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered
 from snapshot_ensemble.storage.weight_files import save_weights
 from snapshot_ensemble.training.dataset_passes import Passes
-from snapshot_ensemble.training.fit_arguments import steps_in_epoch
+from snapshot_ensemble.training.epoch_steps import EpochSteps
 from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.loop import CycleCallback
 from snapshot_ensemble.training.run import Run
@@ -177,11 +177,7 @@ class SnapshotEnsembleCallback(keras.callbacks.Callback):
             restarter=Restarter(),
             progress=self._progress,
         )
-
-        def steps_of(known: int | None) -> int | None:
-            return None if known is None else steps_in_epoch(model, None, {}, known)
-
-        cycles = CycleCallback(run, steps_of, Passes(None))
+        cycles = CycleCallback(run, EpochSteps, Passes(None))
         cycles.set_model(model)
         cycles.set_params(self.params)
         cycles.on_train_begin()

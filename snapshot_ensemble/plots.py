@@ -6,14 +6,25 @@ Each function draws into `ax`, or into a new figure, and returns the `Axes`; non
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
+from snapshot_ensemble.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    axes,
+    labelled,
+    mark_restarts,
+    use_integer_ticks,
+)
 from snapshot_ensemble.ensemble import SnapshotEnsemble
 from snapshot_ensemble.evaluation import metrics
-from snapshot_ensemble.evaluation.held_out import gather
-from snapshot_ensemble.evaluation.loss_landscape import losses_between_members
+from snapshot_ensemble.evaluation.early_exit import cost_curve
+from snapshot_ensemble.evaluation.gathering import gather
+from snapshot_ensemble.evaluation.loss_landscape import losses_between_members, principal_components
 from snapshot_ensemble.evaluation.report import Report
 from snapshot_ensemble.evaluation.uncertainty import error_without_least_sure
 from snapshot_ensemble.schedules import CosineAnnealing, Cycle
@@ -21,39 +32,6 @@ from snapshot_ensemble.training.lr_range_test import RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-
-# Distinguishable with any colour vision (Okabe & Ito, 2008).
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
-
-
-def _axes(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot as plt  # noqa: PLC0415  Slow to import.
-
-    return plt.subplots(figsize=(6, 4), layout="constrained")[1]
-
-
-def _labelled(ax: "Axes", x: str, y: str, legend: bool = True) -> "Axes":
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.grid(alpha=0.3)
-    if legend:
-        ax.legend(frameon=False)
-    return ax
-
-
-def _use_integer_ticks(axis: "Axis") -> None:
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-
-    axis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _mark_restarts(ax: "Axes", epochs: Sequence[float]) -> None:
-    for number, epoch in enumerate(epochs):
-        label = "restart" if number == 0 else None
-        ax.axvline(epoch, color=GREY, linestyle=":", linewidth=1, label=label)
 
 
 def plot_schedule(
@@ -83,12 +61,12 @@ def plot_schedule(
         ValueError: If the epochs cannot be split into whole cycles.
     """
     plan = schedule if isinstance(schedule, Sequence) else schedule.plan(epochs)  # type: ignore[arg-type]
-    ax = _axes(ax)
+    ax = axes(ax)
     for cycle in plan:
         rates = cycle.rates(steps_per_epoch)
         ax.plot(cycle.first_epoch + np.arange(len(rates)) / steps_per_epoch, rates, color=BLUE)
-    _mark_restarts(ax, [cycle.first_epoch for cycle in plan[1:]])
-    return _labelled(ax, "epoch", "learning rate", legend=len(plan) > 1)
+    mark_restarts(ax, [cycle.first_epoch for cycle in plan[1:]])
+    return labelled(ax, "epoch", "learning rate", legend=len(plan) > 1)
 
 
 def plot_history(
@@ -110,7 +88,7 @@ def plot_history(
     history = ensemble.history
     if metric not in history:
         raise ValueError(f"`metric` must be one of {sorted(history)}. Received: metric={metric!r}")
-    ax = _axes(ax)
+    ax = axes(ax)
     epochs = np.arange(1, len(history["cycle"]) + 1)
     cycles = np.asarray(history["cycle"])
     for name, color in ((metric, BLUE), (f"val_{metric}", ORANGE)):
@@ -118,15 +96,15 @@ def plot_history(
             values = np.asarray([np.nan if v is None else v for v in history[name]], "float64")
             known = np.isfinite(values)
             ax.plot(epochs[known], values[known], color=color, label=name)
-    _mark_restarts(ax, epochs[1:][cycles[1:] != cycles[:-1]] - 0.5)
+    mark_restarts(ax, epochs[1:][cycles[1:] != cycles[:-1]] - 0.5)
     rate = ax.twinx()
     rate.plot(epochs, history["learning_rate"], color=GREY, alpha=0.5, linewidth=1)
     rate.set_ylabel("learning rate (end of the epoch)", color=GREY)
     # Draw the metric and the legend in front of the rate.
     ax.set_zorder(rate.get_zorder() + 1)
     ax.patch.set_visible(False)
-    _use_integer_ticks(ax.xaxis)
-    return _labelled(ax, "epoch", metric)
+    use_integer_ticks(ax.xaxis)
+    return labelled(ax, "epoch", metric)
 
 
 def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
@@ -139,7 +117,7 @@ def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
     Returns:
         The `Axes`, with the learning rate on a logarithmic x-axis and the loss on the y-axis.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     ax.plot(found.rates, found.losses, color=GREY, alpha=0.5, linewidth=1, label="each batch")
     ax.plot(found.rates, found.smoothed, color=BLUE, label="smoothed")
     label = f"suggested peak: {found.suggestion:.2g}"
@@ -148,7 +126,7 @@ def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
     # Clip the diverging end, which would dwarf the rest of the curve.
     low, high = found.smoothed.min(), np.max(found.losses[: max(len(found.losses) // 5, 1)])
     ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
-    return _labelled(ax, "learning rate", "loss")
+    return labelled(ax, "learning rate", "loss")
 
 
 def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = None) -> "Axes":
@@ -168,7 +146,7 @@ def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = N
     """
     if metric not in ("error", "loss"):
         raise ValueError(f"`metric` must be 'error' or 'loss'. Received: metric={metric!r}")
-    ax = _axes(ax)
+    ax = axes(ax)
     names = [name for name in report.added_from_last if (name == "loss") == (metric == "loss")]
     styles = ("-", "--", ":", "-.")
     for name, style in zip(names, styles * len(names), strict=False):
@@ -181,8 +159,8 @@ def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = N
             label = f"from the {end}{suffix}"
             ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
     ax.axvline(report.worth, color=GREY, linestyle=":", label=f"enough members: {report.worth}")
-    _use_integer_ticks(ax.xaxis)
-    return _labelled(ax, "number of members", metric)
+    use_integer_ticks(ax.xaxis)
+    return labelled(ax, "number of members", metric)
 
 
 def plot_diversity(
@@ -206,14 +184,14 @@ def plot_diversity(
     if output is not None and output not in names:
         raise ValueError(f"`output` must be one of {names}. Received: output={output!r}")
     matrix = report.disagreement[names[0] if output is None else output]
-    ax = _axes(ax)
+    ax = axes(ax)
     image = ax.imshow(matrix, cmap="cividis", vmin=0)
     if len(matrix) <= 12:
         for (i, j), value in np.ndenumerate(matrix):
             color = "black" if value > matrix.max() / 2 else "white"
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
     for axis in (ax.xaxis, ax.yaxis):
-        _use_integer_ticks(axis)
+        use_integer_ticks(axis)
     ax.figure.colorbar(image, ax=ax, label="disagreement")
     ax.set_xlabel("member")
     ax.set_ylabel("member")
@@ -256,18 +234,18 @@ def plot_reliability(
             "`plot_reliability` needs a classifier. Received: a model whose first output is a "
             "regression."
         )
-    ax = _axes(ax)
+    ax = axes(ax)
     curves = [(1.0, "as predicted" if ensemble.temperature == 1 else "uncalibrated", ORANGE, "s")]
     if ensemble.temperature != 1:
         curves.append((ensemble.temperature, f"T = {ensemble.temperature:.3g}", BLUE, "o"))
     for temperature, label, color, marker in curves:
         combined = held.combined(combine, weights, temperature)
-        logs = metrics.items_of(keras.tree.flatten(combined)[0], held.meanings[0])
+        logs = metrics.items_of(held.unpacked(combined)[0], held.meanings[0])
         confidence, accuracy, mass = metrics.reliability(logs, held.truths[0], bins).T
         with_error = f"{label} (ECE {mass @ np.abs(accuracy - confidence):.3f})"
         ax.plot(confidence, accuracy, color=color, marker=marker, markersize=4, label=with_error)
     ax.axline((1, 1), slope=1, color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
-    return _labelled(ax, "confidence (probability of the predicted class)", "accuracy")
+    return labelled(ax, "confidence (probability of the predicted class)", "accuracy")
 
 
 def plot_uncertainty(
@@ -292,12 +270,47 @@ def plot_uncertainty(
     """
     pool = ensemble._pool.now()
     held = gather(pool, x, y, indices=pool.default_indices())
-    ax = _axes(ax)
+    ax = axes(ax)
     colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
     for name, (set_aside, error) in error_without_least_sure(held).items():
         ax.plot(set_aside, error, color=colors[name], label=f"by {name}")
     quantity = "error rate" if held.meanings[0].is_classes else "mean squared error"
-    return _labelled(ax, "share set aside, least certain first", f"{quantity} of the rest")
+    return labelled(ax, "share set aside, least certain first", f"{quantity} of the rest")
+
+
+def plot_early_exit(
+    ensemble: SnapshotEnsemble, x: Any, y: Any = None, *, ax: "Axes | None" = None
+) -> "Axes":
+    """Plots the loss against the members that run for a row, for the cascade of `early_exit=True`.
+
+    Example:
+
+    >>> members_a_row = ens.fit_early_exit(x_val, y_val, verbose=0)
+    >>> ax = plot_early_exit(ens, x, y)
+
+    Args:
+        ensemble: An ensemble for which `fit_early_exit` was called.
+        x: Held-out data, as for `model.evaluate`; other ones than for `fit_early_exit`.
+        y: As for `model.evaluate`.
+        ax: Defaults to `None`, a new figure.
+
+    Returns:
+        The `Axes`, with the negative log-likelihood or squared error, summed over the outputs, on
+        the y-axis: of the learned thresholds; of one threshold for all stages, from always to
+        never; and of the same number of members for all rows.
+
+    Raises:
+        ValueError: If nothing has been learned, or the data do not fit the model.
+    """
+    pool = ensemble._pool.now()
+    held = gather(pool, x, y, indices=pool.cascade().members)
+    curve = cost_curve(held, pool.learned.early_exit, pool.learned.temperature)  # type: ignore[arg-type]
+    ax = axes(ax)
+    ax.plot(*curve.first, "--", color=GREY, marker="o", label="as many members for all rows")
+    ax.plot(*curve.shared, color=BLUE, label="one threshold for all stages")
+    ax.plot(*curve.learned, "o", color=RED, label="learned thresholds")
+    classes = all(meaning.is_classes for meaning in held.meanings)
+    return labelled(ax, "members run per row", "negative log-likelihood" if classes else "loss")
 
 
 def plot_landscape(
@@ -334,11 +347,11 @@ def plot_landscape(
         - [Huang, Li, Pleiss et al., 2017](https://arxiv.org/abs/1704.00109), figure 4
     """
     positions, losses = losses_between_members(ensemble._pool.now(), x, y, points, batch_size)
-    ax = _axes(ax)
+    ax = axes(ax)
     ax.plot(positions, losses, color=BLUE)
     ax.plot(positions[::points], losses[::points], "o", color=RED, label="snapshot")
-    _use_integer_ticks(ax.xaxis)
-    return _labelled(ax, "member, and the line to the next", "loss")
+    use_integer_ticks(ax.xaxis)
+    return labelled(ax, "member, and the line to the next", "loss")
 
 
 def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> "Axes":
@@ -359,27 +372,20 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
             "`plot_trajectory` needs at least three members. Received: "
             f"{counted(len(ensemble), 'member')}."
         )
-    trained = [variable.trainable for variable in ensemble.model.weights]
-    rows = []
-    for index in range(len(ensemble)):
-        weights = ensemble[index].get_weights()
-        flat = [w.astype("float64").ravel() for w, t in zip(weights, trained, strict=True) if t]
-        rows.append(np.concatenate(flat))
-    centred = np.stack(rows) - np.mean(rows, axis=0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    points, shares = left[:, :2] * sizes[:2], sizes**2 / max((sizes**2).sum(), 1e-300)
-    ax = _axes(ax)
+    points, shares = principal_components(ensemble._pool.now())
+    ax = axes(ax)
     ax.plot(points[:, 0], points[:, 1], color=GREY, linewidth=1, zorder=1)
-    ax.scatter(points[:, 0], points[:, 1], c=range(len(rows)), cmap="cividis", zorder=2)
+    ax.scatter(points[:, 0], points[:, 1], c=range(len(points)), cmap="cividis", zorder=2)
     for index, point in enumerate(points):
         ax.annotate(str(index), point, xytext=(5, 5), textcoords="offset points")
     ax.margins(0.1)
     labels = [f"principal component {k + 1} ({shares[k]:.0%} of the variance)" for k in (0, 1)]
-    return _labelled(ax, labels[0], labels[1], legend=False)
+    return labelled(ax, labels[0], labels[1], legend=False)
 
 
 __all__ = [
     "plot_diversity",
+    "plot_early_exit",
     "plot_history",
     "plot_landscape",
     "plot_lr",

@@ -11,11 +11,11 @@ from snapshot_ensemble.checks import real_number, whole_number
 from snapshot_ensemble.tables import text_table
 
 
-def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any = np) -> Any:
+def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0) -> Any:
     """The learning rate at step `t` of a cycle of `n` steps.
 
-    The same formula is used for plans and plots (`xp=numpy`) and in the training graph
-    (`xp=keras.ops`), so that what is shown is what training uses:
+    The same formula is used for plans, plots and training, so that what is shown is what training
+    uses:
 
         lr_min + (lr_max - lr_min) * t / warmup                                           t < warmup
         lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * (t - warmup) / (n - warmup)))      otherwise
@@ -26,15 +26,14 @@ def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0, *, xp: Any
         lr_max: The peak.
         lr_min: The floor.
         warmup: Number of steps of linear warmup.
-        xp: The namespace that provides `cos`, `maximum` and `where`.
 
     Returns:
         float64, the shape of `t`.
     """
     span = lr_max - lr_min
-    rise = lr_min + span * t / xp.maximum(warmup, 1)
-    fall = lr_min + span / 2 * (1 + xp.cos(math.pi * (t - warmup) / (n - warmup)))
-    return xp.where(t < warmup, rise, fall)
+    rise = lr_min + span * t / np.maximum(warmup, 1)
+    fall = lr_min + span / 2 * (1 + np.cos(math.pi * (t - warmup) / (n - warmup)))
+    return np.where(t < warmup, rise, fall)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 from models import eager, pool_of
 
-from snapshot_ensemble.evaluation.held_out import gather
+from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.inference.member_pool import PredictArguments
 
 RNG = np.random.default_rng(0)

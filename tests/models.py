@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from snapshot_ensemble import Snapshot, SnapshotEnsemble
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 layers = keras.layers
 

@@ -8,7 +8,8 @@ from keras.layers import (
 )
 from models import MULTICLASS
 
-from snapshot_ensemble.inference.output_specs import Output, read_outputs
+from snapshot_ensemble.inference.output_specs import read_outputs
+from snapshot_ensemble.inference.task_words import Output
 
 
 def custom_loss(y_true, y_pred):

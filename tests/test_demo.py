@@ -10,32 +10,87 @@ import pytest
 from snapshot_ensemble import SnapshotEnsemble, demo
 from snapshot_ensemble.__main__ import main
 
+NAMES = ["diversity", "history", "landscape", "members", "reliability", "summary", "uncertainty"]
+
+
+def row(out, name):
+    """The two cells of a row of the table."""
+    return re.search(rf"^{re.escape(demo.SCORES[name])} +(\S+) +(\S+)$", out, re.M).groups()
+
 
 @pytest.mark.slow
 def test_demo_prints_the_plan_and_scores_and_writes_the_ensemble(tmp_path, capsys):
     directory = tmp_path / "digits"
-    assert main(["demo", "--epochs", "4", "--cycles", "2", "--directory", str(directory)]) == 0
+    arguments = ["--epochs", "4", "--cycles", "2", "--runs", "1", "--directory", str(directory)]
+    assert main(["demo", *arguments]) == 0
     out = capsys.readouterr().out
     assert "cycle  epochs  length" in out
-    assert len(re.findall(r"^Snapshot of cycle", out, re.M)) == 2
     # The table, recomputed from the saved ensemble.
-    _, (x, y) = demo.load_digits()
-    ens = SnapshotEnsemble.load(directory / "ensemble")
-    members = ens.predict_members(x, verbose=0)
-    rows = {"member 0": members[0], "member 1": members[1], "ensemble, mean": members.mean(0)}
-    for name, probabilities in rows.items():
-        error, nll = re.search(rf"^{name}.*?([\d.]+) +([\d.]+)$", out, re.M).groups()
-        assert float(error) == pytest.approx(100 * (probabilities.argmax(-1) != y).mean(), abs=0.01)
-        picked = probabilities[np.arange(len(y)), y]
-        assert float(nll) == pytest.approx(-np.log(picked).mean(), abs=2e-4)
-    assert re.search(r"^one ordinary run +[\d.]+ +[\d.]+$", out, re.M)
+    _, _, (x, y) = demo.load_digits()
+    probabilities = SnapshotEnsemble.load(directory / "ensemble").predict(x, verbose=0)
+    wrong = probabilities.argmax(-1) != y
+    assert float(row(out, "errors")[1]) == wrong.sum()
+    assert float(row(out, "sure")[1]) == wrong[probabilities.max(-1) > 0.9].sum()
+    nll = -np.log(probabilities[np.arange(len(y)), y]).mean()
+    assert float(row(out, "nll")[1]) == pytest.approx(nll, abs=6e-4)
+    assert re.search(r"^seed 0, one run: \d+ wrong answers, NLL [\d.]+ \(\d+ s\)$", out, re.M)
     assert float(re.search(r"difference in a probability ([\d.e-]+)\.", out).group(1)) < 1e-5
     assert (directory / "served" / "1" / "saved_model.pb").exists()
     assert str(directory) in out
-    names = ["diversity", "history", "landscape", "members", "reliability", "summary"]
     pictures = sorted((directory / "pictures").iterdir())
-    assert [path.name for path in pictures] == [f"{n}.png" for n in [*names, "uncertainty"]]
+    assert [path.name for path in pictures] == [f"{name}.png" for name in NAMES]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert out.splitlines()[-1].startswith("The ensemble against one run of the same budget, 1 se")
+
+
+@pytest.mark.slow
+def test_dense_runs_are_compared_over_seeds(tmp_path, capsys):
+    directory = tmp_path / "digits"
+    arguments = {"epochs": 2, "cycles": 1, "seed": 4, "runs": 2, "dense": True}
+    scores = demo.run_demo(directory, **arguments)
+    out = capsys.readouterr().out
+    assert "a dense network is trained" in out
+    ensemble = SnapshotEnsemble.load(directory / "ensemble")
+    assert [type(layer).__name__ for layer in ensemble.model.layers] == ["Flatten"] + 3 * ["Dense"]
+    assert [len(of_seeds) for of_seeds in scores.values()] == [2, 2]
+    lines = re.findall(r"^seed (\d+), (one run|ensemble): (\d+) wrong", out, re.M)
+    assert {(int(seed), name): int(count) for seed, name, count in lines} == {
+        (4 + index, name): of_seed["errors"]
+        for name, of_seeds in scores.items()
+        for index, of_seed in enumerate(of_seeds)
+    }
+    assert out.splitlines()[-1] == demo.verdict(scores)
+    # Of one member there is no line from each member to the next.
+    assert not (directory / "pictures" / "landscape.png").exists()
+
+
+def test_who_is_asked_about_what():
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.45, 0.55]])
+    y = np.array([1, 0, 0, 1])  # The first and the third are wrong; the least sure is the last.
+    assert [demo.to_check(probabilities, y, left) for left in (0, 1, 2)] == [4, 3, 0]
+
+
+def test_scores_of_probabilities_that_rule_out_the_true_class_are_finite():
+    scores = demo.score(np.array([[1.0, 0.0], [0.2, 0.8]]), np.array([1, 1]))
+    assert (scores["errors"], scores["sure"], scores["none"]) == (1, 1, 2)
+    assert np.isfinite(scores["nll"])
+
+
+@pytest.mark.parametrize(
+    ("errors", "nll", "said"),
+    [
+        ([8, 7], [0.1, 0.2], "a gain in errors (-1.5 ± 0.5), a gain in NLL (-0.150 ± 0.050)."),
+        ([9, 9], [0.5, 0.4], "no clear change in errors (+0.0 ± 0.0), a loss in NLL (+0.150"),
+        ([5, 12], [0.3, 0.3], "no clear change in errors (-0.5 ± 3.5), no clear change in NLL ("),
+        ([10, 11], [0.2, 0.2], "a loss in errors (+1.5 ± 0.5), a gain in NLL (-0.100 ± 0.000)."),
+        ([8], [0.2], "1 seed: a gain in errors (-1.0), a gain in NLL (-0.100)."),
+    ],
+)
+def test_the_last_line_says_whether_the_ensemble_gained(errors, nll, said):
+    count = len(errors)
+    one = [{"errors": 9, "nll": 0.3}, {"errors": 9, "nll": 0.3}][:count]
+    ensemble = [{"errors": a, "nll": b} for a, b in zip(errors, nll, strict=True)]
+    assert said in demo.verdict({"one run": one, "ensemble": ensemble})
 
 
 @pytest.mark.parametrize(
@@ -43,6 +98,7 @@ def test_demo_prints_the_plan_and_scores_and_writes_the_ensemble(tmp_path, capsy
     [
         (["--epochs", "3"], "There must be at least one epoch for each cycle."),
         (["--cycles", "0"], "`cycles` must be at least 1. Received: cycles=0"),
+        (["--runs", "0"], "`runs` must be at least 1. Received: runs=0"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
@@ -82,4 +138,4 @@ def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch, capsys
 def test_help_shows_examples():
     command = [sys.executable, "-m", "snapshot_ensemble", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "snapshot-ensemble demo --epochs 30" in done.stdout
+    assert "snapshot-ensemble demo --epochs 40" in done.stdout

@@ -1,6 +1,8 @@
 """The constructor of `SnapshotEnsemble`, and access to its members."""
 
+import copy
 import json
+import pickle
 import re
 from math import inf, nan
 
@@ -201,3 +203,10 @@ def test_member_weights_can_be_reset():
     ens.weights = [1, 0, 0]
     ens.weights = None
     assert ens.weights is None
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_pickling_and_copying_are_refused_by_what_to_use(way):
+    ens = SnapshotEnsemble(classifier())
+    with pytest.raises(TypeError, match=r"cannot be pickled or copied.*Use `save\(directory\)`"):
+        way(ens)

@@ -84,6 +84,13 @@ def test_weight_files_need_a_model_that_is_built(paths):
         SnapshotEnsemble.from_weights(model, paths)
 
 
+def test_weight_files_need_a_model_with_weights(paths):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Rescaling(2.0)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"`model` must have weights.*model='seq.*has none"):
+        SnapshotEnsemble.from_weights(model, paths)
+
+
 def test_weight_files_need_a_model_that_is_compiled(paths):
     with pytest.raises(ValueError, match="`model` must be compiled"):
         SnapshotEnsemble.from_weights(

@@ -15,11 +15,13 @@ import snapshot_ensemble
 from snapshot_ensemble import (
     CosineAnnealing,
     GenerateSnapshotCallbacks,
+    Report,
     SnapshotEnsemble,
     SnapshotEnsembleCallback,
     VisualizeLR,
     plots,
 )
+from snapshot_ensemble.sklearn import SnapshotEnsembleClassifier, SnapshotEnsembleRegressor
 
 
 def test_all_public_names_have_docstrings():
@@ -29,10 +31,17 @@ def test_all_public_names_have_docstrings():
 
 WITHOUT = """
 import sys
-for name in ("matplotlib", "scipy", "sklearn", "tf2onnx", "openvino"):
+for name in ("matplotlib", "scipy", "sklearn", "pandas", "tf2onnx", "openvino"):
     sys.modules[name] = None  # From now on, importing it is an error.
 import snapshot_ensemble
 assert snapshot_ensemble.SnapshotEnsemble
+del sys.modules["scipy"]  # The package requires it, and `snapshot_ensemble.sklearn` imports it.
+try:
+    import snapshot_ensemble.sklearn
+except ImportError as error:
+    assert "pip install 'snapshot-ensemble[sklearn]'" in str(error)
+else:
+    raise AssertionError
 """
 
 
@@ -50,7 +59,11 @@ EXAMPLES = [
         SnapshotEnsembleCallback,
         GenerateSnapshotCallbacks,
         VisualizeLR,
+        plots.plot_early_exit,
         plots.plot_schedule,
+        Report.to_frame,
+        SnapshotEnsembleClassifier,
+        SnapshotEnsembleRegressor,
     )
     for test in doctest.DocTestFinder().find(public, public.__name__)
     if test.examples
@@ -68,6 +81,7 @@ def test_examples_do_what_they_show(example, capsys, tmp_path, monkeypatch):
     fit(ens, epochs=2)
     example.globs.update(
         **{name: getattr(snapshot_ensemble, name) for name in snapshot_ensemble.__all__},
+        plot_early_exit=plots.plot_early_exit,
         plot_schedule=plots.plot_schedule,
         keras=keras,
         np=np,

@@ -7,6 +7,7 @@ mpl.use("agg")
 import keras
 import numpy as np
 import pytest
+from benchmarks.builders import random_ensemble
 from matplotlib import pyplot as plt
 from models import member_weights, scaled_digits
 
@@ -200,6 +201,32 @@ def test_landscape_shows_the_loss_between_snapshots(trained):
     check_shown(ax, "member", "loss")
 
 
+def test_early_exit_shows_the_cost_and_the_loss():
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    ens, (x, y) = random_ensemble(model, 3), scaled_digits()
+    with pytest.raises(ValueError, match="needs thresholds"):
+        plots.plot_early_exit(ens, x, y)
+    ens.fit_early_exit(x[:300], y[:300], verbose=0)
+    x, y = x[300:600], y[300:600]
+    ax = plots.plot_early_exit(ens, x, y)
+
+    def loss(p):
+        return -np.log(p[np.arange(len(y)), y]).mean()
+
+    p, ran = ens.predict(x, early_exit=True, return_counts=True, verbose=0)
+    learned = np.ravel(line(ax, "learned thresholds"))
+    np.testing.assert_allclose(learned, [ran.mean(), loss(p)], rtol=1e-4)
+    counts, means = line(ax, "as many members for all rows")
+    np.testing.assert_array_equal(counts, [1, 2, 3])
+    assert means[-1] == pytest.approx(loss(ens.predict(x, verbose=0)), rel=1e-4)
+    costs, losses = line(ax, "one threshold for all stages")
+    assert (costs[0], costs[-1]) == (3, 1)
+    assert (np.diff(costs) <= 0).all()
+    np.testing.assert_allclose([losses[0], losses[-1]], [means[-1], means[0]])
+    check_shown(ax, "members run per row", "negative log-likelihood")
+
+
 def test_trajectory_shows_the_principal_components_of_the_weights(trained):
     from sklearn.decomposition import PCA
 
@@ -231,6 +258,10 @@ def test_plots_of_a_regression():
     _, errors = line(plots.plot_uncertainty(ens, x, y), "by std")
     assert errors[-1] == pytest.approx(squares.mean(), rel=1e-4)
     check_shown(plots.plot_members(ens.report(x, y, verbose=0)), "members", "error")
+    ens.fit_early_exit(x, y, verbose=0)
+    ax = plots.plot_early_exit(ens, x, y)
+    assert line(ax, "one threshold for all stages")[1][0] == pytest.approx(squares.mean(), rel=1e-4)
+    check_shown(ax, "members run per row", "loss")
     with pytest.raises(ValueError, match=r"needs a classifier\. Received: a model whose first"):
         plots.plot_reliability(ens, x, y)
 

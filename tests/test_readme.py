@@ -1,15 +1,8 @@
 """The code blocks of the README, run unchanged."""
 
 import contextlib
-import json
-import os
 import pathlib
 import re
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -25,15 +18,11 @@ def readme(tmp_path_factory):
     names = {"__name__": "readme"}
     with contextlib.chdir(folder):
         for number, block in enumerate(blocks):
-            if block.startswith("# server.py"):
-                (folder / "server.py").write_text(block)
-            else:
-                exec(compile(block, f"README.md, block {number}", "exec"), names)
-            if number == 0:
-                names["exported_members"] = names["ens"].members
+            exec(compile(block, f"README.md, block {number}", "exec"), names)
     return names, folder
 
 
+@pytest.mark.slow
 def test_every_block_does_what_it_says(readme):
     names, _ = readme
     ens, again, x_test = names["ens"], names["again"], names["x_test"]
@@ -43,58 +32,52 @@ def test_every_block_does_what_it_says(readme):
     assert ens.evaluate(x_test, names["y_test"], verbose=0)[1] > 0.9
 
 
+@pytest.mark.slow
+def test_the_export_has_what_was_learned_until_then(readme):
+    names, _ = readme
+    x = names["tf"].constant(names["x_test"], "float32")
+    served = names["serve"](pixels=x)["digit"].numpy()
+    expected = names["ens"].predict(names["x_test"], verbose=0)
+    np.testing.assert_allclose(served, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weight_files_of_other_machines_make_an_ensemble(readme):
+    names, _ = readme
+    members = names["ens"].predict_members(names["x_test"], verbose=0)
+    pair = names["pair"].predict(names["x_test"], verbose=0)
+    np.testing.assert_allclose(pair, members[3:].mean(0), atol=1e-6)
+
+
+def test_links_lead_somewhere():
+    text = README.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (README.parent / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert README.read_text("utf-8").count("\n") <= 220
+
+
+@pytest.mark.slow
 def test_what_is_learned_on_held_out_data(readme):
-    names, folder = readme
+    names, _ = readme
     ens = names["ens"]
     assert ens.weights.sum() == pytest.approx(1)
     assert ens.temperature != 1
     assert set(names["unsure"]) == {"mean", "total", "aleatoric", "epistemic"}
+    assert len(set(names["ask"])) == 10
     assert names["small"].count_params() == ens.model.count_params()
-    with contextlib.chdir(folder):
-        before = (folder / "run" / "ensemble.json").read_bytes()
-        assert len(names["train"]()) == 3
-        assert (
-            folder / "run" / "ensemble.json"
-        ).read_bytes() == before  # There was nothing left to do.
 
 
 @pytest.mark.slow
-def test_the_server_answers_with_the_ensembles_predictions(readme):
-    pytest.importorskip("litserve")
+def test_a_run_that_has_ended_is_not_run_again_by_the_same_script(readme):
     names, folder = readme
-    x = names["x_test"][:3]
-    with (folder / "server.log").open("w") as log:
-        # In a new session, so that its workers are killed with it.
-        server = subprocess.Popen(
-            [sys.executable, "server.py"],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        answer = ask("http://127.0.0.1:8000", {"pixels": x.tolist()}, server)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(30)
-    ens = names["ens"]  # It was exported before anything was learned on held-out data.
-    ens.temperature, ens.members = 1.0, names["exported_members"]
-    expected = ens.predict(x, verbose=0)
-    np.testing.assert_allclose(answer["digit"], expected, atol=1e-5)
-
-
-def ask(address, request, server):
-    """Posts a request as soon as the server is ready."""
-    for _ in range(120):
-        assert server.poll() is None
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health") as reply:
-            if reply.read() == b"ok":
-                break
-        time.sleep(1)
-    posted = urllib.request.Request(
-        f"{address}/predict",
-        data=json.dumps(request).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(posted) as reply:
-        return json.load(reply)
+    manifest = folder / "run" / "ensemble.json"
+    assert len(names["run"]) == 3
+    before = manifest.read_bytes()
+    with contextlib.chdir(folder):
+        run = names["SnapshotEnsemble"](names["model"], cycles=3, directory="run")
+        run.fit(names["x"], names["y"], epochs=6, resume=True, verbose=0)
+    assert len(run) == 3
+    assert manifest.read_bytes() == before

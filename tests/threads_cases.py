@@ -86,6 +86,8 @@ def ensemble(kind="functional", optimizer="Adam", directory=None, *, eager=False
         metrics=["accuracy", Share(0.5)],
         run_eagerly=eager,
     )
+    # The own `train_step` of one of the models hides what its loss says.
+    more["task"] = "multiclass_probabilities"
     return SnapshotEnsemble(model, cycles=cycles, directory=directory, **more)
 
 

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import keras
 import numpy as np
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
@@ -97,7 +96,7 @@ def temperature_of(held: HeldOut, combined: Any) -> float:
             "A temperature applies only to class probabilities. Received: a model whose outputs "
             "are all regressions. Use `std` of `predict_uncertainty` instead."
         )
-    outputs = keras.tree.flatten(combined)
+    outputs = held.unpacked(combined)
     items = [items_of(outputs[i], held.meanings[i]) for i in chosen]
     truths = [held.truths[i] for i in chosen]
     return learn_temperature(items, truths, [held.loss_weights[i] for i in chosen])

@@ -1,44 +1,34 @@
-"""Held-out data: the members' predictions and the targets, collected in one pass."""
+"""Held-out data: the members' predictions and the targets."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
+from snapshot_ensemble.evaluation.left_out import why_not_compiled
 from snapshot_ensemble.evaluation.metrics import items_of, loss
 from snapshot_ensemble.evaluation.scoring import Scorer
-from snapshot_ensemble.evaluation.targets import Truth, as_numbers, read_truth, shortened
-from snapshot_ensemble.inference.batch_size import batch_size_for
+from snapshot_ensemble.evaluation.targets import (
+    Truth,
+    as_numbers,
+    by_output,
+    read_truth,
+)
 from snapshot_ensemble.inference.blocks import in_blocks, row_blocks
-from snapshot_ensemble.inference.combining import check_meanings, combine_stack
-from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
-from snapshot_ensemble.inference.members_model import MembersModel
-from snapshot_ensemble.inference.output_specs import Output, per_output
+from snapshot_ensemble.inference.combining import (
+    check_meanings,
+    combine_logits,
+    combine_stack,
+)
+from snapshot_ensemble.inference.losses import per_output
+from snapshot_ensemble.inference.output_specs import names_of
+from snapshot_ensemble.inference.task_words import Output
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
-from snapshot_ensemble.keras_compat.masks import mask_of
-
-
-class Gatherer(MembersModel):
-    """Predicts each member's outputs and returns them with the targets that the data yielded."""
-
-    def predict_step(self, data: Any) -> Any:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        gathered = {**self(x), "y": y, "sample_weight": sample_weight}
-        return {name: value for name, value in gathered.items() if value is not None}
-
-
-def stack_members(outputs: list[Any]) -> dict[str, Any]:
-    """Stacks the members' outputs on a new second axis; the masks are the first member's."""
-    stacked = {"outputs": keras.tree.map_structure(lambda *o: keras.ops.stack(o, axis=1), *outputs)}
-    flat = keras.tree.flatten(outputs[0])
-    masks = {str(i): mask_of(tensor) for i, tensor in enumerate(flat)}
-    if masks := {name: mask for name, mask in masks.items() if mask is not None}:
-        stacked["masks"] = masks
-    return stacked
 
 
 class Block(NamedTuple):
@@ -61,13 +51,16 @@ class HeldOut:
 
     Attributes:
         model: The wrapped model, whose compiled loss and metrics are used for scoring.
-        outputs: One array for each flat output, the members on the first axis.
+        outputs: One array for each output that has targets, the members on the first axis.
         structure: A structure like the model's outputs.
-        meanings: What each flat output means.
+        meanings: What each of these outputs means.
         y: The targets, as they were passed.
         sample_weight: The sample weights, as they were passed, or None.
         masks: The Keras mask of each output that has one, by the output's index as a string.
         batch_size: As for `model.evaluate`, used by `scorer`.
+        logits: The members' logits behind the outputs that have some, like `masks`.
+        rest: The outputs that have no targets, one member's, by their number among all.
+        is_part: Whether these are some of the rows, which may all have the weight 0.
     """
 
     model: keras.Model
@@ -78,28 +71,54 @@ class HeldOut:
     sample_weight: Any
     masks: dict[str, np.ndarray]
     batch_size: int | None = None
+    logits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    rest: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    is_part: bool = False
 
     @property
     def rows(self) -> int:
         return self.outputs[0].shape[1]
 
+    @functools.cached_property
+    def numbers(self) -> list[int]:
+        """The number of each output that has targets among all flat outputs."""
+        count = len(self.outputs) + len(self.rest)
+        return [i for i in range(count) if i not in self.rest]
+
+    @functools.cached_property
+    def all_names(self) -> list[str]:
+        """A name for each flat output, also for those without targets."""
+        return names_of(self.model, keras.tree.pack_sequence_as(self.structure, self._filled([])))
+
     @property
     def names(self) -> list[str]:
-        """A name for each flat output; for outputs in a dict, its key."""
-        if isinstance(self.structure, dict) and len(self.structure) == len(self.outputs):
-            return sorted(self.structure)
-        names = getattr(self.model, "output_names", None)
-        if names and len(names) == len(self.outputs):
-            return list(names)
-        return [f"output_{i}" for i in range(len(self.outputs))]
+        """A name for each output that has targets; for outputs in a dict, its key."""
+        return [self.all_names[i] for i in self.numbers]
+
+    def _filled(self, flat: Sequence[Any]) -> list[Any]:
+        """A value for each flat output, from one for each output that has targets."""
+        given = dict(itertools.zip_longest(self.numbers, flat))
+        return [self.rest.get(i, given.get(i)) for i in range(len(given) + len(self.rest))]
+
+    def packed(self, flat: Sequence[Any]) -> Any:
+        """The model's structure, from one array for each output that has targets."""
+        return keras.tree.pack_sequence_as(self.structure, self._filled(flat))
+
+    def unpacked(self, structure: Any) -> list[Any]:
+        """The arrays of the outputs that have targets."""
+        flat = keras.tree.flatten(structure)
+        return [flat[i] for i in self.numbers]
 
     def members(self) -> list[Any]:
         """Each member's outputs, in the model's structure."""
-        count = len(self.outputs[0])
         return [
-            keras.tree.pack_sequence_as(self.structure, [o[member] for o in self.outputs])
-            for member in range(count)
+            self.packed([output[member] for output in self.outputs])
+            for member in range(len(self.outputs[0]))
         ]
+
+    def logits_of_member(self, member: int) -> dict[str, np.ndarray]:
+        """One member's logits, by the output's index as a string."""
+        return {i: stack[member] for i, stack in self.logits.items()}
 
     @functools.cached_property
     def truths(self) -> list[Truth]:
@@ -108,9 +127,9 @@ class HeldOut:
         truths = []
         for i, (target, weight) in enumerate(zip(targets, weights, strict=True)):
             shape = self.outputs[i].shape[1:]
-            truths.append(
-                read_truth(target, weight, self.masks.get(str(i)), self.meanings[i], shape)
-            )
+            mask = self.masks.get(str(self.numbers[i]))
+            meaning = self.meanings[i]
+            truths.append(read_truth(target, weight, mask, meaning, shape, self.is_part))
         return truths
 
     @functools.cached_property
@@ -142,8 +161,21 @@ class HeldOut:
 
             return in_blocks(of_block, np.moveaxis(output, 0, 1))
 
-        flat = [combined(*pair) for pair in zip(self.outputs, self.meanings, strict=True)]
-        return keras.tree.pack_sequence_as(self.structure, flat)
+        return self.packed([*map(combined, self.outputs, self.meanings)])
+
+    def combined_logits(
+        self, combine: str, weights: Any = None, temperature: float = 1.0
+    ) -> dict[str, np.ndarray]:
+        """The logits behind `combined`, by the output's index as a string."""
+        combined = {}
+        for number, meaning in zip(self.numbers, self.meanings, strict=True):
+            stack = self.logits.get(str(number))
+            if stack is None:
+                continue
+            logits = combine_logits(stack, combine, meaning, weights, temperature)
+            if logits is not None:
+                combined[str(number)] = np.asarray(logits)
+        return combined
 
     @functools.cached_property
     def loss_weights(self) -> list[float]:
@@ -151,178 +183,54 @@ class HeldOut:
         given = compile_arguments(self.model).get("loss_weights")
         if given is None:
             return [1.0] * len(self.outputs)
-        flat = per_output(given, self.structure, self.names, len(self.outputs))
-        return [1.0 if weight is None else float(weight) for weight in flat]
+        structure = self.packed(self.outputs)
+        weights = per_output(given, structure, self.all_names)
+        # An output with several losses has several weights.
+        return [float(sum(weights[i])) if weights[i] else 1.0 for i in self.numbers]
 
     def loss(self, combined: Any) -> float:
         """The loss of combined outputs: negative log-likelihoods and squared errors, summed."""
         total = 0.0
-        flat = keras.tree.flatten(combined)
+        flat = self.unpacked(combined)
         for output, meaning, truth, weight in zip(
             flat, self.meanings, self.truths, self.loss_weights, strict=True
         ):
             total += weight * loss(items_of(output, meaning), truth)
         return total
 
-    def scorer(self) -> Callable[[Any], dict[str, float]]:
-        """A function that returns the compiled loss and metrics of combined outputs, by name."""
+    def scorer(self) -> Callable[..., dict[str, float]]:
+        """A function of combined outputs and, if they are known, of the logits behind them.
+
+        It returns the compiled loss and metrics by name; none if they are not those of
+        predictions.
+        """
+        if why_not_compiled(self.model) is not None:
+            return lambda outputs, logits=None: {}
         targets, weights = self._targets
-        y = keras.tree.pack_sequence_as(self.structure, targets)
-        sample_weight = keras.tree.pack_sequence_as(self.structure, weights)
-        if self.sample_weight is None:
-            sample_weight = None
+        nothing = {i: np.zeros(self.rows, "float32") for i in self.rest}
+        same = dataclasses.replace(self, rest=nothing)
+        y, sample_weight = same.packed(targets), None
+        if self.sample_weight is not None:
+            sample_weight = same.packed(weights)
         return Scorer(self.model, y, sample_weight, self.masks, self.batch_size).scores
 
     def check_for_fitting(self) -> None:
-        """Raises `ValueError` if there are fewer than two rows, or a class does not occur."""
+        """Raises `ValueError` if there are fewer than two rows."""
         if self.rows < 2:
             raise ValueError(
                 f"Too few rows to learn from. Received: {counted(self.rows, 'row')}. Pass at least "
                 "two rows, or better some hundreds, that training has not seen."
             )
-        for name, meaning, truth in zip(self.names, self.meanings, self.truths, strict=True):
-            if not meaning.is_classes:
-                continue
-            missing = np.flatnonzero(truth.weights @ truth.targets == 0).tolist()
-            if missing:
-                raise ValueError(
-                    "Each class must occur in the held-out data: nothing can be learned about a "
-                    f"class without examples. Received: y without class {shortened(missing)} of "
-                    f"output '{name}'. Use a stratified split."
-                )
 
     def _flat(self, given: Any, what: str) -> list[Any]:
-        """One array for each flat output, from any structure that Keras accepts."""
-        count = len(self.outputs)
-        if count == 1 and not isinstance(given, dict):
-            leaves = keras.tree.flatten(given) if _is_structure(given) else [given]
-            flat = leaves if len(leaves) == 1 else [np.asarray(given)]
-        elif isinstance(given, dict):
-            flat = [given.get(name) for name in self.names]
-        elif what == "sample_weight" and not _is_structure(given):
-            flat = [given] * count
-        else:
-            flat = keras.tree.flatten(given)
-        if len(flat) != count or any(leaf is None for leaf in flat):
-            raise ValueError(
-                f"`{what}` must have one array for each of the model's {count} outputs "
-                f"{self.names}. Received: {what} of {type(given).__name__} with {len(flat)}"
-            )
-        arrays = [as_numbers(leaf, what) for leaf in flat]
-        for array in arrays:
+        """One array for each output that has targets, from any structure that Keras accepts."""
+        arrays = []
+        for leaf in by_output(given, what, self.all_names, self.numbers):
+            array = as_numbers(leaf, what)
             if not array.ndim or len(array) != self.rows:
                 raise ValueError(
                     f"`{what}` must be as long as `x`. Received: {what} of shape {array.shape}, "
                     f"x with {self.rows} rows"
                 )
+            arrays.append(array)
         return arrays
-
-
-def gather(
-    pool: MemberPool,
-    x: Any,
-    y: Any,
-    sample_weight: Any = None,
-    arguments: PredictArguments = PredictArguments(verbose=0),  # noqa: B008  It is constant.
-    *,
-    indices: list[int] | None = None,
-) -> HeldOut:
-    """Predicts held-out data with several members, in one pass over the data.
-
-    Args:
-        pool: The members.
-        x: As for `model.evaluate`.
-        y: As for `model.evaluate`.
-        sample_weight: As for `model.evaluate`.
-        arguments: As for `model.predict`.
-        indices: The indices of the members. Defaults to `None`: all of them.
-
-    Raises:
-        ValueError: If there are no members or no targets, the targets do not fit the outputs, or a
-            prediction or target is NaN.
-        TypeError: If the targets are not numbers.
-    """
-    indices = pool.indices() if indices is None else indices
-    combiner = Combiner(indices, ("held out",), stack_members)
-    gatherer = pool.members_model(combiner, Gatherer)
-    return gather_with(gatherer, pool.model, pool.meanings, x, y, sample_weight, arguments)
-
-
-def gather_with(
-    gatherer: Gatherer,
-    model: keras.Model,
-    read: Callable[[Any], list[Output]],
-    x: Any,
-    y: Any,
-    sample_weight: Any,
-    arguments: PredictArguments,
-) -> HeldOut:
-    """Like `gather`, with a `Gatherer` that combines its members by `stack_members`.
-
-    Args:
-        gatherer: Runs the members.
-        model: The wrapped model.
-        read: Returns the meaning of each flat output of a structure.
-        x: As for `model.evaluate`.
-        y: As for `model.evaluate`.
-        sample_weight: As for `model.evaluate`.
-        arguments: As for `model.predict`.
-
-    Raises:
-        ValueError: If there are no targets, they do not fit the outputs, or a prediction or target
-            is NaN.
-        TypeError: If the targets are not numbers.
-    """
-    options = arguments._asdict()
-    predicted = gatherer.predict(x, **options | batch_size_for(model, x, **options))
-    if y is not None and "y" in predicted:
-        raise ValueError(
-            "`y` must not be passed if `x` already yields the targets. "
-            f"Received: x={type(x).__name__}, y={type(y).__name__}"
-        )
-    y, sample_weight = predicted.get("y", y), predicted.get("sample_weight", sample_weight)
-    if y is None:
-        raise ValueError(
-            f"There are no targets to compare with. Received: x={type(x).__name__}, y=None. "
-            "Give `y`, or data that yield `(inputs, targets)`."
-        )
-    structure = keras.tree.map_structure(lambda o: o[:, 0], predicted["outputs"])
-    outputs = [np.moveaxis(array, 1, 0) for array in keras.tree.flatten(predicted["outputs"])]
-    masks = predicted.get("masks", {})
-    size = arguments.batch_size
-    held = HeldOut(model, outputs, structure, read(structure), y, sample_weight, masks, size)
-    _check_predictions(held)
-    _ = held.truths  # Raises an error if the targets do not fit.
-    return held
-
-
-def _check_predictions(held: HeldOut) -> None:
-    """Raises `ValueError` if members predict NaN or infinity."""
-    for output, meaning in zip(held.outputs, held.meanings, strict=True):
-        invalid = [i for i, member in enumerate(output) if _is_invalid(member, meaning)]
-        if len(invalid) == len(output):
-            raise ValueError(
-                "Predictions must not be NaN or infinite. Received: NaN or infinity from every "
-                "member. Check `x`."
-            )
-        if invalid:
-            raise ValueError(
-                "Predictions must not be NaN or infinite. Received: NaN or infinity from member "
-                f"{shortened(invalid)}. Make an ensemble without it."
-            )
-
-
-def _is_invalid(member: np.ndarray, meaning: Output) -> bool:
-    """Whether a prediction is NaN, or infinite without standing for a probability of 0 or 1."""
-    if not meaning.is_classes:
-        return not np.isfinite(member).all()
-    if meaning.task == "multiclass" and meaning.logits:
-        return not np.isfinite(member.max(axis=-1)).all()
-    return bool(np.isnan(member).any())
-
-
-def _is_structure(given: Any) -> bool:
-    """Whether it is a structure of arrays; a list of numbers is one array."""
-    if isinstance(given, dict):
-        return True
-    return isinstance(given, (list, tuple)) and all(hasattr(leaf, "shape") for leaf in given)

@@ -31,7 +31,7 @@ def curves_by_members(held: HeldOut, *orders: int) -> list[Curve]:
             # Probabilities: in float64, even the smallest ones of float32 are exact.
             values = np.exp(items) if held.meanings[i].is_classes else items
             for k, order in enumerate(orders):
-                means = _means_of_first(values[::order])
+                means = means_of_first(values[::order])
                 means = np.log(means) if held.meanings[i].is_classes else means
                 errors[k, i] += metrics.item_errors(means, truth) @ truth.weights
                 shares = held.loss_weights[i] * truth.weights * metrics.losses(means, truth)
@@ -45,7 +45,7 @@ def curves_by_members(held: HeldOut, *orders: int) -> list[Curve]:
     return curves
 
 
-def _means_of_first(values: np.ndarray) -> np.ndarray:
+def means_of_first(values: np.ndarray) -> np.ndarray:
     """The means of the first 1, 2, … members."""
     counts = np.arange(1, len(values) + 1).reshape(-1, *[1] * (values.ndim - 1))
     return np.cumsum(values, axis=0) / counts

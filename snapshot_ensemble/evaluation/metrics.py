@@ -13,7 +13,7 @@ from keras import ops
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import log_of, log_of_complement
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 BINS = 15
 # Probabilities below the smallest normal float32 are raised to it, so that logarithms are finite.

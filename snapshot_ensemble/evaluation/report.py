@@ -12,8 +12,10 @@ from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.calibration import learn_temperature, tempered_loss
 from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
 from snapshot_ensemble.evaluation.targets import of_rows
+from snapshot_ensemble.inference.early_exit import COUNTS, Stages, outputs_of
 from snapshot_ensemble.storage.record import Learned
 from snapshot_ensemble.tables import text_table
 
@@ -30,7 +32,9 @@ class Report:
             on one half of the rows and scored on the other; `brier`, the Brier score; `ece`, the
             expected calibration error of the most probable class. For regression:
             `squared_error`. For members also `disagreement`, the mean over all other members.
-            With several outputs, the name of the output comes first.
+            With several outputs, the name of the output comes first. After `fit_early_exit`,
+            `"early exit"` with its own temperatures in all columns, and `members_run`, the mean
+            number of members that run for a row.
         examples: Number of rows of data.
         bins: Number of bins of equal mass in `ece`; 0 without classes.
         temperature: The temperature of the combinations.
@@ -44,7 +48,7 @@ class Report:
         notes: Remarks on the scores, in sentences.
     """
 
-    rows: dict[str, dict[str, float]]
+    rows: dict[str, dict[str, Any]]
     examples: int
     bins: int
     temperature: float
@@ -61,10 +65,31 @@ class Report:
         content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
         means = {name: metrics.mean_of_pairs(matrix) for name, matrix in pairs}
         content["mean_disagreement"] = means
-        # JSON has no NaN.
-        return keras.tree.map_structure(
-            lambda v: None if isinstance(v, float) and math.isnan(v) else v, content
-        )
+        return keras.tree.map_structure(_for_json, content)
+
+    def to_frame(self) -> Any:
+        """The printed table as a pandas `DataFrame`.
+
+        Example:
+
+        >>> frame = ens.report(x_val, y_val, verbose=0).to_frame()
+        >>> frame.loc[["member 0", "mean"], ["nll", "ece"]].shape
+        (2, 2)
+
+        Returns:
+            A `DataFrame` with the names of the rows as its index, and NaN where the table is empty.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas  # noqa: PLC0415  An optional dependency.
+        except ImportError as error:
+            raise ImportError(
+                "`to_frame` needs pandas. Run: pip install pandas. "
+                "`to_dict()` gives the same numbers without it."
+            ) from error
+        return pandas.DataFrame(list(self.rows.values()), index=list(self.rows))
 
     def _cells(self) -> list[tuple[str, ...]]:
         columns = list(dict.fromkeys(name for row in self.rows.values() for name in row))
@@ -113,21 +138,33 @@ class Report:
         return f"<table>{head}<tbody>{body}</tbody></table>{remarks}"
 
 
-def _shown(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.4f}"
+def _for_json(value: Any) -> Any:
+    if isinstance(value, (float, np.ndarray)):
+        values = np.asarray(value, "float64").tolist()
+        # JSON has no NaN.
+        return keras.tree.map_structure(lambda one: None if math.isnan(one) else one, values)
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A score as text; for a metric with several values, such as one for each class, all."""
+    if value is None:
+        return ""
+    return " ".join("" if math.isnan(one) else f"{one:.4f}" for one in np.ravel(value).tolist())
 
 
 def _listed(values: list[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
-def make_report(held: HeldOut, learned: Learned) -> Report:
+def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -> Report:
     """Scores the members and their combinations.
 
     Args:
         held: The members' predictions and the targets.
         learned: The member weights, the temperature of all combinations, and the members that
             predict by default.
+        stages: The stages of early exit, or None.
     """
     weights = None if learned.weights is None else np.asarray(learned.weights)
     temperature = learned.temperature
@@ -136,7 +173,8 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
     compiled = held.scorer()
     rows = {}
     for number, outputs in enumerate(members):
-        rows[f"member {number}"] = _row(held, compiled, outputs, outputs)
+        logits = held.logits_of_member(number)
+        rows[f"member {number}"] = _row(held, compiled, outputs, outputs, logits)
         for name, matrix in zip(_columns(held, "disagreement"), matrices, strict=True):
             rows[f"member {number}"][name] = float(matrix[number].sum() / max(1, len(members) - 1))
     rows["last snapshot"] = rows[f"member {len(members) - 1}"]
@@ -146,7 +184,10 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
         plain = shown = held.combined(combine, member_weights)
         if temperature != 1:
             shown = held.combined(combine, member_weights, temperature)
-        rows[combine] = _row(held, compiled, plain, shown)
+        logits = held.combined_logits(combine, member_weights, temperature)
+        rows[combine] = _row(held, compiled, plain, shown, logits)
+    if stages is not None:
+        rows["early exit"] = _row_of_early_exit(held, compiled, stages)
     from_last, from_first = curves_by_members(held, -1, 1)
     worth = min(good_counts(from_last.losses))
     return Report(
@@ -158,7 +199,10 @@ def make_report(held: HeldOut, learned: Learned) -> Report:
         added_from_last=from_last.scores,
         added_from_first=from_first.scores,
         worth=worth,
-        notes=_notes(losses, from_last.scores["loss"], worth, learned),
+        notes=[
+            *_notes(losses, from_last.scores["loss"], worth, learned),
+            *_notes_on_compiled(held.model),
+        ],
     )
 
 
@@ -197,9 +241,19 @@ def _columns(held: HeldOut, name: str) -> list[str]:
     return [name] if len(held.names) == 1 else [f"{output}_{name}" for output in held.names]
 
 
-def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, float]:
-    """The scores of one prediction: `shown`, and `plain`, the same without a temperature."""
-    row = dict(compiled(keras.tree.map_structure(np.asarray, shown)))
+def _row(
+    held: HeldOut, compiled: Any, plain: Any, shown: Any, logits: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The scores of one prediction.
+
+    Args:
+        held: The members' predictions and the targets.
+        compiled: Returns the compiled loss and metrics.
+        plain: The prediction without a temperature.
+        shown: The prediction.
+        logits: The logits behind `shown`.
+    """
+    row = dict(compiled(keras.tree.map_structure(np.asarray, shown), logits))
     untempered = _items(held, plain)
     calibrated = _calibrated(held, untempered)
     shown_items = untempered if shown is plain else _items(held, shown)
@@ -220,8 +274,16 @@ def _row(held: HeldOut, compiled: Any, plain: Any, shown: Any) -> dict[str, floa
     return row
 
 
+def _row_of_early_exit(held: HeldOut, compiled: Any, stages: Stages) -> dict[str, Any]:
+    members = held.members()
+    result = stages.choose([members[index] for index in stages.early_exit.order])
+    outputs = keras.tree.map_structure(np.asarray, outputs_of(result, stages))
+    row = _row(held, compiled, outputs, outputs, {})
+    return {**row, "members_run": float(np.mean(result[COUNTS]))}
+
+
 def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
-    flat = zip(keras.tree.flatten(outputs), held.meanings, strict=True)
+    flat = zip(held.unpacked(outputs), held.meanings, strict=True)
     return [metrics.items_of(output, meaning) for output, meaning in flat]
 
 
@@ -262,3 +324,11 @@ def _notes(alone: list[float], from_last: list[float], worth: int, learned: Lear
         which = f"members {learned.members}" if is_list else f"the last {learned.members} members"
         notes.append(f"By default, predictions combine {which}.")
     return notes
+
+
+def _notes_on_compiled(model: keras.Model) -> list[str]:
+    """Remarks on the columns of the compiled loss and metrics."""
+    if (why := why_not_compiled(model)) is not None:
+        return [f"There are no columns for the compiled loss and metrics, since {why}."]
+    sentence = left_out(model)
+    return [] if sentence is None else [sentence]

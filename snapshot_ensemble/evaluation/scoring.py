@@ -4,10 +4,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from snapshot_ensemble.inference.batch_size import KERAS, MOST, scores_add_up
 from snapshot_ensemble.inference.cloning import compile_like
+from snapshot_ensemble.keras_compat.graphs import in_graph, loop
+from snapshot_ensemble.keras_compat.logits import with_logits
 from snapshot_ensemble.keras_compat.masks import set_mask
 
 
@@ -46,28 +47,37 @@ class Scorer(keras.Model):
         self._with_targets: Any = lambda inputs: ({**inputs, "masks": masks}, *targets)
         self._run = self._all_steps
         if not self.run_eagerly:
-            self._run = tf.function(self._all_steps, autograph=False, reduce_retracing=True)
+            self._run = in_graph(self._all_steps)
         self._has_metrics = False
 
     def call(self, inputs: Any) -> Any:
         outputs = keras.tree.map_structure(keras.ops.convert_to_tensor, inputs["outputs"])
         for name, mask in inputs["masks"].items():
             set_mask(keras.tree.flatten(outputs)[int(name)], mask)
+        for name, logits in inputs["logits"].items():
+            with_logits(keras.tree.flatten(outputs)[int(name)], logits)
         return outputs
 
     def _all_steps(self, data: Any) -> Any:
-        rows = tf.shape(keras.tree.flatten(data)[0])[0]
+        rows = keras.ops.shape(keras.tree.flatten(data)[0])[0]
 
-        def step(start: Any) -> list[Any]:
+        def step(start: Any) -> Any:
             self.test_step(keras.tree.map_structure(lambda t: t[start : start + self._size], data))
-            return [start + self._size]
+            return start + self._size
 
-        tf.while_loop(lambda start: start < rows, step, [0], parallel_iterations=1)
+        loop(lambda start: start < rows, step, 0)
         return self.get_metrics_result()
 
-    def scores(self, outputs: Any) -> dict[str, float]:
-        """The loss and metrics by name, as `evaluate` returns them."""
-        data = self._with_targets({"outputs": keras.tree.map_structure(_as_keras_does, outputs)})
+    def scores(self, outputs: Any, logits: dict[str, np.ndarray] | None = None) -> dict[str, float]:
+        """The loss and metrics by name, as `evaluate` returns them.
+
+        Args:
+            outputs: Predictions of all rows, in the model's structure.
+            logits: The logits behind probabilities, by the output's index as a string. Without
+                them, the loss is that of the rounded probabilities.
+        """
+        inputs = {"outputs": outputs, "logits": logits or {}}
+        data = self._with_targets(keras.tree.map_structure(_as_keras_does, inputs))
         data = keras.tree.map_structure(keras.ops.convert_to_tensor, data)
         if not self._has_metrics:  # The first step creates their variables.
             self.test_step(keras.tree.map_structure(lambda t: t[: self._size], data))
@@ -84,12 +94,14 @@ def _by_name(values: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             named |= _by_name(value)
         else:
-            named[name] = value if np.ndim(value) else float(value)
+            named[name] = np.asarray(value) if np.ndim(value) else float(value)
     return named
 
 
 def _as_keras_does(array: Any) -> Any:
     """The array with floats in Keras's default dtype, as `evaluate` takes arrays."""
+    if getattr(array.dtype, "kind", None) == "O":  # Strings, which have no loss.
+        return keras.ops.convert_to_tensor(array)
     dtype = keras.backend.standardize_dtype(array.dtype)
     is_float = keras.backend.is_float_dtype(dtype)
     return keras.ops.convert_to_tensor(array, keras.config.floatx() if is_float else dtype)

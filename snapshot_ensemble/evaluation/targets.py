@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +18,70 @@ class Truth:
         targets: For classes `(items, classes)`, the probability of each class, which is 0 or 1
             for hard labels; for regression `(items,)`, the values.
         weights: `(items,)`, the weight of each item; they sum to 1.
+        total: What they summed to before they were divided by it.
     """
 
     targets: np.ndarray
     weights: np.ndarray
+    total: float = 1.0
 
     def of_rows(self, rows: slice, count: int) -> "Truth":
         """The targets of some of `count` rows; the weights stay as they are."""
-        return Truth(*(of_rows(items, rows, count) for items in (self.targets, self.weights)))
+        targets, weights = (of_rows(items, rows, count) for items in (self.targets, self.weights))
+        return Truth(targets, weights, self.total)
 
 
 def of_rows(items: np.ndarray, rows: slice, count: int) -> np.ndarray:
     """The items of some of `count` rows."""
     return items.reshape(count, -1, *items.shape[1:])[rows].reshape(-1, *items.shape[1:])
+
+
+def is_structure(given: Any) -> bool:
+    """Whether it is a structure of arrays; a list of numbers is one array."""
+    if isinstance(given, dict):
+        return True
+    return isinstance(given, (list, tuple)) and all(
+        leaf is None or hasattr(leaf, "shape") for leaf in given
+    )
+
+
+def has_target(y: Any, names: Sequence[str], number: int) -> bool:
+    """Whether `y` has a target for this one of all flat outputs."""
+    if isinstance(y, dict):
+        return y.get(names[number]) is not None
+    if len(names) == 1 or not is_structure(y):
+        return len(names) == 1
+    flat = keras.tree.flatten(y)
+    return len(flat) == len(names) and flat[number] is not None
+
+
+def by_output(given: Any, what: str, names: Sequence[str], numbers: Sequence[int]) -> list[Any]:
+    """The part of targets or sample weights that belongs to each output with targets.
+
+    Args:
+        given: Any structure that Keras accepts.
+        what: The argument's name.
+        names: The name of each flat output.
+        numbers: Which of these have targets.
+    """
+    count = len(names)
+    if count == 1 and not isinstance(given, dict):
+        leaves = keras.tree.flatten(given) if is_structure(given) else [given]
+        flat = leaves if len(leaves) == 1 else [np.asarray(given)]
+    elif isinstance(given, dict):
+        flat = [given.get(name) for name in names]
+    elif what == "sample_weight" and not is_structure(given):
+        flat = [given] * count
+    else:
+        flat = keras.tree.flatten(given)
+    # As in Keras, there may be only those of the outputs that are scored.
+    chosen = flat if len(flat) == len(numbers) < count else [flat[i] for i in numbers[: len(flat)]]
+    if len(flat) not in (count, len(numbers)) or any(leaf is None for leaf in chosen):
+        raise ValueError(
+            f"`{what}` must have one array for each of the model's {count} outputs "
+            f"{list(names)}. Received: {what} of {type(given).__name__} with {len(flat)}"
+        )
+    return chosen
 
 
 def as_numbers(leaf: Any, what: str) -> np.ndarray:
@@ -48,7 +100,12 @@ def as_numbers(leaf: Any, what: str) -> np.ndarray:
 
 
 def read_truth(
-    target: np.ndarray, weight: Any, mask: Any, meaning: Output, shape: Sequence[int]
+    target: np.ndarray,
+    weight: Any,
+    mask: Any,
+    meaning: Output,
+    shape: Sequence[int],
+    may_be_empty: bool = False,
 ) -> Truth:
     """Reads the targets of one output.
 
@@ -58,6 +115,7 @@ def read_truth(
         mask: The Keras mask, or None.
         meaning: What the output means.
         shape: The shape of the output, rows first.
+        may_be_empty: Whether all items may have the weight 0.
 
     Raises:
         ValueError: If the targets or sample weights do not fit this output.
@@ -71,7 +129,7 @@ def read_truth(
         ignored = target == meaning.ignored
         target = np.where(ignored, 0, target)
         counts *= ~_broadcast(ignored, item_shape, "y")
-    if (counts < 0).any() or not counts.any():
+    if (counts < 0).any() or not (may_be_empty or counts.any()):
         raise ValueError(
             "`sample_weight` must be at least 0 and not 0 everywhere. "
             f"Received: sample_weight from {counts.min()} to {counts.max()}"
@@ -87,7 +145,8 @@ def read_truth(
                     f"{targets.min()} to {targets.max()}"
                 )
             targets = np.stack([1 - targets, targets], axis=-1)
-    return Truth(targets, counts.reshape(-1) / counts.sum())
+    total = float(counts.sum())
+    return Truth(targets, counts.reshape(-1) / (total or 1.0), total)
 
 
 def _broadcast(array: Any, shape: tuple[int, ...], name: str, exact: bool = False) -> np.ndarray:

@@ -12,8 +12,10 @@ from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.metrics import LOG_FLOOR, class_logs
 from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import combine_outputs
-from snapshot_ensemble.inference.member_pool import Combiner, MemberPool, PredictArguments
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.graphs import Combiner
+from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
+from snapshot_ensemble.inference.output_specs import names_of
+from snapshot_ensemble.inference.task_words import Output
 
 
 def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: PredictArguments) -> Any:
@@ -21,11 +23,11 @@ def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: Predi
 
     def combine(outputs: list[Any]) -> Any:
         meanings = pool.meanings(outputs[0])
-        mean = combine_outputs(outputs, "mean", meanings)
+        mean = combine_outputs(outputs, "mean", meanings, names=names_of(pool.model, outputs[0]))
         return {"mean": mean, "spread": uncertainty(outputs, meanings)}
 
     combiner = Combiner(pool.default_indices(members), ("uncertainty",), combine)
-    predicted = pool.predict(x, combiner, arguments)
+    predicted = pool.predict_combined(x, combiner, arguments)
     return keras.tree.map_structure_up_to(
         predicted["mean"],
         lambda mean, spread: {"mean": mean, **spread},
@@ -45,7 +47,7 @@ def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.nd
         mean on the rest: the error rate, or the mean squared error.
     """
     meaning, truth = held.meanings[0], held.truths[0]
-    mean = keras.tree.flatten(held.combined("mean"))[0]
+    mean = held.unpacked(held.combined("mean"))[0]
     errors = metrics.item_errors(metrics.items_of(mean, meaning), truth)
     curves = {}
     spread = in_blocks(lambda outputs: uncertainty(outputs, [meaning]), list(held.outputs[0]))
@@ -71,11 +73,14 @@ def uncertainty(members: list[Any], meanings: list[Output]) -> Any:
 
     Returns:
         A dict for each output, in the same structure: `total`, `aleatoric` and `epistemic` for
-        classes, `std` for regression.
+        classes, `std` for regression, nothing for what is passed through.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
-    spreads = []
+    spreads: list[dict[str, Any]] = []
     for i, meaning in enumerate(meanings):
+        if meaning.is_passed:
+            spreads.append({})
+            continue
         # In float64, since the epistemic part is a small difference of two entropies.
         stack = ops.stack([ops.cast(outputs[i], "float64") for outputs in flat])
         spreads.append(_spread(stack, meaning))

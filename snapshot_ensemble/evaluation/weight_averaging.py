@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from snapshot_ensemble.evaluation.held_out import Gatherer, gather_with, stack_members
+from snapshot_ensemble.evaluation.gathering import Gatherer, gather_with, stack_members
 from snapshot_ensemble.inference.cloning import Member, build_member
 from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
 from snapshot_ensemble.keras_compat.batch_statistics import (
@@ -72,11 +72,11 @@ class Statistics(keras.Model):
     def predict_step(self, data: Any) -> Any:
         return self._run(keras.utils.unpack_x_y_sample_weight(data)[0])
 
-    def recomputed(self, weights: Weights, x: Any, batch_size: int | None) -> Weights:
+    def recomputed(self, weights: Weights, x: Any, arguments: PredictArguments) -> Weights:
         """The weights with the moving statistics of all rows of `x`, from one pass over it."""
         if not self.indices:
             return weights
-        statistics = self.predict(x, batch_size=batch_size, verbose=0)
+        statistics = self.predict(x, **arguments._asdict())
         weights = list(weights)
         for layer, calls in statistics.items():
             counts, means, variances = (calls[name].astype("float64") for name in STATISTICS)
@@ -96,18 +96,12 @@ class Averager:
         pool: The members whose weights are averaged.
         x: Data to compute batch-normalisation statistics and losses on, or None.
         y: Targets for the loss, or None.
-        batch_size: As for `model.predict`.
+        arguments: As for `model.predict`.
     """
 
-    def __init__(
-        self,
-        pool: MemberPool,
-        x: Any,
-        y: Any,
-        batch_size: int | None,
-    ) -> None:
+    def __init__(self, pool: MemberPool, x: Any, y: Any, arguments: PredictArguments) -> None:
         model = pool.model
-        self._pool, self._batch_size = pool, batch_size
+        self._pool, self._arguments = pool, arguments
         self._x, self._y = x, y
         with model.distribute_strategy.scope():
             self._member = Member(model)
@@ -130,7 +124,7 @@ class Averager:
                 )
             return weights
         self._member.set_weights(weights)
-        recomputed = self._statistics.recomputed(weights, self._x, self._batch_size)
+        recomputed = self._statistics.recomputed(weights, self._x, self._arguments)
         for pair in self._statistics.indices:
             # Statistics that are equal in all members belong to a layer in inference mode.
             if len(members) > 1 and all(_equal([m[i] for m in members]) for i in pair):
@@ -141,9 +135,8 @@ class Averager:
     def loss(self, weights: Weights) -> float:
         """The loss on the data."""
         self._member.set_weights(weights)
-        options = PredictArguments(self._batch_size, verbose=0)
         model, meanings = self._pool.model, self._pool.meanings
-        held = gather_with(self._gatherer, model, meanings, self._x, self._y, None, options)
+        held = gather_with(self._gatherer, model, meanings, self._x, self._y, None, self._arguments)
         return held.loss(held.members()[0])
 
     def soup(self, members: Sequence[Weights]) -> Weights:
@@ -159,16 +152,16 @@ class Averager:
 
 
 def average_weights(
-    pool: MemberPool, members: Any, x: Any, y: Any, batch_size: int | None
+    pool: MemberPool, members: Any, x: Any, y: Any, arguments: PredictArguments
 ) -> keras.Model:
     """Implements `SnapshotEnsemble.average_weights`."""
     is_greedy = isinstance(members, str) and members == "greedy"
     has_targets = y is not None or yields_targets(x)
     weights = pool.weights(pool.indices(None if is_greedy else members))
     _check_data(x, y, is_greedy and not has_targets)
-    averager = Averager(pool, x, y, batch_size)
+    averager = Averager(pool, x, y, arguments)
     if is_greedy:
-        return build_member(pool.model, averager.soup(weights))
+        return build_member(pool.model, averager.soup(weights), sample=pool.sample)
     averaged = averager.average(weights)
     if has_targets:
         worst = max(averager.loss(member) for member in weights)
@@ -180,7 +173,7 @@ def average_weights(
                 "basins of the loss. Use `members='greedy'`, fewer members, or the ensemble.",
                 stacklevel=3,
             )
-    return build_member(pool.model, averaged)
+    return build_member(pool.model, averaged, sample=pool.sample)
 
 
 def _check_data(x: Any, y: Any, lacks_targets: bool) -> None:

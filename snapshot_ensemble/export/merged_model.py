@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from snapshot_ensemble.export.merged_check import check_merged
+from snapshot_ensemble.export.served import open_batch, output_names
 from snapshot_ensemble.inference.cloning import compile_like, copy_assets
 from snapshot_ensemble.inference.members_model import identity
 from snapshot_ensemble.keras_compat.layer_graph import (
@@ -43,7 +45,7 @@ class Merger:
             for i in range(len(first))
         ]
         self._names = set(reserved)
-        self._made: dict[tuple[int, int | None], Any] = {}
+        self.made: dict[tuple[int, int | None], Any] = {}
         self._called: dict[Any, Any] = {}
 
     def outputs(self, graph: Any, inputs: Any, member: int, training: bool | None = None) -> Any:
@@ -59,21 +61,29 @@ class Merger:
 
         return run_graph(graph, inputs, call)
 
+    def made_of(self, operation: Any, member: int) -> Any:
+        """What stands for a layer of the model in a member; None if it has not been made."""
+        return self.made.get((id(operation), self._owner(operation, member)))
+
+    def _indices(self, operation: Any) -> list[int]:
+        return [self._index[id(v)] for v in getattr(operation, "weights", ())]
+
+    def _owner(self, operation: Any, member: int) -> int | None:
+        """None if all members can have the same layer."""
+        return None if all(self._equal[i] for i in self._indices(operation)) else member
+
     def _call(self, operation: Any, member: int, args: Any, kwargs: Any) -> Any:
-        indices = [self._index[id(v)] for v in getattr(operation, "weights", ())]
-        owner = None if all(self._equal[i] for i in indices) else member
+        indices, owner = self._indices(operation), self._owner(operation, member)
         key = (id(operation), owner, identity((args, kwargs)))
         if key in self._called:
             return self._called[key][0]
-        made = self._made.get((id(operation), owner))
+        made = self.made.get((id(operation), owner))
         if made is None:
             prefix = "" if owner is None else f"member_{member}_"
-            made = clone_operation(operation, self._free_name(prefix + operation.name))
-            self._made[id(operation), owner] = made
-            result = made(*args, **kwargs)
-            if indices:
-                set_weights(made, [self._members[member][i] for i in indices])
-            copy_assets(operation, made)
+            name = self._free_name(prefix + operation.name)
+            weights = [self._members[member][i] for i in indices]
+            made, result = called_clone(operation, name, weights, args, kwargs)
+            self.made[id(operation), owner] = made
         else:
             result = made(*args, **kwargs)
         # The arguments are kept alive, so that no new object can get the same id.
@@ -93,6 +103,7 @@ def merge(
     model: keras.Model,
     members: Sequence[Weights],
     combine: Callable[[list[Any]], Any],
+    sample: Any = None,
 ) -> keras.Model:
     """One Functional model of Keras's own layers and operations that combines the members.
 
@@ -100,13 +111,15 @@ def merge(
         model: The model that the weights belong to; Functional or Sequential, and built.
         members: The weights of each member.
         combine: Takes the list of the members' symbolic outputs and returns the combined ones.
+        sample: Inputs that `fit` saw, on which the result is compared with the members, or None.
 
     Returns:
         A `keras.Model` with the structure and names of the inputs and outputs of `model`,
         compiled with its loss and metrics.
 
     Raises:
-        ValueError: If the model is not a graph of layers.
+        ValueError: If the model is not a graph of layers, or a layer cannot be made from its
+            config, or computes something else then.
     """
     graph = graph_of(model)
     if graph is None:
@@ -115,33 +128,75 @@ def merge(
             f"subclassed model runs its own code. Received: model={model.name!r} of class "
             f"{type(model).__name__}. `export(filepath)` to a SavedModel works for every model."
         )
-    inputs = keras.tree.map_structure(
-        lambda tensor: (
-            keras.layers.InputLayer.from_config(source_of(tensor)[0].get_config()).output
-        ),
-        graph.input,
-    )
+    inputs = keras.tree.map_structure(lambda tensor: _input_like(model, tensor), graph.input)
     names = [tensor.name for tensor in keras.tree.flatten(inputs)]
-    merger = Merger(model, members, [*names, *graph.output_names])
+    own = output_names(model) or []
+    merger = Merger(model, members, [*names, *own])
     with seeds_drawn_apart():
         combined = combine([merger.outputs(graph, inputs, k) for k in range(len(members))])
-    # An output is named after its last layer.
+    # An output is named after its last layer; one that is an input already has its name.
     named = [
-        keras.layers.Identity(name=name, dtype=output.dtype)(output)
-        for name, output in zip(graph.output_names, keras.tree.flatten(combined), strict=True)
+        output if name in names else keras.layers.Identity(name=name, dtype=output.dtype)(output)
+        for name, output in zip(own, keras.tree.flatten(combined), strict=True)
     ]
     outputs = keras.tree.pack_sequence_as(graph.output, named)
     merged = keras.Model(inputs, outputs, name=model.name)
     # With plain SGD, which has no slot variables to save.
     compile_like(merged, model)
+    check_merged(merged, model, members, combine, lambda layer: merger.made_of(layer, 0), sample)
     return merged
 
 
+def _input_like(model: keras.Model, tensor: Any) -> Any:
+    config = source_of(tensor)[0].get_config()
+    config["batch_shape"] = open_batch(model, config["batch_shape"])
+    return keras.layers.InputLayer.from_config(config).output
+
+
+def called_clone(
+    operation: Any, name: str, weights: Weights, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """A layer or operation made from a config, with other weights, and what its call returns.
+
+    Raises:
+        ValueError: If it cannot be made from its config.
+    """
+    try:
+        made = clone_operation(operation, name)
+        result = made(*args, **kwargs)
+        if weights:
+            set_weights(made, weights)
+        copy_assets(operation, made)
+    except Exception as error:  # Anything may go wrong in a user's class.
+        raise ValueError(
+            f"Layer {operation.name!r} of class {type(operation).__name__} cannot be made from its "
+            f"config, as one Keras model of all members needs: {error}\n`export` works without."
+        ) from error
+    return made, result
+
+
 def clone_operation(operation: Any, name: str) -> Any:
-    """A new layer or operation with the same configuration and another name."""
-    config = operation.get_config()
-    config["name"] = name
+    """A new layer or operation with the same configuration and another name.
+
+    It has no penalties for its weights or outputs, which are terms of a member's loss, and not of
+    the combination's.
+    """
+    config = without_penalties(operation.get_config()) | {"name": name}
+    if isinstance(operation, keras.layers.ActivityRegularization):
+        config |= {"l1": 0.0, "l2": 0.0}
     if isinstance(operation, keras.layers.Lambda):
         # Safe: the function is the user's own object and is not read from a file.
         return type(operation).from_config(config, safe_mode=False)
     return type(operation).from_config(config)
+
+
+def without_penalties(config: Any) -> Any:
+    """A layer's config with no regularizers in it, nor in those of layers inside it."""
+    if isinstance(config, dict):
+        return {
+            key: None if str(key).endswith("regularizer") else without_penalties(value)
+            for key, value in config.items()
+        }
+    if type(config) in (list, tuple):
+        return type(config)(map(without_penalties, config))
+    return config

@@ -7,14 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from snapshot_ensemble.inference.output_specs import is_mean_over_rows
+from snapshot_ensemble.inference.losses import is_mean_over_rows
+from snapshot_ensemble.inference.rows_apart import treats_rows_apart
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
 from snapshot_ensemble.keras_compat.layer_graph import all_layers, calls_of, graph_of
-from snapshot_ensemble.keras_compat.stock_layers import (
-    has_own_predict_step,
-    is_stock_layer,
-    is_stock_metric,
-)
+from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step, is_stock_metric
 
 # Keras's default, and the largest useful size: beyond it the overhead per batch is negligible.
 KERAS, MOST = 32, 1024
@@ -45,13 +42,34 @@ def batch_size_for(
     return {"batch_size": max(KERAS, min(rows_at_once(model), eighth))}
 
 
+def batches_at_once(
+    model: keras.Model,
+    x: Any,
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    callbacks: Any = None,
+    **_: Any,
+) -> int:
+    """How many batches of a given size to read at once, to be run one after another in the graph.
+
+    Keras takes about a millisecond for a batch, which is more than some small models need.
+    """
+    if batch_size is None or steps is not None or callbacks or not are_arrays(x):
+        return 1
+    if tf.distribute.has_strategy() or (rows := rows_at_once(model)) == KERAS:
+        return 1
+    eighth = len(keras.tree.flatten(x)[0]) // 8
+    return max(1, min(rows, eighth) // batch_size)
+
+
 def rows_at_once(model: keras.Model) -> int:
     """The batch size with the lowest cost per row.
 
     Running a graph once costs as much as a small dense layer's work on hundreds of rows, so models
     of small layers get more rows than Keras's 32: a power of two up to 1024, as long as the largest
     tensor between layers fits into a cache. It stays 32 if a row's output might depend on the other
-    rows of its batch, that is, for all models but graphs of Keras's own layers in inference mode.
+    rows of its batch, that is, for all models but graphs of layers that `rows_apart` lists.
 
     Args:
         model: A built model of any kind.
@@ -59,13 +77,10 @@ def rows_at_once(model: keras.Model) -> int:
     graph = graph_of(model)
     if graph is None or has_own_predict_step(model):
         return KERAS
-    layers = all_layers(model)
-    if not all(map(_treats_rows_independently, layers)):
-        return KERAS
     largest = 1
-    for inner in (graph, *filter(None, map(graph_of, layers))):
+    for inner in (graph, *filter(None, map(graph_of, all_layers(model)))):
         for operation in inner.operations:
-            if not _treats_rows_independently(operation):
+            if not treats_rows_apart(operation):
                 return KERAS
             for arguments, outputs in calls_of(operation):
                 if arguments.get("training"):
@@ -107,12 +122,3 @@ def scores_add_up(model: keras.Model) -> bool:
         and is_mean_over_rows(losses[0])
         and all(score is None or is_stock_metric(score) for score in scores)
     )
-
-
-def _treats_rows_independently(operation: Any) -> bool:
-    """Whether it is a Keras layer whose output for a row does not depend on other rows."""
-    if isinstance(operation, keras.Model):
-        return graph_of(operation) is not None
-    if isinstance(operation, keras.layers.Lambda) or getattr(operation, "stateful", False):
-        return False
-    return is_stock_layer(operation)

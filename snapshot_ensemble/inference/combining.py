@@ -15,6 +15,8 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.checks import whole_number
+from snapshot_ensemble.inference.passing import passed_through
+from snapshot_ensemble.keras_compat.logits import logits_behind, with_logits
 from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 
 # Raises the winner of a tied vote above the other tied classes: large enough to be visible in
@@ -185,6 +187,8 @@ def check_combine(combine: Any) -> None:
 def check_meanings(combine: str, meanings: Sequence[Any]) -> None:
     """Raises `ValueError` if the combination is not defined for the task of an output."""
     for i, meaning in enumerate(meanings):
+        if meaning.is_passed:
+            continue
         if combine in _CLASSES_ONLY and not meaning.is_classes:
             raise ValueError(
                 f"`combine={combine!r}` is for classes, and output {i} of the model is a "
@@ -204,6 +208,7 @@ def combine_outputs(
     meanings: Sequence[Any],
     weights: Any = None,
     temperature: float = 1.0,
+    names: Sequence[str] | None = None,
 ) -> Any:
     """Combines the members' outputs, which may be nested structures.
 
@@ -213,23 +218,57 @@ def combine_outputs(
         meanings: An `Output` (with `task` and `logits`) for each flat output.
         weights: For `"weighted"`: one per member, summing to 1.
         temperature: What the logarithms of combined probabilities are divided by.
+        names: The name of each flat output, for messages.
 
     Returns:
-        The combined outputs, at least float32, in the structure of one member's outputs.
+        The combined outputs, at least float32, in the structure of one member's outputs. Outputs
+        that are passed through are as they are.
 
     Raises:
-        ValueError: If the combination is not defined for the task of an output.
+        ValueError: If the combination is not defined for the task of an output, or an output that
+            is passed through differs between members.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
     check_meanings(combine, meanings)
     combined = []
     for i, meaning in enumerate(meanings):
-        stack = ops.stack([_at_least_float32(outputs[i]) for outputs in flat])
-        combined.append(combine_stack(stack, combine, meaning, weights, temperature))
+        own = [outputs[i] for outputs in flat]
+        if meaning.is_passed:
+            combined.append(passed_through(own, str(i) if names is None else names[i]))
+            continue
+        stack = ops.stack([_at_least_float32(output) for output in own])
+        together = combine_stack(stack, combine, meaning, weights, temperature)
+        behind, logits = [logits_behind(output) for output in own], None
+        if not any(one is None for one in behind):
+            stack = ops.stack([_at_least_float32(one) for one in behind])
+            logits = combine_logits(stack, combine, meaning, weights, temperature)
+        # The loss is that of the logits where it is for one member, and only there.
+        combined.append(with_logits(together, logits))
         # The mask keeps padding out of losses and metrics.
         if (mask := mask_of(flat[0][i])) is not None:
             set_mask(combined[-1], mask)
     return keras.tree.pack_sequence_as(members[0], combined)
+
+
+def combine_logits(
+    stack: Any, combine: str, meaning: Any, weights: Any = None, temperature: float = 1.0
+) -> Any:
+    """The logits of combined probabilities, from those that the members keep with theirs.
+
+    A softmax does not show what is added to all of its logits. Here it is the members' mean, so
+    that the logits of one member stay as they are, whatever a loss does with them.
+
+    Returns:
+        The logits, or None if they are not known: for votes, and for values.
+    """
+    if not meaning.is_classes:
+        return stack[0] if stack.shape[0] == 1 else None
+    if combine == "vote":
+        return None
+    combined = COMBINATIONS[combine](stack, meaning.task, True, weights)
+    if meaning.task == "multiclass":
+        combined += _mean(ops.logsumexp(stack, axis=-1, keepdims=True), weights)
+    return combined / temperature
 
 
 def combine_stack(

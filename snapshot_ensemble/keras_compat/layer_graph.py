@@ -45,6 +45,11 @@ def inputs_of_call(operation: Any, node: int) -> list[Any]:
     return list(operation._inbound_nodes[node].input_tensors)
 
 
+def input_ranks(operation: Any) -> list[list[int]]:
+    """For each call of an operation, the ranks of the symbolic tensors that it was called on."""
+    return [[len(t.shape) for t in node.input_tensors] for node in operation._inbound_nodes]
+
+
 def calls_of(operation: Any) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     """The keyword arguments and the symbolic outputs of each call of an operation."""
     for node in operation._inbound_nodes:

@@ -25,7 +25,8 @@ def _copy(value: Any, made: dict[int, Any]) -> Any:
         return made[id(value)]
     if isinstance(value, keras.Variable):
         made[id(value)] = copied = keras.Variable(
-            keras.ops.convert_to_numpy(value.value),
+            # With a distribution strategy, the value is the sum of the replicas'.
+            keras.ops.convert_to_numpy(keras.ops.copy(value.value)),
             dtype=value.dtype,
             trainable=value.trainable,
             aggregation=value.aggregation,

@@ -1,7 +1,9 @@
 """The learning rate inside an optimizer: a variable, a schedule or a function."""
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -30,15 +32,75 @@ def rate_replaced(optimizer: Any, variable: keras.Variable) -> Iterator[None]:
     """
     optimizer = rate_holder(optimizer)
     own = optimizer._learning_rate
-    optimizer._learning_rate = variable
-    # Second, as in an optimizer created with a number: files depend on this order.
-    variables = optimizer._variables
-    variables.insert(1, variables.pop())
+    _hold(optimizer, variable)
     try:
         yield
     finally:
         optimizer._learning_rate = own
-        optimizer._untrack_variable(variable)
+        with _moving(optimizer._variables):
+            optimizer._untrack_variable(variable)
+
+
+def put_rate_back(optimizer: Any, variable: keras.Variable) -> None:
+    """Gives an optimizer its variable back where a schedule or function has replaced it."""
+    optimizer = rate_holder(optimizer)
+    if optimizer._learning_rate is not variable:
+        _hold(optimizer, variable)
+
+
+def _hold(optimizer: Any, variable: keras.Variable) -> None:
+    optimizer._learning_rate = variable
+    # Second, as in an optimizer created with a number: files depend on this order.
+    with _moving(optimizer._variables) as variables:
+        variables.insert(1, variables.pop())
+
+
+@contextlib.contextmanager
+def _moving(variables: Any) -> Iterator[Any]:
+    """Lets items of a list be moved or removed as if they had been appended in their new order.
+
+    TensorFlow otherwise never again saves a model whose optimizer has this list.
+    """
+    was_moved = variables._non_append_mutation
+    yield variables
+    variables._non_append_mutation = was_moved
+    variables._update_snapshot()
+
+
+@contextlib.contextmanager
+def writes_filtered(variable: keras.Variable, allows: Callable[[], bool]) -> Iterator[None]:
+    """Asks `allows` before each `variable.assign`, and leaves it out if that returns False.
+
+    The setter of `optimizer.learning_rate`, `assign_add` and `assign_sub` call it, too.
+    """
+
+    def assign(value: Any) -> Any:
+        return keras.Variable.assign(variable, value) if allows() else variable.value
+
+    variable.assign = assign
+    try:
+        yield
+    finally:
+        vars(variable).pop("assign", None)
+
+
+def assign_unfiltered(variable: keras.Variable, value: Any) -> None:
+    """Assigns a value also where writes are filtered."""
+    keras.Variable.assign(variable, value)
+
+
+def calling_callback() -> Any:
+    """The callback whose code is running, or that Keras has called; None if there is none."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # A function given to a `LambdaCallback` has no `self`, but the list that calls it does.
+        for name in ("self", "callback"):
+            found = frame.f_locals.get(name)
+            is_list = isinstance(found, keras.callbacks.CallbackList)
+            if isinstance(found, keras.callbacks.Callback) and not is_list:
+                return found
+        frame = frame.f_back
+    return None
 
 
 def _config_with_rate(shown: Any, original: Any, optimizer: Any) -> Any:

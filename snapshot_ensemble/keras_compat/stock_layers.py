@@ -12,6 +12,13 @@ def is_stock_layer(operation: Any) -> bool:
     )
 
 
+def is_stock_activation(function: Any) -> bool:
+    """Whether it is one of the functions of `keras.activations`."""
+    return getattr(function, "__module__", None) == "keras.src.activations.activations" and (
+        callable(function) and hasattr(function, "__qualname__")
+    )
+
+
 def is_stock_metric(metric: Any) -> bool:
     """Whether it is one of Keras's own metrics, which are all sums over rows, or its name."""
     if isinstance(metric, str):
@@ -29,3 +36,10 @@ def is_stock_callback(callback: Any) -> bool:
 def has_own_predict_step(model: keras.Model) -> bool:
     """Whether a model overrides `predict_step`."""
     return type(model).predict_step is not keras.Model.predict_step
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Whether a model overrides what applies its gradients."""
+    names = ("train_step", "make_train_function")
+    stock = all(getattr(type(model), name) is getattr(keras.Model, name) for name in names)
+    return not stock or any(name in vars(model) for name in names)

@@ -89,6 +89,11 @@ class Draft:
         """Removes the temporary file."""
         self._temporary.unlink(missing_ok=True)
 
+    @property
+    def path(self) -> pathlib.Path:
+        """Where the contents are now."""
+        return self._path if self._file is not None else self._temporary
+
     def checked(self, directory: pathlib.Path) -> pathlib.Path:
         """Its path, once it is in place; raises `SnapshotError` if that failed."""
         if self._file is None:

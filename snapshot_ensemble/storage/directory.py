@@ -13,26 +13,26 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
-from snapshot_ensemble.keras_compat.random_seed import seeds_drawn_apart
-from snapshot_ensemble.keras_compat.stateless_call import weights_shown
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.contents import whole_history
-from snapshot_ensemble.storage.file_headers import check_weight_file
 from snapshot_ensemble.storage.file_names import MANIFEST
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.manifest import Manifest, read_record
-from snapshot_ensemble.storage.record import Learned, Progress, Record
+from snapshot_ensemble.storage.model_file import ComputesTheSame, fault_of, load_model
+from snapshot_ensemble.storage.record import Learned, Progress
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, Weights, renumbered
 from snapshot_ensemble.storage.transaction import ManifestDirectory
 from snapshot_ensemble.storage.typed_json import encode
 from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_delta import (
+    gives_back,
     is_worth_it,
     read_base,
     read_difference,
     write_difference,
 )
 from snapshot_ensemble.storage.weight_files import (
+    get_weights,
     load_into,
     load_weights,
     save_weights,
@@ -55,6 +55,11 @@ class DirectoryStore(ManifestDirectory):
         # The base that was last read or written, with the name of its file.
         self._base: tuple[str, Weights] = ("", [])
         self._savable = True  # Until saving the model fails.
+        # Whether Keras's files give back the weights bit for bit, once that is known.
+        self._is_exact: bool | None = None
+        # Says whether a model that was loaded from a file gives the outputs of the model that has
+        # these weights; None: it is believed.
+        self.computes_the_same: ComputesTheSame | None = None
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -65,12 +70,14 @@ class DirectoryStore(ManifestDirectory):
         with self._change():
             with self._guard:
                 begun, number = self._begun()
-            model_file = begun.model
+            model_file, fault, weights = begun.model, begun.needs_model, get_weights(model)
             if model_file is None and self._savable:
                 model_file = self._write_model(model, number)
                 self._savable = model_file is not None
             try:
-                file, base = self._write_weights(model, number, begun, model_file)
+                if isinstance(model_file, Draft) and model_file is not begun.model:
+                    fault = self._read_back(model, model_file, weights)
+                file, base = self._write_weights(model, number, begun, model_file, weights)
             except BaseException:
                 if isinstance(model_file, Draft) and model_file is not begun.model:
                     model_file.discard()
@@ -82,32 +89,57 @@ class DirectoryStore(ManifestDirectory):
                     files=(*begun.files, file),
                     model=model_file,
                     base=base,
+                    needs_model=fault,
                 )
                 if commit:
                     self.commit()
 
+    def _read_back(self, model: keras.Model, file: Draft, weights: Weights) -> str:
+        """Why the file of the model cannot stand for it; empty if it can, or nobody can tell."""
+        if self.computes_the_same is None:
+            return ""
+        fault, self._is_exact = fault_of(model, file.path, weights, self.computes_the_same)
+        if fault:
+            warnings.warn(
+                f"The saved copy of the model cannot be used: {fault} "
+                "`SnapshotEnsemble.load` will need the model as `model=`.",
+                stacklevel=2,
+            )
+        return fault
+
     def _write_weights(
-        self, model: keras.Model, number: int, begun: Manifest, model_file: Any
+        self, model: keras.Model, number: int, begun: Manifest, model_file: Any, weights: Weights
     ) -> tuple[Draft, Any]:
-        """A file with the model's weights, and the base of the files that hold differences."""
-        if not is_worth_it(model):
-            return self._whole(model, number), begun.base
-        weights, base = model.get_weights(), begun.base or model_file
-        if base is None:
-            base = self._whole(model, number)
+        """A file with the model's weights, and the base of the files that hold differences.
+
+        Keras's own files are used if they give back the weights bit for bit, others if not.
+        """
+        whole = None
+        if self._is_exact is not False and not is_worth_it(model):
+            whole = self._draft(
+                "snapshot", number, "weights.h5", lambda path: save_weights(model, path)
+            ).write()
+            if self._gives_back(model, whole, weights):
+                return whole, begun.base
+            whole.discard()
+        base = begun.base
+        is_new = isinstance(model_file, Draft) and model_file is not begun.model
+        if base is None and is_new and self._gives_back(model, model_file, weights):
+            base = model_file
             self._base = (base.name, weights)
-            return base, base
-        if isinstance(base, Draft) and base is not begun.model and base is not begun.base:
-            self._base = (base.name, weights)
-        old = self._weights_of(model, base)
+        old = None if base is None else self._weights_of(model, base)
         file = self._draft(
             "snapshot", number, "npz", lambda path: write_difference(path, weights, old)
         )
+        if base is None:
+            base, self._base = file, (file.name, weights)
         return file, base
 
-    def _whole(self, model: keras.Model, number: int) -> Draft:
-        file = self._draft("snapshot", number, "weights.h5", lambda path: save_weights(model, path))
-        return file.write()
+    def _gives_back(self, model: keras.Model, file: Draft, weights: Weights) -> bool:
+        """Whether Keras's files give back weights bit for bit, which is found out once."""
+        if self._is_exact is None:
+            self._is_exact = gives_back(model, file.path, weights)
+        return self._is_exact
 
     def _weights_of(self, model: keras.Model, base: Any) -> Weights:
         name, weights = self._base
@@ -117,8 +149,17 @@ class DirectoryStore(ManifestDirectory):
             self._base = (base.name, weights)
         return weights
 
-    def base(self, model: keras.Model) -> Weights:
-        return self._base_of(self._now.kept, model)
+    def base(self, model: keras.Model, cycle: int | None = None) -> Weights:
+        kept = self._now.kept
+        if cycle is None:
+            return self._base_of(kept, model)
+        for index, snapshot in enumerate(kept.snapshots):
+            if snapshot.cycle == cycle:
+                return self._weights(kept, model, index)
+        raise SnapshotError(
+            f"'{self.directory}' has no snapshot of cycle {cycle}, whose weights its state of "
+            "training leaves out."
+        )
 
     def _base_of(self, kept: Manifest, model: keras.Model) -> Weights:
         if kept.base is None:
@@ -292,7 +333,10 @@ class DirectoryStore(ManifestDirectory):
         file = kept.files[index]
         path = self._path(file)
         if _is_difference(file):
-            return read_difference(path, self._base_of(kept, model))
+            base = self._base_of(kept, model)
+            # A base of the package's own is also the file of a snapshot.
+            is_base = kept.base is not None and kept.base.name == file.name
+            return base if is_base else read_difference(path, base)
         return load_weights(model, path, foreign=False)
 
     def _put(self, kept: Manifest, member: keras.Model, model: keras.Model, index: int) -> None:
@@ -318,22 +362,21 @@ class DirectoryStore(ManifestDirectory):
                 "Build and compile the same model, and pass it as `model=`."
             )
         path = self._path(self._now.kept.model)
-        try:
-            check_weight_file(path)
-            # The file holds no optimizer slots: a loaded model gets new ones.
-            with optimizers_hidden(), seeds_drawn_apart():
-                return keras.models.load_model(path, custom_objects=custom_objects, safe_mode=True)
-        except Exception as error:
+        if self._now.kept.needs_model:
             raise SnapshotError(
-                f"'{path}' cannot be loaded: {error}\nIf it uses classes or functions of your "
-                "own, pass them as `custom_objects=`, or the model itself as `model=`."
-            ) from error
+                "Build and compile the same model, and pass it as `model=`: "
+                f"{self._now.kept.needs_model} Received: '{path}'."
+            )
+        return load_model(path, custom_objects)
 
     def _write_model(self, model: keras.Model, number: int) -> Draft | None:
         try:
             with optimizers_hidden():
-                return self._draft("model", number, "keras", model.save).write()
-        except (NotImplementedError, TypeError, ValueError) as error:
+                save = functools.partial(keras.Model.save, model)
+                return self._draft("model", number, "keras", save).write()
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # A `get_config` of the user's may raise anything.
             cause = error.__context__
             if isinstance(cause, OSError):  # `zipfile` hides that the disk is full.
                 raise cause from None
@@ -343,34 +386,6 @@ class DirectoryStore(ManifestDirectory):
                 stacklevel=2,
             )
             return None
-
-
-def copy_snapshots(
-    model: keras.Model,
-    source: View,
-    directory: str | os.PathLike[str],
-    settings: dict[str, Any],
-    overwrite: bool,
-) -> None:
-    """Copies a store into another directory, completely or not at all.
-
-    Args:
-        model: The model that the snapshots belong to. It is not changed.
-        source: A view of the store.
-        directory: Path of the other directory.
-        settings: Arguments of the ensemble's constructor.
-        overwrite: Whether the contents of the directory may be replaced.
-    """
-    target = DirectoryStore(directory)
-    progress = source.progress()
-    progress.saves_state = False  # No run can be resumed there.
-    target.record = Record(settings=settings, progress=progress)
-    with target.transaction(overwrite=overwrite):
-        target.restart()
-        for snapshot in source.snapshots:
-            with weights_shown(model, source.weights(model, snapshot.index)):
-                target.add(model, snapshot, commit=False)
-        target.commit(source.learned)
 
 
 def _is_difference(file: Any) -> bool:

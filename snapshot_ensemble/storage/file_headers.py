@@ -12,12 +12,9 @@ import zipfile
 from typing import Any
 
 import h5py
-import numpy as np
 
 # What Keras writes for optimizers is not read.
 _UNREAD = ("optimizer/", "optimizer_weights/")
-
-Header = tuple[tuple[int, ...], np.dtype]
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
@@ -47,26 +44,6 @@ def read_at_most(path: str | os.PathLike[str], limit: int) -> bytes:
         return file.read(limit)
 
 
-def array_headers(path: str | os.PathLike[str]) -> dict[str, Header]:
-    """The shape and dtype of each array in an `.npz` file."""
-    headers: dict[str, Header] = {}
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        _check_entries(archive, size_of(file))
-        for entry in archive.infolist():
-            with archive.open(entry) as opened:
-                version = np.lib.format.read_magic(opened)
-                read = (
-                    np.lib.format.read_array_header_1_0
-                    if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0
-                )
-                shape, _, dtype = read(opened)
-            if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
-                raise ValueError(f"{entry.filename} has shape {shape} and dtype {dtype}")
-            headers[entry.filename.removesuffix(".npy")] = (shape, dtype)
-    return headers
-
-
 def check_weight_file(path: str | os.PathLike[str], needed: int | None = None) -> None:
     """Checks a Keras file of weights or of a model.
 
@@ -81,12 +58,13 @@ def check_weight_file(path: str | os.PathLike[str], needed: int | None = None) -
             _check_data_sets(file, limit)
         elif str(path).endswith(".keras"):
             with zipfile.ZipFile(file) as archive:
-                _check_entries(archive, size)
+                check_entries(archive, size)
                 with archive.open("model.weights.h5") as weights:
                     _check_data_sets(weights, limit)
 
 
-def _check_entries(archive: zipfile.ZipFile, size: int) -> None:
+def check_entries(archive: zipfile.ZipFile, size: int) -> None:
+    """Checks the entries of an archive of this many bytes."""
     entries = archive.infolist()
     total = sum(entry.file_size for entry in entries)
     if total > size:

@@ -31,6 +31,7 @@ class Manifest:
         model: The file of the model that they belong to; None if it could not be saved.
         state: The file of the state of training; None if no run can be resumed.
         base: The file with all weights, which snapshots in `.npz` files store differences to.
+        needs_model: Why `model` cannot stand for the model that was trained; empty if it can.
         replacing: Whether a run has begun that will replace all of this.
         history: The files with blocks of the history (see `history_blocks`), oldest first.
         written: How many files were written so far; used to number them.
@@ -43,6 +44,7 @@ class Manifest:
     model: File | Draft | None = None
     state: File | Draft | None = None
     base: File | Draft | None = None
+    needs_model: str = ""
     history: tuple[File | Draft, ...] = ()
     replacing: bool = False
     written: int = 0
@@ -83,6 +85,7 @@ class Manifest:
                 "model": self.model,
                 "state": self.state,
                 "base": self.base,
+                "needs_model": self.needs_model,
                 "history": self.history,
                 "snapshots": entries,
                 "ensemble": self.ensemble,
@@ -117,6 +120,7 @@ class _Content:
     snapshots: list[_Entry]
     ensemble: dict[str, Any]
     base: File | None = None
+    needs_model: str = ""
     history: list[File] = dataclasses.field(default_factory=list)
     tag: Annotated[str, checked_tag] | None = None
 
@@ -199,6 +203,7 @@ def read_manifest(path: pathlib.Path, text: bytes | None) -> Manifest:
         model=typed.model,
         state=typed.state,
         base=typed.base,
+        needs_model=typed.needs_model,
         history=tuple(typed.history),
         replacing=typed.replacing,
         written=typed.written,

@@ -12,7 +12,7 @@ import numpy as np
 from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights, renumbered
 from snapshot_ensemble.storage.view import View
-from snapshot_ensemble.storage.weight_files import set_weights
+from snapshot_ensemble.storage.weight_files import get_weights, set_weights
 
 
 class MemoryStore:
@@ -49,7 +49,7 @@ class MemoryStore:
         self._restarting = True
 
     def add(self, model: keras.Model, snapshot: Snapshot) -> None:
-        self.add_weights(model.get_weights(), snapshot)
+        self.add_weights(get_weights(model), snapshot)
 
     def add_weights(self, weights: Weights, snapshot: Snapshot) -> None:
         """Adds arrays; those equal to the last snapshot's (frozen layers) are stored only once."""
@@ -96,7 +96,7 @@ class MemoryStore:
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:
         pass  # It would not outlive the process.
 
-    def base(self, model: keras.Model) -> Weights:
+    def base(self, model: keras.Model, cycle: int | None = None) -> Weights:
         return []
 
     def take_back(self, done: Counts) -> None:

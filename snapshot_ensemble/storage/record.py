@@ -15,6 +15,35 @@ History = dict[str, list[Number]]
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyExit:
+    """When the members that have run for a row are enough; stage k has run the first k + 1.
+
+    Attributes:
+        order: The indices of the members, in the order in which they run.
+        temperatures: For each stage but the last, of the mean of the members so far.
+        thresholds: For each stage but the last, the doubt up to which a row is settled.
+        scales: For each flat output, what its doubt is divided by; 0 for one that has none.
+    """
+
+    order: list[Count]
+    temperatures: list[float]
+    thresholds: list[float]
+    scales: list[float]
+
+    def check_for(self, count: int) -> None:
+        """Raises `ValueError` unless it fits this number of members."""
+        stages = len(self.order) - 1
+        are_indices = len(set(self.order)) == stages + 1 and max(self.order, default=count) < count
+        lengths = {len(self.temperatures), len(self.thresholds)}
+        are_finite = all(map(math.isfinite, [*self.temperatures, *self.thresholds, *self.scales]))
+        are_scales = min(self.scales, default=0) >= 0 < max(self.scales, default=0)
+        if not (are_indices and lengths == {stages} and are_finite and are_scales) or any(
+            temperature <= 0 for temperature in self.temperatures
+        ):
+            raise ValueError(f"`early_exit` is not valid for {count} members")
+
+
+@dataclasses.dataclass(frozen=True)
 class Learned:
     """What was learned about the members on held-out data; reset when the members change.
 
@@ -23,11 +52,13 @@ class Learned:
         temperature: The divisor of the logarithms of the combined probabilities.
         members: The members that predict by default: None for all, an int for the last that many,
             or a list of indices.
+        early_exit: When the members that have run for a row are enough; None if not learned.
     """
 
     weights: list[float] | None = None
     temperature: float = 1.0
     members: Count | list[Count] | None = None
+    early_exit: EarlyExit | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -48,6 +79,8 @@ class Learned:
             are_valid = self.members is None or 0 < self.members <= count
         if not are_valid:
             raise ValueError(f"`members` are not valid for {count} members")
+        if self.early_exit is not None:
+            self.early_exit.check_for(count)
 
 
 @dataclasses.dataclass

@@ -85,8 +85,8 @@ class SnapshotStore(SnapshotSink, Protocol):
     def take_back(self, done: Counts) -> None:
         """Drops everything after these counts, which a resumed run will do again."""
 
-    def base(self, model: keras.Model) -> Weights:
-        """The weights that a saved state leaves out."""
+    def base(self, model: keras.Model, cycle: int | None = None) -> Weights:
+        """The weights that a saved state leaves out: a cycle's snapshot, or what all share."""
 
     def view(self) -> View:
         """The snapshots as they are now, and what was learned about them."""

@@ -12,7 +12,8 @@ import zipfile
 import keras
 import numpy as np
 
-from snapshot_ensemble.storage.file_headers import array_headers, check_weight_file
+from snapshot_ensemble.storage.array_files import array_headers, read_arrays
+from snapshot_ensemble.storage.file_headers import check_weight_file
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 from snapshot_ensemble.storage.weight_files import load_weights
 
@@ -47,10 +48,13 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
-def write_difference(path: str, weights: Weights, base: Weights) -> None:
-    """Writes the weights that differ from the base."""
-    pairs = enumerate(zip(weights, base, strict=True))
-    kept = {f"weight_{i}": as_bits(own) for i, (own, old) in pairs if not same(own, old)}
+def write_difference(path: str, weights: Weights, base: Weights | None = None) -> None:
+    """Writes the weights that differ from the base, or all if there is none."""
+    kept = {
+        f"weight_{i}": as_bits(own)
+        for i, own in enumerate(weights)
+        if base is None or not same(own, base[i])
+    }
     with open(path, "wb") as file:  # noqa: PTH123  For a path, NumPy adds a suffix.
         np.savez(file, **kept)  # type: ignore[arg-type]  # Names of arrays.
 
@@ -63,10 +67,9 @@ def read_difference(path: str | os.PathLike[str], base: Weights) -> Weights:
         for name, (shape, dtype) in array_headers(path).items():
             if expected.get(name) != (shape, dtype):
                 raise ValueError(f"{name} has shape {shape} and dtype {dtype}")
-        with np.load(path, allow_pickle=False) as file:
-            for name in file.files:
-                index = int(name.removeprefix("weight_"))
-                weights[index] = from_bits(file[name], base[index].dtype)
+        for name, array in read_arrays(path).items():
+            index = int(name.removeprefix("weight_"))
+            weights[index] = from_bits(array, base[index].dtype)
     except Exception as error:  # NumPy raises many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     return weights
@@ -87,8 +90,32 @@ def from_bits(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return array.view(dtype) if dtype.kind == "V" else array
 
 
+def gives_back(model: keras.Model, path: pathlib.Path, weights: Weights) -> bool:
+    """Whether a file of the model's weights gives back these weights bit for bit.
+
+    Layers may save something else than their variables: one with LoRA saves a merged kernel.
+    """
+    try:
+        read = read_base(model, path)
+    except SnapshotError:
+        return False
+    return len(read) == len(weights) and all(map(same, read, weights))
+
+
+def _read_all(model: keras.Model, path: pathlib.Path) -> Weights:
+    blank = [
+        np.broadcast_to(np.zeros((), np.dtype(v.dtype)), tuple(v.shape)) for v in model.weights
+    ]
+    weights = read_difference(path, blank)
+    if any(one is other for one, other in zip(weights, blank, strict=True)):
+        raise SnapshotError(f"'{path}' does not hold all weights of this model.")
+    return weights
+
+
 def read_base(model: keras.Model, path: pathlib.Path) -> Weights:
-    """All weights of a base, which is a `.weights.h5` or a `.keras` file."""
+    """All weights of a base, which is an `.npz`, `.weights.h5` or `.keras` file."""
+    if path.suffix == ".npz":
+        return _read_all(model, path)
     if path.suffix != ".keras":
         return load_weights(model, path, foreign=False)
     with tempfile.TemporaryDirectory() as folder:

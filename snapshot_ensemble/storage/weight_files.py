@@ -46,8 +46,9 @@ def load_weights(
             if foreign and str(path).endswith(".weights.h5"):
                 _check_layout(model, path)
             with assignments_kept_apart():
-                model.load_weights(path)
-                return model.get_weights()
+                # Not through the model's own methods, which its class may override.
+                keras.Model.load_weights(model, path)
+                return get_weights(model)
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
 
@@ -65,7 +66,7 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
     try:
         check_weight_file(path, _needed(model))
         with optimizers_hidden():
-            model.load_weights(path)
+            keras.Model.load_weights(model, path)
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     refresh_derived_state(model)
@@ -75,9 +76,23 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
+def get_weights(model: Any) -> Weights:
+    """The weights of a model, in the order of `model.weights`, whatever its class overrides."""
+    return [variable.numpy() for variable in model.weights]
+
+
 def set_weights(model: Any, weights: Sequence[Any]) -> None:
-    """Sets the weights of a model or layer, and updates what its layers derive from them."""
-    model.set_weights(weights)
+    """Sets the weights of a model or layer, and updates what its layers derive from them.
+
+    A class of the user's may override `set_weights`; a member that runs the user's model has its
+    weights in the order of that model.
+    """
+    in_order = getattr(model, "in_model_order", None)
+    if in_order is None:
+        keras.layers.Layer.set_weights(model, weights)
+    else:
+        for variable, value in zip(in_order, weights, strict=True):
+            variable.assign(value)
     refresh_derived_state(model)
 
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.schedules import Plan
+from snapshot_ensemble.training.epoch_steps import dataset_batches
 
 
 def fingerprint(
@@ -30,7 +31,7 @@ def fingerprint(
 
 def _size(x: Any) -> int | None:
     if hasattr(x, "cardinality"):
-        return int(x.cardinality())
+        return dataset_batches(x)
     if isinstance(x, keras.utils.PyDataset):
         return x.num_batches
     leaves = keras.tree.flatten(x)
@@ -39,11 +40,12 @@ def _size(x: Any) -> int | None:
 
 def _digest(model: keras.Model) -> str:
     """A hash of the layers' classes and settings, without names, which depend on the process."""
+    name = type(model).__name__
     try:
         config = _without_names(model.get_config())
+        text = json.dumps([name, config], sort_keys=True, default=_described)
     except Exception:  # Optional for a subclass; variable shapes are compared anyway.
-        config = None
-    text = json.dumps([type(model).__name__, config], sort_keys=True, default=_described)
+        text = json.dumps([name, None])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

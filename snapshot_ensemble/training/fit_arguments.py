@@ -1,12 +1,18 @@
-"""The arguments of `model.fit`: checks, the number of steps, and the validation data."""
+"""The arguments of `model.fit`: checks, and the validation data."""
 
 import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
+from snapshot_ensemble.training.optimizer_checks import check_one_optimizer
+
+# What `fit` adds to the history.
+OWN_COLUMNS = {"cycle", "learning_rate", "shrink"}
 RATE_SETTERS = (keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau)
 
 
@@ -29,7 +35,13 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
-    """Checks the callbacks, and raises `TypeError` for an argument that `model.fit` lacks."""
+    """Checks all that is known before training.
+
+    Raises:
+        ValueError: For callbacks that set the learning rate or restore the model, several
+            optimizers, and metrics whose names are taken.
+        TypeError: For an argument that `model.fit` lacks.
+    """
     parameters = inspect.signature(model.fit).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
@@ -40,34 +52,31 @@ def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
                 f"Besides x, y and epochs it takes: {known}"
             )
     check_callbacks(arguments.get("callbacks"))
+    check_one_optimizer(model)
+    check_names(_metric_names(model))
 
 
-def steps_in_epoch(model: keras.Model, x: Any, arguments: dict[str, Any], steps: int) -> int:
-    """The number of steps that Keras actually takes in an epoch of nominally `steps`.
-
-    With `steps_per_epoch` it always runs whole executions of `steps_per_execution` steps, as long
-    as there are data: 16 steps at 7 per execution become 21.
-    """
-    size = model.steps_per_execution
-    if arguments.get("steps_per_epoch") is None or steps % size == 0:
-        return steps
-    rounded = -(-steps // size) * size
-    split = arguments.get("validation_split") if arguments.get("validation_data") is None else 0
-    held = _batches(x, arguments.get("batch_size"), split or 0)
-    return rounded if held is None else min(rounded, held)
+def check_names(names: Iterable[str]) -> None:
+    """Raises `ValueError` for metrics whose names are those of columns that `fit` adds."""
+    if taken := sorted(OWN_COLUMNS & set(names)):
+        raise ValueError(
+            "`fit` adds columns of these names to the history, so no metric may have them. "
+            f"Received: {', '.join(taken)}. Rename the metric, as in "
+            f"`name='my_{taken[0]}'`."
+        )
 
 
-def _batches(x: Any, batch_size: int | None, split: float) -> int | None:
-    """Number of batches in one pass over `x`; None if unknown or infinite."""
-    if hasattr(x, "cardinality"):  # tf.data.Dataset
-        count = int(x.cardinality())
-        return count if count >= 0 else None
-    if isinstance(x, keras.utils.PyDataset):
-        return x.num_batches
-    arrays = keras.tree.flatten(x)
-    if arrays and hasattr(arrays[0], "shape"):
-        return -(-int(arrays[0].shape[0] * (1 - split)) // (batch_size or 32))
-    return None
+def _metric_names(model: keras.Model) -> list[str]:
+    """The names of metrics that are known before training."""
+    names = [metric.name for metric in model.metrics]
+    compiled = compile_arguments(model)
+    # With several outputs, Keras puts the output's name before the metric's.
+    if len(getattr(model, "outputs", None) or [None]) == 1:
+        given = [compiled.get(name) for name in ("metrics", "weighted_metrics")]
+        for metric in keras.tree.flatten(given):
+            own = metric if isinstance(metric, str) else getattr(metric, "name", None)
+            names.append(str(own or getattr(metric, "__name__", "")))
+    return names
 
 
 def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:

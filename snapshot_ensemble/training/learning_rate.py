@@ -1,7 +1,7 @@
-"""The learning rate of a run, computed in the training graph."""
+"""The learning rate of a run, set in the training graph."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,18 +9,18 @@ import numpy as np
 from keras import ops
 
 from snapshot_ensemble.keras_compat.optimizer_rate import (
+    assign_unfiltered,
     held_rate,
+    put_rate_back,
     rate_holder,
     rate_replaced,
     rate_shown,
+    writes_filtered,
 )
-from snapshot_ensemble.keras_compat.train_step import before_each_step
+from snapshot_ensemble.keras_compat.train_step import StepValues, before_each_step
 from snapshot_ensemble.schedules import Cycle, anneal
-
-
-def compiled_rate(model: keras.Model) -> float:
-    """The learning rate that the model was compiled with; for a schedule, its rate at step 0."""
-    return _at_start(held_rate(model.optimizer))
+from snapshot_ensemble.training.optimizer_checks import check_one_optimizer
+from snapshot_ensemble.training.rate_writers import RateWriters, check_not_replaced
 
 
 def _at_start(rate: Any) -> float:
@@ -32,11 +32,11 @@ def _at_start(rate: Any) -> float:
 
 
 class AnnealedRate:
-    """The learning rate of a model's optimizer, computed in its training graph.
+    """The learning rate of a model's optimizer, set in its training graph.
 
-    While `installed`, every training step first sets the optimizer's rate from a step counter and
-    then increments the counter, both inside the compiled function. The rate is therefore exact
-    with `steps_per_execution`, `jit_compile`, gradient accumulation and loss scaling, whatever
+    The rates of an epoch's steps are computed before it begins. While `installed`, every training
+    step first looks its rate up, inside the compiled function. The rate is therefore exact with
+    `steps_per_execution`, `jit_compile`, gradient accumulation and loss scaling, whatever
     `optimizer.iterations` is. Python code runs only once per epoch, in `begin_epoch`.
 
     The optimizer holds a plain variable during training, so that a checkpoint written by another
@@ -47,28 +47,26 @@ class AnnealedRate:
         self.model = model
         self._own: Any = None
         with model.distribute_strategy.scope():
-            # The epoch's first step in its cycle, the cycle's length and warmup (in steps), its
-            # peak and its floor.
-            self._position = _variable(np.zeros(5), "float64")
-            self._step = _variable(0, "int64")
+            self._rates = StepValues()
 
-    def begin_epoch(self, cycle: Cycle, epoch: int, steps: int | None) -> None:
+    def begin_epoch(self, cycle: Cycle, epoch: int, steps: Sequence[int] | None) -> None:
         """Sets where in its cycle the next epoch is.
 
         Args:
             cycle: The cycle.
             epoch: The epoch within the cycle, from 0.
-            steps: Steps per epoch. If they are not known yet, the whole epoch runs at the mean of
-                the rates that the cycle has for it.
+            steps: The steps of each epoch of the cycle. If they are not known yet, the whole epoch
+                runs at the mean of the rates that the cycle has for it.
         """
+        check_not_replaced(held_rate(self._optimizer))
         if steps is None:
-            mean = cycle.rates(1000)[epoch * 1000 : (epoch + 1) * 1000].mean()
-            position = [0, 1, 0, mean, mean]
+            rates = cycle.rates(1000)[epoch * 1000 : (epoch + 1) * 1000].mean(keepdims=True)
         else:
-            n, warmup = cycle.length * steps, cycle.warmup * steps
-            position = [epoch * steps, n, warmup, cycle.lr_max, cycle.lr_min]
-        self._position.assign(np.asarray(position, "float64"))
-        self._step.assign(0)
+            n, warmup = sum(steps), sum(steps[: cycle.warmup])
+            # An epoch with more steps than expected goes on to the rate of its cycle's last step.
+            t = np.arange(sum(steps[:epoch]), n, dtype="float64")
+            rates = anneal(t, n, cycle.lr_max, cycle.lr_min, warmup)
+        self._rates.begin(rates)
 
     @property
     def _optimizer(self) -> Any:
@@ -76,14 +74,31 @@ class AnnealedRate:
 
     @property
     def compiled(self) -> float:
-        """The learning rate that the model was compiled with, also while another is installed."""
-        own = self._own
-        return compiled_rate(self.model) if own is None else _at_start(own)
+        """The learning rate that the model was compiled with, also while another is installed.
+
+        Raises:
+            ValueError: If it is not above 0, as at the start of a schedule with warmup, or if the
+                model has several optimizers.
+        """
+        check_one_optimizer(self.model)
+        own = held_rate(self.model.optimizer) if self._own is None else self._own
+        rate = _at_start(own)
+        if not rate > 0:
+            shown = (
+                f"{rate:.3g}" if isinstance(own, (float, keras.Variable)) else type(own).__name__
+            )
+            peak = getattr(own, "warmup_target", None) or 0.1
+            raise ValueError(
+                "The rate that the model was compiled with cannot be the peak of a cycle, since it "
+                f"starts at {rate:.3g}. Received: learning_rate={shown}. Pass the peak as "
+                f"`lr_init`, such as lr_init={peak}."
+            )
+        return rate
 
     @property
     def steps_taken(self) -> int:
         """Steps since `begin_epoch`."""
-        return int(self._step.numpy())
+        return self._rates.taken
 
     @property
     def last(self) -> float:
@@ -91,19 +106,20 @@ class AnnealedRate:
         return float(self._optimizer.learning_rate.numpy())
 
     def _assign(self) -> None:
-        first, n, warmup, lr_max, lr_min = ops.unstack(self._position.value, 5)
-        # An epoch with more steps than expected stays at the rate of its cycle's last step.
-        t = ops.minimum(first + ops.cast(self._step.value, "float64"), n - 1)
-        rate = anneal(t, n, lr_max, lr_min, warmup, xp=ops)
+        check_not_replaced(held_rate(self._optimizer))
         variable = self._optimizer.learning_rate
-        variable.assign(ops.cast(rate, variable.dtype))
-        self._step.assign_add(1)
+        assign_unfiltered(variable, ops.cast(self._rates.take(), variable.dtype))
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Makes training use this rate; restores the optimizer's own rate in any case."""
-        with self._in_a_variable(), before_each_step(self.model, self._assign):
-            yield
+        with self._in_a_variable():
+            allows = RateWriters(self.model).allows
+            with (
+                writes_filtered(self._optimizer.learning_rate, allows),
+                before_each_step(self.model, self._assign),
+            ):
+                yield
 
     @contextlib.contextmanager
     def held(self) -> Iterator[Callable[[float], None]]:
@@ -128,6 +144,7 @@ class AnnealedRate:
                     yield
         finally:
             if is_number:
+                put_rate_back(optimizer, own)
                 own.assign(self._own)
             self._own = None
 

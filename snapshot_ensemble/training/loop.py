@@ -10,13 +10,16 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
+from snapshot_ensemble.keras_compat.train_step import notice_first_batch
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.training.callback_state import check_states
 from snapshot_ensemble.training.dataset_passes import Passes
-from snapshot_ensemble.training.fit_arguments import flat_callbacks, steps_in_epoch
+from snapshot_ensemble.training.epoch_steps import EpochSteps, epoch_steps
+from snapshot_ensemble.training.fit_arguments import OWN_COLUMNS, check_names, flat_callbacks
 from snapshot_ensemble.training.last_good import LastGood
 from snapshot_ensemble.training.member_checks import not_finite
+from snapshot_ensemble.training.optimizer_checks import OptimizerSteps
 from snapshot_ensemble.training.run import Run
 from snapshot_ensemble.training.state import build
 
@@ -25,21 +28,22 @@ class CycleCallback(keras.callbacks.Callback):
     """Carries out a plan: sets the learning rate, restarts cycles and takes snapshots.
 
     It must be the first callback. Then a snapshot has the trained weights, even if another
-    callback replaces them, and all other callbacks see `learning_rate` in `logs`.
+    callback replaces them, and all other callbacks see `learning_rate` and `cycle` in `logs`.
 
     Args:
         run: The run.
-        steps_of: Turns the number of steps that Keras reports into the number that it takes.
+        steps_of: Turns the number of steps that Keras reports into those that it takes.
         passes: The passes over the training data.
     """
 
     def __init__(
-        self, run: Run, steps_of: Callable[[int | None], int | None], passes: Passes
+        self, run: Run, steps_of: Callable[[int | None], EpochSteps], passes: Passes
     ) -> None:
         super().__init__()
         self._run, self._steps_of, self._passes = run, steps_of, passes
         self._message: str | None = None
         self._last_good: LastGood | None = None  # Only if training keeps going.
+        self._unchecked: OptimizerSteps | None = None  # Until the first epoch has ended.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         run = self._run
@@ -47,9 +51,8 @@ class CycleCallback(keras.callbacks.Callback):
         if run.state is not None:
             run.state.restore_model(self.model)
             run.restarter.share = (run.progress.history.get("shrink") or [1.0])[-1]
-        known = self._steps_of((self.params or {}).get("steps"))
-        run.steps = known if run.steps is None else run.steps
-        if run.steps is None and run.plan[0].length == 1:
+        run.begin_steps(self._steps_of((self.params or {}).get("steps")))
+        if run.steps.nominal is None and run.plan[0].length == 1:
             warnings.warn(
                 "The number of steps in an epoch is not known, so the first epoch runs at one "
                 "learning rate, and the first cycle, which is one epoch long, does not anneal. "
@@ -58,6 +61,7 @@ class CycleCallback(keras.callbacks.Callback):
             )
         if run.keep_going:
             self._last_good = LastGood.of(self.model)
+        self._unchecked = OptimizerSteps(self.model)
 
     def get_state(self) -> list[Any] | None:
         """What a resumed run needs of this callback."""
@@ -79,8 +83,12 @@ class CycleCallback(keras.callbacks.Callback):
                     f"Restart with shrink={share:.3g}: weights are mixed with a new draw"
                 )
                 self._log()
-        run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, run.steps)
+        steps = run.steps.of(cycle.first_epoch, cycle.last_epoch)
+        run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, steps)
         self._passes.up_to(epoch - run.first_epoch)
+        if run.on_first_batch is not None:
+            notice_first_batch(self.model, run.on_first_batch)
+            run.on_first_batch = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         # Ctrl-C in between would leave an epoch without its snapshot, or the other way round.
@@ -89,17 +97,23 @@ class CycleCallback(keras.callbacks.Callback):
 
     def _end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         run = self._run
+        if self._unchecked is not None:
+            self._unchecked.check(run.rate.steps_taken)
+            check_names(logs)  # Those of a training step's own logs are known only now.
+            self._unchecked = None
         cycle = run.cycle_of(epoch)
         number = run.cycles_before + cycle.index
         metrics = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
         steps = run.rate.steps_taken
+        in_plan = epoch - run.first_epoch
         # Another callback may have stopped training before the last batch.
-        is_complete = not self.model.stop_training or steps == run.steps
-        if run.steps is None:
-            run.steps = steps or None
+        is_complete = not self.model.stop_training or [steps] == run.steps.of(in_plan, in_plan)
+        if run.steps.nominal is None:
+            run.steps.nominal = steps or None
         progress = run.progress
-        logs["learning_rate"] = run.rate.last
-        columns: dict[str, float] = {"cycle": number}
+        # For the callbacks that come after this one, too.
+        logs |= {"learning_rate": run.rate.last, "cycle": number}
+        columns: dict[str, float] = {}
         if run.restarter.share < 1 or "shrink" in progress.history:
             # There is no such column as long as every restart was warm, as in the paper.
             progress.history.setdefault("shrink", [1.0] * len(progress.history.get("cycle", ())))
@@ -107,7 +121,7 @@ class CycleCallback(keras.callbacks.Callback):
         progress.record_epoch({**logs, **columns})
         progress.done.epochs += 1
         progress.done.steps += steps
-        if epoch - run.first_epoch == cycle.last_epoch and is_complete:
+        if in_plan == cycle.last_epoch and is_complete:
             if cause := not_finite(self.model, metrics):
                 self._reject(number, cause)
             else:
@@ -218,10 +232,11 @@ def train(
     _build(model, run, x)
     arguments = {**arguments, "initial_epoch": run.next_epoch}
     own = flat_callbacks(arguments.pop("callbacks", None))
+    earlier = _own_columns(own)
     passes = Passes(x if run.save_every is not None else None)
 
-    def steps_of(known: int | None) -> int | None:
-        return None if known is None else steps_in_epoch(model, x, arguments, known)
+    def steps_of(nominal: int | None) -> EpochSteps:
+        return epoch_steps(model, x, arguments, nominal)
 
     cycles = CycleCallback(run, steps_of, passes)
     with_state = [*own, cycles]
@@ -234,10 +249,22 @@ def train(
         # For a run that has ended this runs no epoch; it only builds the model and restores the
         # state.
         result = model.fit(x, y, epochs=run.epochs, callbacks=callbacks, **arguments)
+        result = _check_fitted(result, model, run)
         if run.save_every is not None and not (run.state and run.state.position.finished):
             run.save_state(model, with_state, run.epochs, finished=True)
     passes.end(run.epochs_done)
-    return _complete(result, run)
+    return _complete(result, run, earlier)
+
+
+def _check_fitted(result: Any, model: keras.Model, run: Run) -> keras.callbacks.History:
+    """The `History` that Keras recorded, whatever a `fit` of the user's own returns."""
+    if not run.epochs_done:
+        raise ValueError(
+            "No epoch was recorded: the model's own `fit` has not passed its callbacks on to "
+            f"`keras.Model.fit`. Received: model={model.name!r} of class {type(model).__name__}. "
+            "Let it call `super().fit` with all of its arguments."
+        )
+    return result if isinstance(result, keras.callbacks.History) else model.history
 
 
 def _build(model: keras.Model, run: Run, x: Any) -> None:
@@ -251,14 +278,23 @@ def _build(model: keras.Model, run: Run, x: Any) -> None:
                 build(model, x)
 
 
-def _complete(result: keras.callbacks.History, run: Run) -> keras.callbacks.History:
+def _own_columns(callbacks: Sequence[Any]) -> dict[str, list[Any]]:
+    """What `fit` has added to a `History` that the user passes again."""
+    given = [c.history for c in callbacks if isinstance(c, keras.callbacks.History)]
+    return {name: list(given[-1].get(name, ())) for name in OWN_COLUMNS} if given else {}
+
+
+def _complete(
+    result: keras.callbacks.History, run: Run, earlier: dict[str, list[Any]]
+) -> keras.callbacks.History:
     """The `History` of the whole run, including its epochs before an interruption."""
     history, epochs = run.progress.history, run.epochs_done
+    done = run.progress.done.epochs
     if run.state is None:
-        for name in {"cycle", "shrink"} & set(history):
-            result.history.setdefault(name, []).extend(history[name][-epochs:])
+        for name in OWN_COLUMNS & set(history):
+            # Another callback may have put values of its own into the logs.
+            result.history[name] = earlier.get(name, []) + history[name][done - epochs :]
         return result
     result.epoch = [run.first_epoch + i for i in range(epochs)]
-    done = run.progress.done.epochs
     result.history |= run.progress.columns(done - epochs, done)
     return result

@@ -12,6 +12,7 @@ import numpy as np
 from snapshot_ensemble.checks import real_number, whole_number
 from snapshot_ensemble.training.fit_arguments import check_fit_arguments
 from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.optimizer_checks import OptimizerSteps
 from snapshot_ensemble.training.state import RunPosition, TrainingState, build
 
 # The loss is averaged over rates within a factor of about `SMOOTHED_OVER`. A test ends when the
@@ -114,13 +115,15 @@ def range_test(
     Raises:
         ValueError: If a rate or the number of steps is invalid, or the loss never falls.
         TypeError: If `model.fit` has no such argument.
+        RuntimeError: If another optimizer than the model's compiled one trains it.
     """
     rates = _rates(lr_min, lr_max, steps, fit_arguments)
     check_fit_arguments(model, fit_arguments)
     with _restored(model, x), rate.held() as set_rate:
-        sweep = _Sweep(rates, set_rate)
+        sweep, trained_by = _Sweep(rates, set_rate), OptimizerSteps(model)
         given = {"verbose": 0, **fit_arguments, "callbacks": [sweep]}
         model.fit(x, y, epochs=len(rates), **given)
+        trained_by.check(len(sweep.losses))
     losses = np.asarray(sweep.losses)
     known = np.isfinite(losses)
     rates, losses = rates[: len(losses)][known], losses[known]

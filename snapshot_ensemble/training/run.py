@@ -2,6 +2,7 @@
 
 import dataclasses
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +10,8 @@ import keras
 from snapshot_ensemble.schedules import Cycle, Plan
 from snapshot_ensemble.storage.record import Progress
 from snapshot_ensemble.storage.store import SnapshotSink
+from snapshot_ensemble.storage.view import View
+from snapshot_ensemble.training.epoch_steps import EpochSteps
 from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.shrink_perturb import Restarter
 from snapshot_ensemble.training.state import RunPosition, TrainingState
@@ -31,6 +34,8 @@ class Run:
         save_every: After how many epochs the state is saved; None: never.
         fingerprint: What must be the same for the run to be resumed.
         state: The state of an interrupted run to resume from, or None.
+        view: Returns the snapshots that there are, whose weights a saved state may leave out.
+        on_first_batch: Called with the first batch that is trained on, or None.
     """
 
     plan: Plan
@@ -45,13 +50,14 @@ class Run:
     save_every: int | None = None
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)
     state: TrainingState | None = None
+    view: Callable[[], View] | None = None
+    on_first_batch: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
-        self.steps: int | None = None  # Per epoch, once it is known.
+        self.steps = EpochSteps(None)
         self.cycles_before = self.progress.done.cycles
         self.epochs_before = self.progress.done.epochs
         if self.state is not None:
-            self.steps = self.state.position.steps
             self.cycles_before = self.state.position.cycles_before
             self.epochs_before -= self.state.position.epochs
         # What `model.fit` is given as `epochs` and `initial_epoch`.
@@ -60,6 +66,13 @@ class Run:
         if self.state is not None:
             position = self.state.position
             self.next_epoch = self.epochs if position.finished else position.next_epoch
+
+    def begin_steps(self, steps: EpochSteps) -> None:
+        """Takes the steps of the epochs; a resumed run may know them from the interrupted one."""
+        steps.resumed_at = self.next_epoch - self.first_epoch
+        if self.state is not None and self.state.position.steps is not None:
+            steps.nominal = self.state.position.steps
+        self.steps = steps
 
     def cycle_of(self, epoch: int) -> Cycle:
         """The cycle of an epoch, given by Keras's number."""
@@ -87,10 +100,16 @@ class Run:
             fingerprint=self.fingerprint,
             next_epoch=next_epoch,
             finished=finished,
-            steps=self.steps,
+            steps=self.steps.nominal,
             cycles_before=self.cycles_before,
             epochs=self.epochs_done,
             run_epochs=self.progress.run_epochs[: self.number],
             done=dataclasses.replace(self.progress.done),
         )
-        self.store.keep_state(TrainingState.of(model, callbacks, position).write)
+        state = TrainingState.of(model, callbacks, position)
+        if finished and self.view is not None and (view := self.view()).snapshots:
+            # A run most often ends with the weights of its last snapshot.
+            last = len(view.snapshots) - 1
+            if (cycle := view.snapshots[last].cycle) is not None:
+                state.leave_out(cycle, view.weights(model, last))
+        self.store.keep_state(state.write)

@@ -1,6 +1,7 @@
 """One `fit` as a transaction: it claims the directory or resumes, trains, and commits."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -42,6 +43,7 @@ class FitSession:
         overwrite: As for `SnapshotEnsemble.fit`.
         save_every: As for `SnapshotEnsemble.fit`.
         keep_going: As for `SnapshotEnsemble.fit`.
+        on_first_batch: Called with the first batch that is trained on, or None.
     """
 
     model: keras.Model
@@ -57,6 +59,7 @@ class FitSession:
     overwrite: bool = False
     save_every: int | None = 1
     keep_going: bool = False
+    on_first_batch: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
         self.has_trained = False  # Stays so if the run had already ended.
@@ -106,6 +109,8 @@ class FitSession:
                 save_every=self.save_every if progress.saves_state else None,
                 fingerprint=current,
                 state=state,
+                view=self.store.view,
+                on_first_batch=self.on_first_batch,
             )
             history = train(self.model, run, x=x, y=y, arguments=arguments)
             with interrupts_deferred():

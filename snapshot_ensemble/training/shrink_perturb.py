@@ -1,7 +1,7 @@
 """Restarts that shrink the weights and perturb them with a new draw (shrink and perturb)."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -45,14 +45,16 @@ class Part:
 
     Args:
         layer: A built layer.
-        path: The names of the enclosing layers, and its own.
+
+    Attributes:
+        paths: The names of the enclosing layers, and its own; one for each place that it is in.
 
     Raises:
         ValueError: If it cannot be recreated from its config.
     """
 
-    def __init__(self, layer: Any, path: tuple[str, ...]) -> None:
-        self.layer, self.path = layer, path
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.paths = layer, list[tuple[str, ...]]()
         self.weights = list(layer.weights)
         one, other = self.draw(), self.draw()
         same = [np.array_equal(a, b) for a, b in zip(one, other, strict=True)]
@@ -87,21 +89,26 @@ def _with_new_seed(initializer: Any) -> Any:
 
 
 def parts_of(model: keras.Model) -> list[Part]:
-    """The parts of a model, in the order of its layers.
+    """The parts of a model, in the order of its layers, each once.
 
     Raises:
         ValueError: If weights belong to a layer that cannot be recreated.
     """
-    return list(_parts(model, ()))
+    found: dict[int, Part] = {}
+    _find_parts(model, (), found)
+    return list(found.values())
 
 
-def _parts(layer: Any, enclosing: tuple[str, ...]) -> Iterator[Part]:
+def _find_parts(layer: Any, enclosing: tuple[str, ...], found: dict[int, Part]) -> None:
     path = (*enclosing, layer.name)
     if not layer.weights:
         return
     if not isinstance(layer, keras.Model):
         try:
-            yield Part(layer, path)
+            # Several models inside may share a layer.
+            part = found.get(id(layer)) or Part(layer)
+            part.paths.append(path)
+            found[id(layer)] = part
             return
         except Exception:  # Then the layers inside may be recreated one by one.
             pass
@@ -112,7 +119,7 @@ def _parts(layer: Any, enclosing: tuple[str, ...]) -> Iterator[Part]:
             "`get_config` from which it can be recreated, or use `shrink=1`."
         )
     for inner in direct_layers(layer):
-        yield from _parts(inner, path)
+        _find_parts(inner, path, found)
 
 
 def trained_before(parts: Sequence[Part]) -> list[int]:
@@ -181,17 +188,18 @@ class Restarter:
 
     def _check_for(self, parts: Sequence[Part], pretrained: Sequence[int]) -> None:
         if isinstance(self.shrink, Mapping):
-            names = {name for part in parts for name in part.path}
+            names = {name for part in parts for path in part.paths for name in path}
             if unknown := sorted(set(self.shrink) - names):
                 raise ValueError(
                     f"`shrink` must name layers with weights. Received: {', '.join(unknown)}. "
                     f"The layers with weights are: {', '.join(sorted(names))}"
                 )
+            self._check_shared(parts)
         elif self.shrink != "auto" and len(pretrained) == len(parts):
             raise ValueError(
                 "`shrink` does not change layers that were trained before, and all layers of this "
                 f"model were. Received: shrink={self.shrink}. Name the layers to change, such as "
-                f"shrink={{{parts[-1].path[-1]!r}: {self.shrink}}}"
+                f"shrink={{{parts[-1].paths[0][-1]!r}: {self.shrink}}}"
             )
 
     def restart(self, model: keras.Model, progress: Progress) -> float:
@@ -199,14 +207,21 @@ class Restarter:
         self.share = 1.0
         if self.is_warm or (self.shrink == "auto" and not has_overfitted(progress.history)):
             return self.share
-        trained = {id(variable) for variable in model.trainable_variables}
-        for index, part in enumerate(self._parts(model)):
-            share = self._share_of(part, index in (progress.pretrained or ()))
-            if share == 1 or not trained & {id(variable) for variable in part.weights}:
+        # What is still to be changed: layers may share a variable, which changes only once.
+        left = {id(variable) for variable in model.trainable_variables}
+        parts = self._parts(model)
+        pretrained = set() if isinstance(self.shrink, Mapping) else set(progress.pretrained or ())
+        left -= {id(variable) for index in pretrained for variable in parts[index].weights}
+        for part in parts:
+            share = self._share_of(part)
+            own = {id(variable) for variable in part.weights} & left
+            if share == 1 or not own:
                 continue
+            left -= own
             self.share = min(self.share, share)
             for variable, fresh in zip(part.weights, part.draw(), strict=True):
-                if id(variable) in trained:
+                if id(variable) in own:
+                    own.discard(id(variable))  # A layer may list a variable twice.
                     value = keras.ops.convert_to_numpy(variable.value).astype("float64")
                     variable.assign((share * value + (1 - share) * fresh).astype(fresh.dtype))
         return self.share
@@ -219,10 +234,26 @@ class Restarter:
                 raise
             return []  # All restarts of such a model are warm.
 
-    def _share_of(self, part: Part, is_pretrained: bool) -> float:
+    def _share_of(self, part: Part) -> float:
         if isinstance(self.shrink, Mapping):
-            named = [self.shrink[name] for name in part.path if name in self.shrink]
-            return named[-1] if named else 1.0  # The innermost name takes precedence.
-        if is_pretrained:
-            return 1.0
+            return next(iter(self._named_shares(part)), 1.0)
         return AUTO_SHARE if isinstance(self.shrink, str) else self.shrink
+
+    def _named_shares(self, part: Part) -> list[float]:
+        """The shares that a dict gives for each place of a part; innermost names count."""
+        assert isinstance(self.shrink, Mapping)
+        named = [[name for name in path if name in self.shrink] for path in part.paths]
+        return [self.shrink[names[-1]] for names in named if names]
+
+    def _check_shared(self, parts: Sequence[Part]) -> None:
+        """Raises `ValueError` if a dict gives two shares for one variable."""
+        shares: dict[int, float] = {}
+        for part in parts:
+            for share in self._named_shares(part):
+                for variable in part.weights:
+                    if shares.setdefault(id(variable), share) != share:
+                        raise ValueError(
+                            "`shrink` must give one share for weights that layers share. Received: "
+                            f"shrink={self.shrink}, which gives {shares[id(variable)]} and {share} "
+                            f"for {variable.path}. Name the innermost layer that has them."
+                        )

@@ -12,9 +12,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from snapshot_ensemble.keras_compat.layer_states import recurrent_states
 from snapshot_ensemble.keras_compat.optimizers import built_for, built_twin, optimizers_of
 from snapshot_ensemble.keras_compat.random_seed import global_seed, set_global_seed
-from snapshot_ensemble.storage.file_headers import array_headers
+from snapshot_ensemble.storage.array_files import array_headers, read_arrays
 from snapshot_ensemble.storage.record import Counts
 from snapshot_ensemble.storage.snapshot import SnapshotError, Weights
 from snapshot_ensemble.storage.typed_json import Count, decode, encode, parse
@@ -78,6 +79,7 @@ class _Facts:
         random: The states of Python's and NumPy's generators.
         weights: For each of the model's weights, its number among the variables.
         shared: For each variable that the file leaves out, its index in the base.
+        snapshot: The cycle whose snapshot is the base; None for the base of the directory.
     """
 
     callbacks: list[Any]
@@ -85,6 +87,7 @@ class _Facts:
     random: dict[str, Any]
     weights: list[Count] = dataclasses.field(default_factory=list)
     shared: dict[str, Count] = dataclasses.field(default_factory=dict)
+    snapshot: Count | None = None
 
 
 class TrainingState:
@@ -94,7 +97,8 @@ class TrainingState:
         arrays: The arrays by name.
         position: How far the run has come.
         facts: The other facts.
-        base: Returns the weights that the state leaves out because another file has them.
+        base: Returns the weights that the state leaves out because another file has them; called
+            with the model and the cycle whose snapshot has them, or None.
         path: The file that it was read from, for error messages.
     """
 
@@ -103,12 +107,14 @@ class TrainingState:
         arrays: dict[str, np.ndarray],
         position: RunPosition,
         facts: _Facts,
-        base: Callable[[keras.Model], Weights] | None = None,
+        base: Callable[[keras.Model, int | None], Weights] | None = None,
         path: str | os.PathLike[str] = "",
     ) -> None:
         self.arrays, self.position = arrays, position
         self._facts, self._base, self._path = facts, base, path
         self._callbacks: list[tuple[Any, Any]] = []
+        self._before: _Moment | None = None
+        self._kept: Weights | None = None
 
     @classmethod
     def of(cls, model: keras.Model, callbacks: Sequence[Any], position: RunPosition) -> Self:
@@ -124,7 +130,13 @@ class TrainingState:
         return cls(arrays, position, _Facts(states, _built_for(model), _random_state(), weights))
 
     def write(self, path: str | os.PathLike[str], base: Weights | None = None) -> None:
-        """Writes the state as `.npz` without pickles, leaving out arrays that the base has."""
+        """Writes the state as `.npz` without pickles, leaving out arrays that the base has.
+
+        Args:
+            path: The file.
+            base: Weights in another file. Those of a snapshot, of `leave_out`, come first.
+        """
+        base = base if self._kept is None else self._kept
         plain = {name: as_bits(array) for name, array in self.arrays.items()}
         shared = {}
         for index, number in enumerate(self._facts.weights if base is not None else ()):
@@ -136,15 +148,21 @@ class TrainingState:
         with open(path, "wb") as file:  # noqa: PTH123  For a path, NumPy adds a suffix.
             np.savez(file, **plain, facts=np.frombuffer(text, "uint8"))  # type: ignore[arg-type]
 
+    def leave_out(self, cycle: int, weights: Weights) -> None:
+        """Lets the file leave out weights that the snapshot of a cycle has."""
+        self._facts = dataclasses.replace(self._facts, snapshot=cycle)
+        self._kept = weights
+
     @classmethod
     def read(
-        cls, path: str | os.PathLike[str], base: Callable[[keras.Model], Weights] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        base: Callable[[keras.Model, int | None], Weights] | None = None,
     ) -> Self:
         """Reads what `write` wrote; raises `SnapshotError` for any other file."""
         try:
             array_headers(path)
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(path)
             content = parse(arrays.pop("facts").tobytes())
             position, facts = (decode(kind, content, "facts") for kind in (RunPosition, _Facts))
             position.check()
@@ -188,7 +206,7 @@ class TrainingState:
     def _add_shared(self, model: keras.Model) -> None:
         """Adds the arrays that the file leaves out."""
         if self._facts.shared and self._base is not None:
-            base = self._base(model)
+            base = self._base(model, self._facts.snapshot)
             for key, index in self._facts.shared.items():
                 self.arrays[f"variable_{key}"] = base[index]
 
@@ -214,6 +232,8 @@ class TrainingState:
         self._add_shared(model)
         variables = variables_of(model)
         self._check_arrays(variables)
+        # A callback's own `set_state` may still refuse its state.
+        self._before = _Moment(variables) if self._callbacks else None
         for number, variable in enumerate(variables):
             array = self.arrays[f"variable_{number}"]
             variable.assign(from_bits(array, np.dtype(variable.dtype)))
@@ -222,7 +242,20 @@ class TrainingState:
         _set_random_state(self._facts.random)
 
     def restore_callbacks(self) -> None:
-        """Restores the callbacks that the state was checked for."""
+        """Restores the callbacks that the state was checked for.
+
+        Raises:
+            SnapshotError: If one refuses its state. The model is then as it was before.
+        """
+        before, self._before = self._before, None
+        try:
+            self._restore_callbacks()
+        except SnapshotError:
+            if before is not None:
+                before.bring_back()
+            raise
+
+    def _restore_callbacks(self) -> None:
         for callback, state in self._callbacks:
             try:
                 restore(callback, state)
@@ -233,11 +266,34 @@ class TrainingState:
                 ) from error
 
 
+class _Moment:
+    """The values of variables and the state of the random generators at a moment."""
+
+    def __init__(self, variables: Sequence[Any]) -> None:
+        self._values = [(variable, variable.numpy()) for variable in variables]
+        self._seed, self._random = global_seed(), _random_state()
+
+    def bring_back(self) -> None:
+        """Sets everything to its values of that moment."""
+        for variable, value in self._values:
+            variable.assign(value)
+        if self._seed is not None:
+            set_global_seed(self._seed)
+        _set_random_state(self._random)
+
+
 def variables_of(model: keras.Model) -> list[Any]:
-    """All variables that training changes: weights, dropout seeds, optimizer slots."""
-    variables = list(model.variables)
-    for optimizer in optimizers_of(model):
-        variables += optimizer.variables
+    """All variables that training changes: weights, seeds, recurrent states, optimizer slots."""
+    slots = [variable for o in optimizers_of(model) for variable in o.variables]
+    return _each_once([*_own_variables(model), *slots])
+
+
+def _own_variables(model: keras.Model) -> list[Any]:
+    """The variables of the layers; recurrent states are not among Keras's `variables`."""
+    return [*model.variables, *recurrent_states(model)]
+
+
+def _each_once(variables: list[Any]) -> list[Any]:
     return list({id(variable): variable for variable in variables}.values())
 
 
@@ -262,7 +318,7 @@ def _after_building(model: keras.Model, built: list[list[int] | None]) -> tuple[
             raise ValueError(f"an optimizer was built for the variables {numbers}")
     if all(o.built or not numbers for o, numbers in zip(optimizers, built, strict=True)):
         return variables_of(model), True
-    known = list({id(variable): variable for variable in model.variables}.values())
+    known = _each_once(_own_variables(model))
     twin = None
     if len(optimizers) == 1:
         with model.distribute_strategy.scope():
@@ -282,7 +338,11 @@ def build(model: keras.Model, x: Any) -> None:
     """Builds a model before its first step, so that its state can be restored."""
     if model.built:
         return
-    if hasattr(x, "__next__"):
+    kinds = (tf.data.Dataset, keras.utils.PyDataset)
+    is_readable = isinstance(x, kinds) or all(
+        hasattr(array, "__getitem__") for array in keras.tree.flatten(x)
+    )
+    if hasattr(x, "__next__") or not is_readable:
         raise ValueError(
             "With data that can be read only once, the model must be built. Received: "
             f"model={model.name!r}, not built, x={type(x).__name__}. Call it on a batch first."

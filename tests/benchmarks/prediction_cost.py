@@ -14,11 +14,13 @@ kernels alone).
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -124,6 +126,29 @@ def growth(count, largest, rounds):
     return {m: ratio(m, 1) for m in sizes[1:]}
 
 
+def text_net():
+    inside = [layers.Embedding(100, 8), layers.Bidirectional(layers.LSTM(8))]
+    last = layers.Dense(3, "softmax")
+    return keras.Sequential([keras.Input((20,), dtype="int32", name="x"), *inside, last])
+
+
+def first_prediction(members, rounds, scratch):
+    """The time of the first prediction, in which graphs are traced; each time of new objects."""
+    x = np.random.default_rng(1).integers(0, 100, (64, 20)).astype("int32")
+    seconds = {"loop": [], "ensemble": []}
+    for _ in range(rounds):
+        ens = ensemble_of(text_net, members)
+        loop = loop_over(text_net, ens, x, scratch)
+        runs = {"loop": loop, "ensemble": functools.partial(ens.predict, x, verbose=0)}
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    loop, ensemble = (float(np.median(seconds[name])) for name in ("loop", "ensemble"))
+    print(f"first prediction of {members} BiLSTMs: {ensemble:.1f} s; the loop: {loop:.1f} s")
+    return ensemble / loop
+
+
 def import_time(rounds):
     """Seconds to import the package after Keras, with compiled bytecode as `pip` installs it."""
     code = "import keras, time; t = time.perf_counter(); import snapshot_ensemble; "
@@ -152,6 +177,7 @@ def main(argv=None):
         dense = predictions(dense_net, args.dense_rows, many, args.rounds, scratch)
         conv = predictions(conv_net, args.conv_rows, many, args.rounds, scratch)
         single = latency(many, args.rounds, pathlib.Path(scratch))
+        first = first_prediction(args.largest, min(args.rounds, 3), scratch)
     more = growth(args.dense_rows // 4, args.largest, args.rounds)
     imported = import_time(args.rounds)
     print(f"{many} members, medians of {args.rounds} rounds\n")
@@ -162,6 +188,7 @@ def main(argv=None):
         ("predict, small conv net", f"{many} x one", conv("ensemble", "one") / many, 0.5),
         ("one row, ens(x)", "model(x)", single("call", "one"), 2.0),
         ("one row, SavedModel", "model(x)", single("served", "one"), 2.0),
+        (f"first predict, {args.largest} BiLSTMs", "loop over files", first, 1.0),
         ("import snapshot_ensemble", "import keras, seconds more", imported, 0.05),
     ]
     rows += [(f"predict, {m} members", "one member", value, m) for m, value in more.items()]

@@ -142,6 +142,8 @@ def main(arguments=None):
     counts = {"rounds": 0, "disturbed": 0, "kept": 0, "looks": 0, "plain models": 0}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The model cannot be saved")
+        # The layers have activity regularizers.
+        warnings.filterwarnings("ignore", "The scores are the compiled loss and metrics")
         count_rounds(arguments.rounds, counts)
     print("".join(f"{name:>14}" for name in counts))
     print("".join(f"{count:14}" for count in counts.values()))

@@ -16,7 +16,7 @@ from snapshot_ensemble.evaluation.calibration import learn_temperature
 from snapshot_ensemble.evaluation.metrics import items_of
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.combining import temper
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 # The temperature
 

@@ -162,7 +162,8 @@ def test_fit_keeps_all_members_without_usable_validation_data(monkeypatch):
         raise ValueError
 
     monkeypatch.setattr(SnapshotEnsemble, "choose_members", fails)
-    ens.fit(X, Y, epochs=3, verbose=0, validation_data=(X, Y))
+    with pytest.warns(UserWarning, match="could not be chosen by the validation data: ValueError"):
+        ens.fit(X, Y, epochs=3, verbose=0, validation_data=(X, Y))
     assert ens.members is None
     assert len(ens) == 6
 

@@ -17,7 +17,7 @@ from models import (
 )
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 # One pass
 

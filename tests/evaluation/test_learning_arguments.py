@@ -43,9 +43,6 @@ SHARES = np.eye(3)[LABELS]
 ODDS = np.arange(31)[:, None] % 2
 MARKS = np.stack([np.arange(31) % n == 0 for n in (2, 3, 4)], axis=1).astype(int)
 WRONG_TARGETS = [
-    ("multiclass", np.where(LABELS == 1, 0, LABELS), "y without class 1 of output 'answer'"),
-    ("multiclass", np.zeros(31, int), "y without class 1, 2 of output 'answer'"),
-    ("multiclass", np.eye(3)[np.where(LABELS == 2, 0, LABELS)], "y without class 2 of output"),
     (
         "multiclass",
         LABELS[:30],
@@ -78,7 +75,6 @@ WRONG_TARGETS = [
         2 * ODDS - 1,
         "`y` of a binary output must lie between 0 and 1. Received: y from -1.0",
     ),
-    ("binary", np.zeros((31, 1)), "y without class 1 of output 'answer'"),
     ("multilabel", MARKS * 2, "`y` of a multilabel output must lie between 0 and 1"),
     ("multilabel", MARKS[:, 0], "`y` does not fit the model's output. Received: y of shape (31,)"),
     ("regression", SOME[:, :3], "y of shape (31, 3), where (31, 2) is needed"),
@@ -92,7 +88,7 @@ def test_invalid_targets_are_refused(task, y, message, refusing):
     check_refusal(lambda: ens.fit_weights(FEATURES, y, verbose=0), ens, ValueError, message)
 
 
-@pytest.mark.parametrize("case", [0, 3, 4, 9, 13])
+@pytest.mark.parametrize("case", [0, 1, 6, 9])
 def test_calibrating_on_invalid_targets_is_refused(case, refusing):
     task, y, message = WRONG_TARGETS[case]
     ens = refusing[task]
@@ -122,7 +118,6 @@ def test_targets_that_are_not_numbers_are_refused(refusing):
             "`sample_weight` must be as long as `x`. Received: sample_weight of shape (30",
         ),
         (np.ones((31, 2)), "`sample_weight` does not fit the model's output"),
-        ((LABELS != 1).astype(float), "y without class 1 of output 'answer'"),
     ],
 )
 def test_invalid_sample_weights_are_refused(sample_weight, message, refusing):

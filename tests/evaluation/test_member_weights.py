@@ -15,7 +15,7 @@ from snapshot_ensemble.evaluation.member_weights import (
     learn_weights,
     likelihood_weights,
 )
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 TINY = 1.2e-38  # About the smallest normal float32, for a class that a member excludes.
 
@@ -92,6 +92,7 @@ def test_weights_are_optimal_by_scipy_and_by_the_tangent_bound(name):
     assert problem.above_the_optimum(weights) <= 1e-7 * problem.scale
 
 
+@pytest.mark.slow
 def test_weights_of_hundreds_of_members_are_optimal_by_the_tangent_bound():
     problem = classes(spread(np.random.default_rng(2), 500, 300))
     weights = likelihood_weights(problem.objective)

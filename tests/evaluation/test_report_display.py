@@ -2,8 +2,11 @@
 
 import html.parser
 import math
+import sys
 
 import numpy as np
+import pandas
+import pytest
 from report_cases import NAME, assert_aligned, cells_of, table_of, through_json
 
 from snapshot_ensemble.evaluation.report import Report
@@ -94,3 +97,28 @@ def test_its_numbers_survive_json(digits_report):
         assert actual[name] == getattr(report, name)
     for name, matrix in report.disagreement.items():
         np.testing.assert_array_equal(actual["disagreement"][name], matrix)
+
+
+def test_a_frame_has_the_numbers_of_the_table(digits_report):
+    report = digits_report.shown
+    frame = report.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    lines, _ = table_of(str(report))
+    assert list(frame.columns) == lines[0].split()
+    assert list(frame.index) == list(report.rows)
+    for name, row in report.rows.items():
+        present = frame.loc[name].dropna().to_dict()
+        assert present == {column: value for column, value in row.items() if not math.isnan(value)}
+    assert math.isnan(frame.loc["mean", "disagreement"])
+
+
+def test_a_metric_of_several_values_is_one_cell_of_a_frame():
+    frame = made_up(rows={"mean": {"loss": 0.5, "recall": np.array([0.25, 1.0])}}).to_frame()
+    assert frame.loc["mean", "loss"] == 0.5
+    assert frame.loc["mean", "recall"].tolist() == [0.25, 1.0]
+
+
+def test_without_pandas_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"needs pandas\. Run: pip install pandas\."):
+        made_up().to_frame()

@@ -13,6 +13,7 @@ from models import COMBINATIONS, TASKS, dense, ensemble_of, with_backbone
 
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.export import formats as exporting
+from snapshot_ensemble.export.runtimes import RUNTIMES
 
 layers = keras.layers
 pytestmark = pytest.mark.filterwarnings(
@@ -93,6 +94,7 @@ def test_every_task_combination_and_format_agrees_with_predict(name, task, combi
     np.testing.assert_allclose(actual["answer"], expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.sampled(2)
 def test_any_batch_size_in_inference_mode_with_a_shared_backbone(format):
     name, path, tolerance = format
     source, in_backbone = with_backbone(nested=True)
@@ -125,7 +127,7 @@ def with_dicts():
     return model
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("build", [two_headed, with_dicts])
 def test_the_signature_has_the_models_own_names(build, format):
     name, path, tolerance = format
@@ -194,6 +196,7 @@ def test_layers_that_litert_supports(layer, tmp_path):
     np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_that_litert_does_not_support_is_an_error_with_advice(tmp_path):
     pytest.importorskip("ai_edge_litert")
     with pytest.raises(ValueError, match="make it with `unroll=True`, or export a SavedModel"):
@@ -287,7 +290,7 @@ def test_a_file_with_other_outputs_is_an_error(tmp_path, monkeypatch):
     def wrong(path, inputs):
         return {"answer": np.full((2, 3), 1 / 3, "float32")}
 
-    monkeypatch.setitem(exporting._RUNTIMES, "tf_saved_model", wrong)
+    monkeypatch.setitem(RUNTIMES, "tf_saved_model", wrong)
     with pytest.raises(
         ValueError, match="The exported file and the ensemble disagree on output 'an"
     ):
@@ -308,6 +311,7 @@ def test_tensorflow_logs_where_it_writes_only_if_verbose(verbose, tmp_path, monk
     assert logger.level == logging.INFO
 
 
+@pytest.mark.sampled(2)
 def test_only_an_earlier_export_is_replaced_and_only_with_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")

@@ -4,14 +4,17 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from benchmarks.builders import random_ensemble
 from keras import layers
 from models import ensemble_with
 
 from snapshot_ensemble.inference.batch_size import (
     batch_size_for,
     batch_size_for_scores,
+    batches_at_once,
     rows_at_once,
 )
+from snapshot_ensemble.keras_compat.graphs import in_batches
 
 
 def net(*inside, shape=(8,)):
@@ -129,6 +132,51 @@ def test_batches_are_larger_only_if_nothing_depends_on_their_size():
     assert batch_size_for(model, x, steps=3) == {}
     assert batch_size_for(model, x, callbacks=[keras.callbacks.Callback()]) == {}
     assert batch_size_for(model, tf.data.Dataset.from_tensors(x)) == {}
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 4), (4, 4), (9, 4), (12, 5), (3, 7)])
+def test_a_graph_in_batches(rows, most):
+    x = {"a": np.arange(rows * 2.0).reshape(rows, 2), "b": np.arange(rows).astype(str)}
+
+    def function(batch):
+        size = tf.repeat(tf.shape(batch["a"])[0], tf.shape(batch["a"])[0])
+        return [2 * batch["a"], (batch["b"], size)]
+
+    doubled, (names, sizes) = tf.function(lambda inputs: in_batches(function, inputs, most))(
+        tf.nest.map_structure(tf.constant, x)
+    )
+    np.testing.assert_array_equal(doubled, 2 * x["a"])
+    assert [name.decode() for name in names.numpy()] == list(x["b"])
+    last = rows % most
+    assert list(sizes) == [most] * (rows - last) + [last] * last
+
+
+def test_how_many_batches_are_read_at_once():
+    x, model = np.zeros((9_000, 8), "float32"), net(layers.Dense(64))
+    assert batches_at_once(model, x, batch_size=256) == 4
+    assert batches_at_once(model, x[:900], batch_size=32) == 3  # At least eight times.
+    assert batches_at_once(model, x, batch_size=2000) == 1
+    assert batches_at_once(model, x) == 1
+    assert batches_at_once(model, x, batch_size=256, steps=3) == 1
+    assert batches_at_once(model, x, batch_size=256, callbacks=[keras.callbacks.Callback()]) == 1
+    assert batches_at_once(model, tf.data.Dataset.from_tensors(x), batch_size=256) == 1
+    assert batches_at_once(OTHERS["a custom layer"](), x, batch_size=8) == 1
+
+
+def test_batches_of_a_given_size_are_predicted_as_by_keras():
+    inputs = keras.Input((8,), name="x")
+    hidden = layers.Dense(16, "relu")(inputs)
+    outputs = {"a": layers.Dense(3, "softmax")(hidden), "b": layers.Dense(1)(hidden)}
+    model = keras.Model({"x": inputs}, outputs)
+    model.compile("sgd", {"a": "sparse_categorical_crossentropy", "b": "mse"})
+    ens = random_ensemble(model, 3)
+    x = {"x": np.random.default_rng(1).normal(size=(1001, 8)).astype("float32")}
+    members = [member.predict(x, batch_size=32, verbose=0) for member in ens]
+    expected = keras.tree.map_structure(lambda *m: np.mean(m, axis=0), *members)
+    for batch_size in (32, 50, 1000):
+        actual = ens.predict(x, batch_size=batch_size, verbose=0)
+        for name in outputs:
+            np.testing.assert_allclose(actual[name], expected[name], atol=1e-6)
 
 
 @pytest.mark.slow

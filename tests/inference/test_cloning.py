@@ -16,7 +16,7 @@ from members_cases import (
 )
 from models import assert_all_close
 
-from snapshot_ensemble.inference.cloning import blank_member, build_member
+from snapshot_ensemble.inference.cloning import build_member, clone_of
 
 # Members as separate models
 
@@ -172,7 +172,7 @@ class WithTable(layers.Layer):
 def test_a_blank_member_draws_no_random_weights():
     model = keras.Sequential([keras.Input((3,)), WithTable(), layers.LayerNormalization()])
     model.compile("sgd", "mse")
-    member = blank_member(model)
+    member = clone_of(model)
     drawn, normal, ones, table, *normed = member.get_weights()
     assert not drawn.any()
     assert not normal.any()

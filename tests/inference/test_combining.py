@@ -20,7 +20,7 @@ from snapshot_ensemble.inference.combining import (
     median,
     vote,
 )
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 CLASSES = ("multiclass", "binary", "multilabel")
 

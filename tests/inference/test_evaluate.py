@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from inference_cases import KINDS, LABELS, MEMBERS, ROWS, named_outputs, to_probabilities
 from keras import layers, ops
 from models import Batches, assert_close, dense, ensemble_of, sliced
@@ -122,7 +123,8 @@ def test_regularization_penalties_are_not_in_the_loss():
     ens = ensemble_of(model, MEMBERS)
     y = np.ones((len(ROWS), 2))
     error = np.mean([member.predict(ROWS, verbose=0) for member in ens], axis=0) - y
-    assert_close(ens.evaluate(ROWS, y, verbose=0), (error**2).mean())
+    with pytest.warns(UserWarning, match="leave out .* regularizers"):
+        assert_close(ens.evaluate(ROWS, y, verbose=0), (error**2).mean())
     assert (
         model.evaluate(ROWS, y, verbose=0)
         > 1.1 * ((model.predict(ROWS, verbose=0) - y) ** 2).mean()
@@ -164,3 +166,19 @@ def test_scores_follow_a_new_compile(ensemble):
 
 def always_seven(y_true, y_pred):
     return ops.zeros_like(y_pred[:, 0]) + 7
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_data_of_unknown_length_count_each_batch_once():
+    """The last call of Keras's compiled function finds no batch."""
+    inputs = keras.Input((4,))
+    outputs = {"a": layers.Dense(3, "softmax")(inputs), "b": layers.Dense(1)(inputs)}
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", {"a": "sparse_categorical_crossentropy", "b": "mse"})
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, 4)).astype("float32"), {"a": np.arange(24) % 3, "b": np.ones(24)}
+    ens = ensemble_of(model, 2)
+    expected = ens.evaluate(x, y, batch_size=8, return_dict=True, verbose=0)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).filter(lambda x, y: True)
+    actual = ens.evaluate(batches, return_dict=True, verbose=0)
+    assert_close([actual[name] for name in expected], list(expected.values()))

@@ -8,7 +8,13 @@ from keras.layers import (
 from output_cases import IN_DICTS, IN_LISTS, custom_loss, ending_in, meaning, meanings, two_outputs
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.inference.output_specs import TASKS, Output
+from snapshot_ensemble.inference.task_words import WORDS, Output
+
+TASKS = ("multiclass", "binary", "multilabel", "regression", "passthrough")
+EXPLICIT = (
+    "('regression', 'passthrough', 'multiclass_logits', 'binary_logits', 'multilabel_logits', "
+    "'multiclass_probabilities', 'binary_probabilities', 'multilabel_probabilities')"
+)
 
 # Explicit tasks
 
@@ -69,7 +75,7 @@ def test_a_task_that_cannot_be_inferred(last):
     assert str(caught.value) == (
         "The task of the model's output cannot be inferred from the model. "
         f"Received: loss={custom_loss!r} with last activation {activation}. "
-        "Pass `task=` with one of ('multiclass', 'binary', 'multilabel', 'regression')."
+        f"Pass `task=` with one of {EXPLICIT}."
     )
 
 
@@ -98,8 +104,8 @@ def test_probabilities_or_logits_that_cannot_be_inferred():
         SnapshotEnsemble(ending_in(lambda x: Dense(3)(x) / 2, custom_loss), task="multiclass")
     assert str(caught.value) == (
         "It cannot be inferred from the model whether the model's output is probabilities or "
-        f"logits. Received: task='multiclass', loss={custom_loss!r}. End the model with a softmax "
-        "or sigmoid layer, or compile it with a Keras loss that has `from_logits`."
+        f"logits. Received: task='multiclass', loss={custom_loss!r} with last activation None. "
+        "Pass task='multiclass_probabilities' or task='multiclass_logits'."
     )
 
 
@@ -109,10 +115,7 @@ def test_probabilities_or_logits_that_cannot_be_inferred():
 def test_unknown_tasks_are_refused(task):
     with pytest.raises(ValueError) as caught:
         SnapshotEnsemble(ending_in(Dense(3, "softmax"), "mse"), task=task)
-    assert str(caught.value) == (
-        "`task` must be one of ('multiclass', 'binary', 'multilabel', 'regression'). "
-        f"Received: task={task!r}"
-    )
+    assert str(caught.value) == (f"`task` must be one of {tuple(WORDS)}. Received: task={task!r}")
 
 
 @pytest.mark.parametrize("task", [["multiclass"] * 3, ["multiclass", "regression", None]])
@@ -132,4 +135,5 @@ def test_several_tasks_for_one_output_are_refused():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_is_classes(task):
-    assert Output(task).is_classes == (task != "regression")
+    assert Output(task).is_classes == (task in ("multiclass", "binary", "multilabel"))
+    assert Output(task).is_passed == (task == "passthrough")

@@ -21,7 +21,7 @@ from models import MULTICLASS, MULTICLASS_LOGITS
 from output_cases import custom_loss, ending_in, meaning
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.inference.output_specs import Output
+from snapshot_ensemble.inference.task_words import Output
 
 CATEGORICAL = [
     "categorical_crossentropy",

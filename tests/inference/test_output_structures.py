@@ -10,7 +10,8 @@ from models import MULTICLASS, MULTICLASS_LOGITS
 from output_cases import IN_DICTS, IN_LISTS, custom_loss, ending_in, meaning, meanings, two_outputs
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.inference.output_specs import Output, check_task, read_outputs
+from snapshot_ensemble.inference.output_specs import check_task, read_outputs
+from snapshot_ensemble.inference.task_words import Output
 
 # Several outputs
 

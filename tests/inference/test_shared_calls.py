@@ -97,6 +97,10 @@ VARIABLES = [keras.Variable(array, name="table") for array in (FIRST, SECOND)]
         ("1", 1),
         (None, "None"),
         ((1, [2]), (1, 2)),
+        ([1], (1,)),
+        ([], ()),
+        ({"slope": []}, {}),
+        (FIRST, np.ma.masked_array(FIRST)),
         ({"slope": 2.0}, {"shift": 2.0}),
     ],
 )

@@ -41,6 +41,33 @@ def test_a_patch_is_removed_after_an_exception():
     assert vars(Greeter)["greet"] is before
 
 
+def test_two_patches_of_one_method_are_nested_and_end_in_any_order():
+    before = vars(Greeter)["greet"]
+    one = ContextPatch(Greeter, "greet", by_name)
+    other = ContextPatch(Greeter, "greet", by_name)
+    with one.active("Ada"), other.active("Bob"):
+        assert Greeter().greet() == "hello Ada Bob"
+        assert (one.value, other.value) == ("Ada", "Bob")
+    with other.active("Bob"), one.active("Ada"):
+        assert Greeter().greet() == "hello Bob Ada"
+    begun, ended = threading.Event(), threading.Event()
+
+    def outlive():
+        with other.active("Bob"):
+            begun.set()
+            ended.wait()
+            assert Greeter().greet() == "hello Bob"
+
+    thread = threading.Thread(target=outlive)
+    with one.active("Ada"):
+        thread.start()
+        begun.wait()
+    assert Greeter().greet() == "hello"
+    ended.set()
+    thread.join()
+    assert vars(Greeter)["greet"] is before
+
+
 def test_a_later_patch_by_other_code_stays():
     before = vars(Greeter)["greet"]
     patch = ContextPatch(Greeter, "greet", by_name)

@@ -134,3 +134,30 @@ def test_seeds_are_drawn_apart():
         assert first.seed != second.seed
     assert random.getstate() == state
     np.testing.assert_array_equal(drawn, expected)
+
+
+def test_scopes_are_left_and_entered_again():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    kernel = model.weights[0]
+    with stateless_call.weights_shown(model, [np.full((1, 1), 5.0), np.zeros(1)]):
+        with stateless_call.scopes_left():
+            own = float(kernel.numpy()[0, 0])
+            keras.layers.Dense(1).build((None, 1))  # Inside a scope, no variables can be made.
+        assert kernel.numpy() == [[5.0]]
+    assert own == kernel.numpy() != 5
+
+
+def test_generators_are_restored():
+    def draw():
+        return random.random(), np.random.uniform(), float(keras.random.uniform(()))  # noqa: NPY002
+
+    def start():
+        random_seed.set_global_seed([0, 0])  # Before Keras 3.13 the seed did not reset it.
+        keras.utils.set_random_seed(0)
+
+    start()
+    expected = draw()
+    start()
+    with random_seed.generators_restored():
+        assert draw() == expected
+    assert draw() == expected

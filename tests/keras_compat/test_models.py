@@ -8,6 +8,7 @@ import tensorflow as tf
 from snapshot_ensemble.keras_compat import (
     batch_statistics,
     compile_arguments,
+    composites,
     initializers,
     masks,
     optimizers,
@@ -184,3 +185,27 @@ def test_a_model_saved_without_its_optimizers_slots_is_loaded_without_a_warning(
     loaded.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
     with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
         keras.models.load_model(path)
+
+
+def test_ragged_and_sparse_tensors_consist_of_dense_ones():
+    ragged = tf.ragged.constant([[1, 2], [3]])
+    sparse = tf.sparse.from_dense([[0, 5]])
+    parts = [part.numpy().tolist() for part in composites.dense_parts([ragged, {"a": sparse}])]
+    assert parts == [[1, 2, 3], [0, 2, 3], [[0, 1]], [5], [1, 2]]
+    assert composites.is_sparse(sparse)
+    assert not composites.is_sparse(ragged)
+
+
+def test_rows_of_dense_ragged_and_sparse_tensors():
+    dense = np.array([[1, 0, 2], [0, 0, 0], [0, 3, 0], [4, 0, 5]])
+    structure = {
+        "dense": dense,
+        "ragged": tf.ragged.constant([[1], [], [2, 3], [4]]),
+        "sparse": tf.sparse.from_dense(dense),
+    }
+    for rows in ([], [0], [1, 3], [0, 1, 2, 3]):
+        some = composites.rows_of(structure, tf.constant(rows, "int32"))
+        np.testing.assert_array_equal(some["dense"], dense[rows])
+        assert some["ragged"].to_list() == [structure["ragged"].to_list()[row] for row in rows]
+        np.testing.assert_array_equal(tf.sparse.to_dense(some["sparse"]), dense[rows])
+        assert some["sparse"].shape[1] == 3

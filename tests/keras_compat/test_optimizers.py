@@ -115,6 +115,29 @@ def test_optimizers_hidden(tmp_path):
     assert sizes[0] < sizes[1]
 
 
+@pytest.mark.parametrize("kind", [tuple, list, lambda pair: {"one": pair[0], "more": [pair[1]]}])
+def test_optimizers_in_containers_are_hidden(tmp_path, kind):
+    def made():
+        model = compiled("adam")
+        model.parts = [keras.layers.Dense(2)]
+        model.parts[0].build((None, 2))
+        model.others = kind((keras.optimizers.Adam(), keras.optimizers.SGD()))
+        return model
+
+    one, other = made(), made()
+    one.parts[0].set_weights([np.full((2, 2), 3.0), np.ones(2)])
+    first = one.others["one"] if isinstance(one.others, dict) else one.others[0]
+    first.build(one.trainable_variables)
+    with optimizers.optimizers_hidden():
+        one.save_weights(tmp_path / "one.weights.h5")
+        other.load_weights(tmp_path / "one.weights.h5")
+    # Keras's own file has their slots, which a reader without them may not expect.
+    one.save_weights(tmp_path / "own.weights.h5")
+    with optimizers.optimizers_hidden():
+        other.load_weights(tmp_path / "own.weights.h5")
+    np.testing.assert_array_equal(other.parts[0].kernel, np.full((2, 2), 3.0))
+
+
 def test_a_built_twin_has_the_variables_that_building_will_give():
     optimizer = keras.optimizers.Adam(0.5)
     weights = [keras.Variable(np.zeros((2, 3))), keras.Variable(np.zeros(4))]
@@ -131,3 +154,75 @@ def test_an_optimizer_that_cannot_be_copied_has_no_twin():
             raise NotImplementedError
 
     assert optimizers.built_twin(Own(), [keras.Variable(np.zeros(2))]) is None
+
+
+def test_optimizers_of_a_model_in_attributes_and_containers():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    one, two, three = (keras.optimizers.SGD() for _ in range(3))
+    model.compile(keras.optimizers.LossScaleOptimizer(one), "mse")
+    model.one, model.more, model.by_name = one, [two], {"three": (three, two)}
+    found = optimizers.optimizers_of(model)
+    assert len(found) == 4
+    assert found[0] is one
+    assert found[1] is model.optimizer
+    assert {id(two), id(three)} == {id(o) for o in found[2:]}
+
+
+def test_wraps_others():
+    sgd = keras.optimizers.SGD()
+    assert not optimizers.wraps_others(sgd)
+    assert optimizers.wraps_others(keras.optimizers.LossScaleOptimizer(sgd))
+    if hasattr(keras.optimizers, "MultiOptimizer"):  # Since Keras 3.13.
+        assert optimizers.wraps_others(keras.optimizers.MultiOptimizer(lambda variable: sgd))
+
+
+@pytest.mark.parametrize("value", [1.0, np.inf])
+@pytest.mark.parametrize("accumulate", [None, 5])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_calls_are_counted_also_where_iterations_stand_still(value, accumulate, scaled):
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=accumulate)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer
+    variable = keras.Variable([1.0])
+    optimizer.build([variable])
+    counts = [optimizers.calls_counted(optimizer)]
+    for _ in range(3):
+        optimizer.apply([keras.ops.convert_to_tensor([value])], [variable])
+        counts.append(optimizers.calls_counted(optimizer))
+    assert len(set(counts)) == 4
+
+
+def test_writes_filtered():
+    optimizer, allowed = keras.optimizers.SGD(0.5), [False, True]
+    variable = optimizer.learning_rate
+    with optimizer_rate.writes_filtered(variable, lambda: allowed.pop(0)):
+        optimizer.learning_rate = 0.25
+        assert float(variable) == 0.5
+        variable.assign_sub(0.25)
+        assert float(variable) == 0.25
+        optimizer_rate.assign_unfiltered(variable, 2.0)
+        assert float(variable) == 2.0
+    optimizer.learning_rate = 0.125
+    assert float(variable) == 0.125
+
+
+def test_put_rate_back():
+    optimizer = keras.optimizers.Adam(0.5)
+    variable, names = optimizer.learning_rate, [v.name for v in optimizer.variables]
+    optimizer.learning_rate = schedules.ExponentialDecay(0.5, 10, 0.5)
+    optimizer_rate.put_rate_back(optimizer, variable)
+    optimizer_rate.put_rate_back(optimizer, variable)
+    assert optimizer.learning_rate is variable
+    assert [v.name for v in optimizer.variables] == names
+
+
+def test_calling_callback():
+    found = []
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    by_function = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: found.append(optimizer_rate.calling_callback())
+    )
+    x = np.zeros((2, 1))
+    model.fit(x, x, verbose=0, callbacks=[by_function])
+    assert found == [by_function]
+    assert optimizer_rate.calling_callback() is None

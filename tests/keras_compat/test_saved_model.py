@@ -1,9 +1,10 @@
 """Contract tests for the description of a SavedModel."""
 
 import keras
+import pytest
 import tensorflow as tf
 
-from snapshot_ensemble.keras_compat.saved_model import assets_of
+from snapshot_ensemble.keras_compat.saved_model import assets_of, optimizers_left_out
 
 
 class WithAsset(tf.Module):
@@ -26,3 +27,18 @@ def test_other_files_are_no_descriptions(tmp_path):
     (tmp_path / "empty.pb").touch()
     assert assets_of(tmp_path / "words.txt") is None
     assert assets_of(tmp_path / "empty.pb") is None
+
+
+def test_optimizers_are_left_out(tmp_path):
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    variables = model.optimizer._variables
+    variables.insert(1, variables.pop())
+    with pytest.raises(ValueError, match="Unable to save the object ListWrapper"):
+        model.export(tmp_path / "with", verbose=False)
+    with optimizers_left_out():
+        model.export(tmp_path / "without", verbose=False)
+    with pytest.raises(ValueError, match="Unable to save the object ListWrapper"):
+        model.export(tmp_path / "with", verbose=False)

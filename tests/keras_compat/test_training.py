@@ -86,3 +86,34 @@ def test_the_global_seed():
     one = np.asarray(keras.random.normal((2,)))
     random_seed.set_global_seed(state)
     np.testing.assert_array_equal(keras.random.normal((2,)), one)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_the_first_batch_is_noticed_without_another_trace_or_read(steps_per_execution):
+    traces, read, noticed = [], [], []
+
+    class Model(keras.Sequential):
+        def train_step(self, data):
+            traces.append(data)
+            return super().train_step(data)
+
+    def batches():
+        for i in range(6):
+            read.append(i)
+            yield np.full((2, 4), i, "float32"), np.zeros((2, 1), "float32")
+
+    model = Model([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", steps_per_execution=steps_per_execution)
+    notice = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda *_: train_step.notice_first_batch(model, noticed.append)
+    )
+    model.fit(batches(), steps_per_epoch=6, verbose=0, shuffle=False, callbacks=[notice])
+    assert [batch[0].numpy()[0, 0] for batch in noticed] == [0]
+    assert len(traces) == 1
+    assert model.optimizer.iterations.numpy() == 6
+    assert read == list(range(6))
+
+
+def test_is_traced():
+    assert not train_step.is_traced()
+    assert tf.function(train_step.is_traced)()

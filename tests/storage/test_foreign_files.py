@@ -101,6 +101,7 @@ def test_another_programs_manifest_is_not_replaced(tmp_path, content):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {MANIFEST: content}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["notes.txt", "writing-notes.txt", "weights.h5", "a.keras"])
 def test_a_manifest_cannot_claim_other_files(tmp_path, name):
     directory = tmp_path / "run"

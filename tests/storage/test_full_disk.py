@@ -89,6 +89,7 @@ def check(directory, members):
         loaded.weights = [1] + [0] * (members - 1)  # It can be written again.
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path):
     """The model's file has 340 kB, each snapshot 340 kB, and the state of training 1 MB."""
     limits = [0, 1_000, 30_000, 340_000, 700_000]

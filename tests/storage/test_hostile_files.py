@@ -13,7 +13,8 @@ from storage_cases import MANIFEST, load_and_use, manifest_of, weight_files
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage import manifest as manifests
-from snapshot_ensemble.storage.file_headers import array_headers, check_weight_file, read_at_most
+from snapshot_ensemble.storage.array_files import array_headers
+from snapshot_ensemble.storage.file_headers import check_weight_file, read_at_most
 from snapshot_ensemble.storage.weight_delta import read_difference
 
 

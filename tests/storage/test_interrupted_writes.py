@@ -151,6 +151,7 @@ def test_an_overwrite_without_a_first_snapshot_changes_nothing(made):
     assert_same(member_weights(SnapshotEnsemble.load(made.directory)), made.weights)
 
 
+@pytest.mark.slow
 def test_a_failing_save_leaves_the_old_ensemble(made, tmp_path, reference):
     states, ens = [], new_run(None)
     fit(ens)
@@ -246,6 +247,7 @@ def test_files_without_a_manifest_are_not_treated_as_left_over(made):
     assert contents(made.directory) == before
 
 
+@pytest.mark.slow
 def test_an_overwrite_that_is_killed_leaves_the_old_or_the_new(made, tmp_path, reference):
     copies = tmp_path / "copies"
     copies.mkdir()
@@ -257,6 +259,7 @@ def test_an_overwrite_that_is_killed_leaves_the_old_or_the_new(made, tmp_path, r
     assert states == [["old0", "old1", "old2"], new[:1], new[:2], new]
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_old_or_the_new(made, tmp_path, reference):
     copies = tmp_path / "copies"
     copies.mkdir()

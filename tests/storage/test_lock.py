@@ -125,6 +125,7 @@ def test_a_reader_reads_again_if_a_writer_replaced_its_files(interrupted_run, mo
     assert [snapshot.cycle for snapshot in loaded.snapshots] == [2]
 
 
+@pytest.mark.slow
 def test_copying_the_directory_during_a_run_does_not_release_the_lock(tmp_path):
     """With locks of POSIX, opening and closing the file anywhere in the process would."""
     directory, refused = tmp_path / "run", []

@@ -110,6 +110,7 @@ def test_a_reader_whose_writer_goes_on_is_told_to_load_again(tmp_path):
     assert reader.temperature == 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_in_a_directory_that_may_only_be_read(tmp_path, monkeypatch, number):
     fit(ensemble(tmp_path / "run"))

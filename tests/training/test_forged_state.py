@@ -71,6 +71,14 @@ def resume(path, model, callbacks):
     ens.fit(**arrays(), epochs=6, verbose=0, resume=True, callbacks=callbacks)
 
 
+def is_as_before(model, before):
+    """Whether nothing has changed, but that the optimizer may have new slots."""
+    values, *generators = everything(model)
+    known = len(before[0])
+    slots = (np.frombuffer(value, "uint8") for value in values[known:])
+    return (values[:known], *generators) == before and not any(map(np.any, slots))
+
+
 def assert_refused(path, message=""):
     """Resuming raises an error that names the file, and nothing has changed."""
     model, callbacks = dense(), [stopping(), Counting()]
@@ -165,8 +173,11 @@ def test_a_callbacks_own_error_names_the_file_and_the_class(state):
     facts["callbacks"][1][1] = {"dict": {"count": "x"}}
     forge(state, held, facts)
     message = rf"{state.name}' has a state that Counting\.set_state\(\) refuses: TypeError"
+    model = dense()
+    before = everything(model)
     with pytest.raises(SnapshotError, match=message):
-        resume(state, dense(), [stopping(), Counting()])
+        resume(state, model, [stopping(), Counting()])
+    assert is_as_before(model, before)
 
 
 def test_another_models_state_is_refused_before_anything_changes(state):
@@ -196,7 +207,7 @@ def test_no_forged_state_gives_any_other_error(state):
         except (SnapshotError, ValueError) as error:
             is_refused = type(error) is SnapshotError or "only be resumed with" in str(error)
             assert is_refused
-            assert everything(model) == before
+            assert is_as_before(model, before)
         except SimulatedCrashError:
             pass
 

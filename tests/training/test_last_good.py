@@ -114,6 +114,7 @@ def test_so_it_does_with_a_built_model(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["Adam", "loss scale", "accumulation"])
 def test_so_it_does_in_a_graph(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=False, eager=False)
@@ -162,7 +163,7 @@ class CrashIn(keras.callbacks.Callback):
 
 
 # Cycles of two epochs.
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.filterwarnings("ignore:Cycle . gives no member:UserWarning")
 @pytest.mark.parametrize(
     ("name", "spoiled", "crashed"),

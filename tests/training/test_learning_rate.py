@@ -54,7 +54,7 @@ def test_unequal_cycles_are_each_exact():
     assert members(ens) == descend(cosine(16), cosine(24))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("kind", "steps_per_execution"),
     [*((kind, 7) for kind in DATA), *((kind, 1) for kind in DATA if "all steps" not in kind)],
@@ -127,6 +127,7 @@ def mixed_float16():
     keras.config.set_dtype_policy(before)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("mixed_float16")
 def test_rate_is_exact_under_loss_scaling():
     model = one_weight()

@@ -110,7 +110,7 @@ def setup(request, tmp_path):
     return ensemble(directory), directory, {"overwrite": True}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_fit_that_ends_early_changes_nothing(ending, setup):
     ens, directory, options = setup
@@ -193,6 +193,7 @@ class StopsAtEpoch(keras.callbacks.Callback):
             raise self.error
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_finished_cycles_are_kept(tmp_path, error, in_memory):

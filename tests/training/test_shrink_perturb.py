@@ -147,7 +147,7 @@ def backbone():
 def test_layers_that_were_trained_before_are_carried_over():
     model = compiled(keras.Sequential([backbone(), layers.Dense(3, "softmax", name="head")]))
     parts = parts_of(model)
-    assert [part.path[-1] for part in parts] == ["plain", "norm", "dense", "head"]
+    assert [part.paths[0][-1] for part in parts] == ["plain", "norm", "dense", "head"]
     assert trained_before(parts) == [0, 1, 2]
     ens, restarts = watched(model, shrink=0.5)
     for before, after in restarts:
