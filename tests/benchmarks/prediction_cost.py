@@ -4,14 +4,13 @@
 
 Where the time goes: with small dense models, it is Keras's loop over batches, about a millisecond
 per batch. One graph runs all members, so they share this cost, and where rows are independent the
-batches are larger than Keras's default of 32. With a batch size of the user's own, several of
-those batches are read at once and each is a batch of its own in the graph. With convolutions, it is the kernels: of the 10 ms
-that a batch of 32 takes with six members of the small model on two cores, 5.7 ms are the first
-convolution and its pooling, 2.7 ms the second and 0.6 ms the rest, and one model alone also keeps
-both cores busy. That is why six members take 0.6 times six single models and not less. Tried
-without success: the first convolutions of all members as one wide convolution (saves 1 ms of 5.7,
-but takes twice as long for larger layers), larger batches, and XLA (7.9 instead of 8.0 ms for the
-kernels alone).
+batches are larger than Keras's default of 32. If the user gives a batch size, several such batches
+are read at once, and each is still run as a batch of its own. With convolutions, it is the
+kernels: of the 10 ms that a batch of 32 takes with six members of the small model on two cores,
+5.7 ms are the first convolution and its pooling, 2.7 ms the second and 0.6 ms the rest, and one
+model alone also keeps both cores busy. Tried without success: the first convolutions of all members
+as one wide convolution (saves 1 ms of 5.7, but takes twice as long for larger layers), larger
+batches, and XLA (7.9 instead of 8.0 ms for the kernels alone).
 """
 
 import argparse

@@ -15,6 +15,8 @@ def seconds(function):
 def ratios(candidates, rounds):
     """Times all candidates alternately in `rounds` rounds, after a warmup round.
 
+    Every other round goes through them backwards, so that none always follows another.
+
     Args:
         candidates: Functions by name.
         rounds: Number of timed rounds.
@@ -25,8 +27,8 @@ def ratios(candidates, rounds):
     times = {name: [] for name in candidates}
     for function in candidates.values():
         function()
-    for _ in range(rounds):
-        for name, function in candidates.items():
+    for number in range(rounds):
+        for name, function in list(candidates.items())[:: -1 if number % 2 else 1]:
             times[name].append(seconds(function))
 
     def ratio(one, other):
