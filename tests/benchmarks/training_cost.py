@@ -14,19 +14,20 @@ import argparse
 import math
 import os
 import tempfile
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 try:
     from benchmarks.timing import ratios, show
 except ImportError:
     from timing import ratios, show
 
-from snapshot_ensemble import SnapshotEnsemble
+from snapshot_ensemble import Cycle, SnapshotEnsemble
+from snapshot_ensemble.training.learning_rate import AnnealedRate
 
 PEAK = 1e-3
 
@@ -62,39 +63,28 @@ def make_model(width, steps_per_execution=1):
     return model
 
 
-class EpochTimes(keras.callbacks.Callback):
-    """Records how long each epoch takes."""
+def rate_alone(x, y, pairs):
+    """The time of small steps with the rate looked up, relative to Keras's own compiled steps.
 
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.start)
-
-
-def rate_alone(x, y, epochs, pairs):
-    """The time of an epoch of steps of about a millisecond, relative to `model.fit`.
-
-    New models each time; the median of the epochs after the first, in which Keras traces.
+    A `fit` of such steps takes seconds, in which a machine's speed changes by more than the rate
+    costs. So the compiled functions of both are called in turn, on the same batches.
     """
-    small = {"x": x, "y": y, "epochs": epochs, "batch_size": 64, "verbose": 0}
-    times = {"plain": [], "memory": []}
-    for pair in range(pairs):
-        for name in ("plain", "memory")[:: -1 if pair % 2 else 1]:
-            model, watch = make_model(128), EpochTimes()
-            trained = SnapshotEnsemble(model, cycles=1, lr_init=PEAK) if name == "memory" else model
-            trained.fit(**small, callbacks=[watch])
-            times[name].append(float(np.median(watch.seconds[1:])))
-    step = 1e3 * np.median(times["plain"]) / -(-len(x) // 64)
-    ratio = np.divide(times["memory"], times["plain"])
-    low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-    print(f"dense 64-128-128-10, batch 64, {step:.2f} ms a step, {pairs} pairs: ", end="")
-    print(f"quartiles {low:.3f}, {middle:.3f}, {high:.3f}")
-    return float(middle)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(64)
+    plain, ours = make_model(128), make_model(128)
+    rate = AnnealedRate(ours)
+
+    def steps(model):
+        return lambda: [model.train_function(iterator) for iterator in [iter(batches)] * count]
+
+    count = len(batches)
+    with rate.installed():
+        rate.begin_epoch(Cycle(0, 0, 0, PEAK, 0.0), 0, [count * (pairs + 1)])
+        plain.make_train_function()
+        ours.make_train_function()
+        times, ratio = ratios({"plain": steps(plain), "ours": steps(ours)}, pairs)
+    step = 1e3 * times["plain"] / count
+    print(f"dense 64-128-128-10, batch 64, {step:.2f} ms a step, {pairs} pairs of {count} steps")
+    return ratio("ours", "plain")
 
 
 def main(argv=None):
@@ -105,7 +95,7 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--cycles", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=9, help="rounds of the small steps")
+    parser.add_argument("--pairs", type=int, default=25, help="rounds of the small steps")
     args = parser.parse_args(argv)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(args.rows, 64)).astype("float32")
@@ -136,7 +126,7 @@ def main(argv=None):
             "steps": lambda: ensemble(make_model(args.small, 32)).fit(**data),
         }
         times, ratio = ratios(candidates, args.rounds)
-    rate = rate_alone(x, data["y"], args.epochs, args.pairs)
+    rate = rate_alone(x, data["y"], args.pairs)
     epoch = times["plain"] / args.epochs
     megabytes = make_model(width).count_params() * 4 / 1e6
     print(f"{megabytes:.1f} MB of weights with Adam, {epoch:.2f} s an epoch, {cycles} cycles in")
