@@ -4,7 +4,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import keras
 import numpy as np
@@ -41,6 +41,7 @@ from snapshot_ensemble.storage.copying import copy_snapshots
 from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.file_names import directory_path
 from snapshot_ensemble.storage.memory import MemoryStore
+from snapshot_ensemble.storage.record import Decision
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.weight_files import load_weights
@@ -139,7 +140,7 @@ class SnapshotEnsemble:
         self,
         model: keras.Model,
         *,
-        cycles: int = 5,
+        cycles: int | Literal["auto"] = 5,
         schedule: CosineAnnealing | None = None,
         lr_init: float | None = None,
         lr_min: float = 0.0,
@@ -213,6 +214,15 @@ class SnapshotEnsemble:
     def history(self) -> dict[str, list[Any]]:
         """All epochs of all runs: a list for each metric, with `None` where an epoch has none."""
         return self._store.record.progress.history
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What `cycles="auto"` has decided: a `Decision` for each run, with the losses behind it.
+
+        Its attributes: `epoch`, the first of the epochs that it is about; `cycles`, how many they
+        were split into; `first_loss`, `loss` and `val_loss`.
+        """
+        return list(self._store.record.progress.decisions)
 
     def plan(self, epochs: int) -> Plan:
         """The cycles that `fit` would run.

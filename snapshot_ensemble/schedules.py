@@ -48,6 +48,8 @@ class Cycle:
         lr_min: The floor that it anneals to.
         warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
         shrink: The share of the weights that is carried over into it, as passed by the user.
+        is_decided: Whether it will be run like this. If not, it stands for all epochs that are
+            left, and how many cycles they make is decided when it begins.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Cycle:
     warmup: int = 0
     # Plans compare equal if their learning rates do, whatever a restart does to the weights.
     shrink: float | str = dataclasses.field(default=1.0, compare=False)
+    is_decided: bool = dataclasses.field(default=True, compare=False)
 
     @property
     def length(self) -> int:
@@ -84,6 +87,9 @@ class Plan(list[Cycle]):
         if any(c.shrink != 1 for c in self):
             shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
             rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
+        if not all(c.is_decided for c in self):
+            notes = ("" if c.is_decided else "1 or more cycles" for c in self)
+            rows = [(*row, note) for row, note in zip(rows, ("decided later", *notes), strict=True)]
         return text_table(rows, "r")
 
     __repr__ = __str__
@@ -104,6 +110,28 @@ class Plan(list[Cycle]):
             dataclasses.replace(cycle, shrink=shown) if number or restarts_first else cycle
             for number, cycle in enumerate(self)
         )
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether all of its cycles will be run as they are here."""
+        return self[-1].is_decided
+
+    def with_rest_in(self, cycles: int) -> "Plan":
+        """The same cycles, but the last one, which is not decided, split into equal ones."""
+        rest, first = self[-1], self[-1].first_epoch
+        plan = Plan(self[:-1])
+        for index, length in enumerate(equal_lengths(rest.length, min(cycles, rest.length))):
+            last = first + length - 1
+            own = {"index": rest.index + index, "first_epoch": first, "last_epoch": last}
+            plan.append(dataclasses.replace(rest, **own, is_decided=True))  # type: ignore[arg-type]
+            first = last + 1
+        return plan
+
+
+def equal_lengths(epochs: int, cycles: int) -> list[int]:
+    """Lengths that differ by at most one epoch and sum to `epochs`; the longer ones come last."""
+    length, longer = divmod(epochs, cycles)
+    return [length] * (cycles - longer) + [length + 1] * longer
 
 
 class Schedule:
@@ -198,14 +226,39 @@ class EqualCycles(Schedule):
                 f"Received: epochs={epochs}, cycles={self.cycles}. "
                 f"Train for {self.cycles} epochs or more, or ask for {epochs} cycles or fewer."
             )
-        length, longer = divmod(epochs, self.cycles)
-        return [length] * (self.cycles - longer) + [length + 1] * longer
+        return equal_lengths(epochs, self.cycles)
 
     def default_epochs(self) -> int:
         return 10 * self.cycles
 
     def get_config(self) -> dict[str, Any]:
         return {"cycles": self.cycles, "lr_init": self.lr_init, "lr_min": self.lr_min}
+
+
+class AutoCycles(Schedule):
+    """A first cycle of a fifth of the budget; how the rest is split is decided when it has ended.
+
+    Until then, a plan shows the rest as one cycle that is not decided.
+    """
+
+    CYCLES = 5  # If the rest is split into equal cycles, this many in all.
+
+    def __init__(self, lr_init: float | None = None, lr_min: float = 0.0):
+        super().__init__(lr_init, lr_min)
+
+    def lengths(self, epochs: int) -> list[int]:
+        first = max(1, epochs // self.CYCLES)
+        return [first, epochs - first] if epochs > first else [first]
+
+    def plan(self, epochs: int, lr_init: float | None = None) -> Plan:
+        *before, rest = super().plan(epochs, lr_init)
+        return Plan([*before, dataclasses.replace(rest, is_decided=not before)])
+
+    def default_epochs(self) -> int:
+        return 10 * self.CYCLES
+
+    def get_config(self) -> dict[str, Any]:
+        return {"cycles": "auto", "lr_init": self.lr_init, "lr_min": self.lr_min}
 
 
 class CosineAnnealing(Schedule):
@@ -312,11 +365,16 @@ class CosineAnnealing(Schedule):
 
 
 def as_schedule(
-    cycles: int, schedule: CosineAnnealing | None, lr_init: float | None, lr_min: float
+    cycles: Any, schedule: CosineAnnealing | None, lr_init: float | None, lr_min: float
 ) -> Schedule:
-    """The given schedule, or equal cycles if there is none."""
+    """The given schedule, or that of `cycles` if there is none."""
     if schedule is None:
-        return EqualCycles(cycles, lr_init, lr_min)
+        if isinstance(cycles, str) and cycles != "auto":
+            raise ValueError(
+                f"`cycles` must be a whole number or 'auto'. Received: cycles={cycles!r}"
+            )
+        is_auto = isinstance(cycles, str)
+        return AutoCycles(lr_init, lr_min) if is_auto else EqualCycles(cycles, lr_init, lr_min)
     if not isinstance(schedule, CosineAnnealing):
         raise TypeError(
             "`schedule` must be a `CosineAnnealing`, which defines where its cycles end. "
@@ -355,6 +413,6 @@ def plan_of_fit(
 
 def settings_of(schedule: Schedule) -> dict[str, Any]:
     """The arguments of `SnapshotEnsemble` that give the same schedule, as JSON values."""
-    if isinstance(schedule, EqualCycles):
+    if not isinstance(schedule, CosineAnnealing):
         return {"schedule": None, **schedule.get_config()}
     return {"schedule": schedule.get_config()}

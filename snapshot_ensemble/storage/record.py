@@ -98,6 +98,25 @@ class Counts:
         return cls(0, 0, 0, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """How the rest of a run's epochs was split into cycles, and the losses that decided it.
+
+    Attributes:
+        epoch: The first of these epochs, counted from 0 over all runs.
+        cycles: The number of cycles.
+        first_loss: The training loss of the run's first epoch; None if it is not known, as below.
+        loss: The training loss at the end of its first cycle.
+        val_loss: The validation loss there.
+    """
+
+    epoch: Count
+    cycles: Count
+    first_loss: float | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+
+
 @dataclasses.dataclass
 class Progress:
     """How far training has come.
@@ -109,6 +128,7 @@ class Progress:
         saves_state: Whether the last run saves states to resume from.
         pretrained: The indices of the parts of the model that were trained before the first run
             (see `training.shrink_perturb`); None until that is known.
+        decisions: How many cycles `cycles="auto"` has chosen, for each run that has come so far.
     """
 
     history: History = dataclasses.field(default_factory=dict)
@@ -116,6 +136,7 @@ class Progress:
     run_epochs: list[Count] = dataclasses.field(default_factory=list)
     saves_state: bool = dataclasses.field(default=False, metadata={"json": "saves"})
     pretrained: list[Count] | None = dataclasses.field(default=None, metadata={"json": "spared"})
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
 
     def check_for(self, snapshots: Sequence[Snapshot]) -> None:
         """Raises `ValueError` unless its numbers agree with each other and with the snapshots."""
@@ -151,12 +172,15 @@ class Progress:
             history={name: column[:epochs] for name, column in self.history.items()},
             done=dataclasses.replace(self.done),
             run_epochs=list(self.run_epochs),
+            decisions=list(self.decisions),
         )
 
     def go_back_to(self, done: Counts) -> None:
         """Drops everything after these counts."""
         self.done = dataclasses.replace(done)
         self.history = {name: column[: done.epochs] for name, column in self.history.items()}
+        # One that was made just then is made again.
+        self.decisions = [own for own in self.decisions if own.epoch < done.epochs]
 
     def record_epoch(self, values: dict[str, Any]) -> None:
         """Adds an epoch; a metric without a value in it gets a `None`."""

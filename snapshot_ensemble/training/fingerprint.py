@@ -20,6 +20,8 @@ def fingerprint(
     sizes = {name: arguments.get(name) for name in ("batch_size", "steps_per_epoch")}
     return {
         "plan": cycles,
+        # Not in the state of a run whose plan was certain, as all were before.
+        "number of cycles": None if plan.is_decided else "auto",
         "shrink": dict(shrink) if isinstance(shrink, Mapping) else shrink,
         "first epoch": arguments.get("initial_epoch") or 0,
         "layers": _digest(model),

@@ -20,6 +20,7 @@ from snapshot_ensemble.training.fit_arguments import OWN_COLUMNS, check_names, f
 from snapshot_ensemble.training.last_good import LastGood
 from snapshot_ensemble.training.member_checks import not_finite
 from snapshot_ensemble.training.optimizer_checks import OptimizerSteps
+from snapshot_ensemble.training.remaining_cycles import described
 from snapshot_ensemble.training.run import Run
 from snapshot_ensemble.training.state import build
 
@@ -75,6 +76,9 @@ class CycleCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._log()
         run = self._run
+        if (decision := run.decide(epoch)) is not None:
+            self._message = described(decision)
+            self._log()
         cycle = run.cycle_of(epoch)
         if epoch - run.first_epoch == cycle.first_epoch and run.cycles_before + cycle.index > 0:
             share = run.restarter.restart(self.model, run.progress)

@@ -8,11 +8,12 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.schedules import Cycle, Plan
-from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.storage.record import Decision, Progress
 from snapshot_ensemble.storage.store import SnapshotSink
 from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.training.epoch_steps import EpochSteps
 from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.remaining_cycles import decide
 from snapshot_ensemble.training.shrink_perturb import Restarter
 from snapshot_ensemble.training.state import RunPosition, TrainingState
 
@@ -73,6 +74,21 @@ class Run:
         if self.state is not None and self.state.position.steps is not None:
             steps.nominal = self.state.position.steps
         self.steps = steps
+
+    def decide(self, epoch: int) -> Decision | None:
+        """Splits the rest of the plan into cycles, if that is due at an epoch of Keras's number.
+
+        It depends on the epochs before alone, so a resumed run decides as the interrupted one did.
+        """
+        rest = self.plan[-1]
+        if rest.is_decided or epoch - self.first_epoch < rest.first_epoch:
+            return None
+        before, progress = self.epochs_before, self.progress
+        decision = decide(progress.history, before, before + rest.first_epoch)
+        self.plan = self.plan.with_rest_in(decision.cycles)
+        earlier = [own for own in progress.decisions if own.epoch < decision.epoch]
+        progress.decisions = [*earlier, decision]
+        return decision
 
     def cycle_of(self, epoch: int) -> Cycle:
         """The cycle of an epoch, given by Keras's number."""
