@@ -3,9 +3,10 @@
     python tests/benchmarks/accuracy.py --task digits --seeds 3
     python tests/benchmarks/accuracy.py --task fashion --seeds 3 --root FOLDER
 
-All methods except `deep` have the same number of epochs and the same validation data. Only `auto`
-and `chosen` use the validation data. Both are the same run, with `shrink="auto"`: `auto` combines
-all members, `chosen` those that `fit` chooses. Each run is saved in `--directory` when it has
+All methods except `deep` have the same number of epochs and the same validation data. Only `auto`,
+`chosen` and `planned` use the validation data. The first two are the same run of five cycles, with
+`shrink="auto"`: `auto` combines all members, `chosen` those that `fit` chooses. `planned` is the
+same as `chosen`, with `cycles="auto"`. Each run is saved in `--directory` when it has
 ended and is not run again, so an interrupted benchmark continues with the next run. Several of
 these commands may run in parallel on different tasks. At the end, the script writes `TASK.json`
 and `TASK.md` to the directory and prints the table.
@@ -93,15 +94,16 @@ def independent(task, parts, epochs, cycles):
     return [one(task, parts, length, 1)[0] for length in ends(epochs, cycles)]
 
 
-def restarts(shrink):
-    """`SnapshotEnsemble` with this `shrink`.
+def restarts(shrink, cycles=None):
+    """`SnapshotEnsemble` with this `shrink` and, if they are given, `cycles`.
 
     Returns the members, and how many of the last ones `fit` has chosen on the validation data.
     """
 
-    def run(task, parts, epochs, cycles):
+    def run(task, parts, epochs, given):
         (x, y), validation, (x_test, _) = parts
-        ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak, shrink=shrink)
+        count = given if cycles is None else cycles
+        ens = SnapshotEnsemble(task.model(), cycles=count, lr_init=task.peak, shrink=shrink)
         given = {"validation_data": validation, "verbose": 0}
         ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
         everyone = ens.predict_members(x_test, members=list(range(len(ens))), verbose=0)
@@ -113,6 +115,7 @@ def restarts(shrink):
 def method(name):
     known = {**VARIANTS, "one": one, "step": step, "ordinary": ordinary, "independent": independent}
     known |= {"warm": restarts(1.0), "auto": restarts("auto")}
+    known["planned"] = restarts("auto", "auto")
     return known[name] if name in known else restarts(float(name))
 
 
@@ -203,7 +206,8 @@ def train(args, name, seed, cycles):
         draft.rename(path)
         print(f"{file}: {time.perf_counter() - start:.0f} s", flush=True)
     with np.load(path) as saved:
-        return list(saved["members"][-int(saved["chosen"]) if name == "chosen" else 0 :])
+        is_chosen = name in ("chosen", "planned")
+        return list(saved["members"][-int(saved["chosen"]) if is_chosen else 0 :])
 
 
 def shown(column, value):
@@ -298,8 +302,8 @@ def main(argv=None):
     deep = deep_ensembles(full, y)
     command = command_of(args)
     text = f"`{command}`\n\n{table(results, deep)}\n"
-    if "chosen" in results:
-        text += f"\n{compared(results)}\n"
+    for ours in {"chosen", "planned"} & set(results):
+        text += f"\n{compared(results, ours)}\n"
     result = {"command": command, "methods": results, "deep": deep}
     home = pathlib.Path(args.directory)
     (home / f"{named(args)}-{args.cycles}.json").write_text(json.dumps(result, indent=1))

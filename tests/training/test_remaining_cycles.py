@@ -23,6 +23,9 @@ from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.schedules import AutoCycles, EqualCycles
 from snapshot_ensemble.training.remaining_cycles import MAX_LEFT, MIN_GAP, decide
 
+# After one epoch a member may be far worse than the others.
+pytestmark = pytest.mark.filterwarnings("ignore:Far worse than the others")
+
 
 def history(losses, val_losses=None):
     return {"loss": losses} | ({} if val_losses is None else {"val_loss": val_losses})
