@@ -320,10 +320,21 @@ def _notes(alone: list[float], from_last: list[float], worth: int, learned: Lear
             f"alone ({alone[best]:.4f}). Try {' or '.join(advice)}."
         )
     if learned.members is not None:
-        is_list = isinstance(learned.members, list)
-        which = f"members {learned.members}" if is_list else f"the last {learned.members} members"
-        notes.append(f"By default, predictions combine {which}.")
+        notes.append(_note_on_default(learned.members))
     return notes
+
+
+def _note_on_default(members: int | list[int]) -> str:
+    """Which members predict by default, and what is left of uncertainty if it is one."""
+    chosen = members if isinstance(members, list) else [-1] * members
+    if len(chosen) == 1:
+        which = "the last member" if chosen == [-1] else f"member {chosen[0]}"
+        return (
+            f"By default, {which} predicts alone, so there is no disagreement and `epistemic` (or "
+            "`std`) is 0. Pass `members=` to combine more, or train with a number for `cycles`."
+        )
+    which = f"members {members}" if isinstance(members, list) else f"the last {members} members"
+    return f"By default, predictions combine {which}."
 
 
 def _notes_on_compiled(model: keras.Model) -> list[str]:

@@ -194,3 +194,22 @@ def test_a_plan_says_what_is_not_decided():
 def test_other_words_are_refused(cycles):
     with pytest.raises(ValueError, match=r"whole number or 'auto'\. Received: cycles='"):
         SnapshotEnsemble(dense(), cycles=cycles)
+
+
+def test_a_short_first_cycle_does_not_predict_without_validation_data(tmp_path):
+    ens, _ = auto(tmp_path / "ensemble")
+    assert ens.members == [1]
+    np.testing.assert_array_equal(ens.predict(X, verbose=0), ens[1].predict(X, verbose=0))
+    note = "By default, member 1 predicts alone, so there is no disagreement"
+    assert any(note in own for own in ens.report(X, Y, verbose=0).notes)
+    assert not ens.predict_uncertainty(X, verbose=0)["epistemic"].any()
+    # Two more members, of which the newer one is again of a long cycle.
+    ens.fit(X, Y, batch_size=8, epochs=5, verbose=0)
+    assert ens.members == [1, 3]
+
+
+def test_with_validation_data_members_are_chosen_by_them():
+    ens, _ = auto(None, data=lambda: {**arrays(), "validation_data": (X, Y)})
+    by_fit, ens.members = ens.members, None
+    ens.choose_members(X, Y, verbose=0)
+    assert ens.members == by_fit
