@@ -162,12 +162,13 @@ def test_one_kill():
 
 @pytest.mark.slow
 def test_many_kills():
-    *rows, _, _, _, _ = killed("--kills", "15", "--others", "2")
+    rows = [row for row in killed("--kills", "10", "--others", "2") if "kills" in row]
+    assert [row["kind"] for row in rows] == ["arrays", "tf.data", "auto"]
     for row in rows:
-        assert row["kills"] == 15
+        assert row["kills"] == 10
         assert row["runs"] == row["equal"] > 0
-    # Where a kill falls is chance: one kind of data may have two in a write, not all kinds.
-    assert sum(row["in a write"] for row in rows) > len(rows)
+    # Where a kill falls is chance, but not all of thirty miss the writes.
+    assert sum(row["in a write"] for row in rows) > 0
 
 
 def members_by_hand():

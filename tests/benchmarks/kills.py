@@ -13,6 +13,7 @@ them is refused). For Ctrl-C at each step of a run's writes, see `interrupts.py`
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -33,7 +34,8 @@ import tensorflow as tf
 
 from snapshot_ensemble import SnapshotEnsemble
 
-KINDS = ("arrays", "tf.data")
+# The last one has arrays, too, and decides how many cycles it has when the first one has ended.
+KINDS = ("arrays", "tf.data", "auto")
 EPOCHS, CYCLES, ROWS = 12, 4, 60
 
 
@@ -41,7 +43,7 @@ def make_data(kind):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(ROWS, 4)).astype("float32")
     y = np.argmax(x[:, :3], axis=1)
-    if kind == "arrays":
+    if kind != "tf.data":
         return {"x": x, "y": y, "batch_size": 16, "shuffle": True}
     data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(ROWS, seed=3)
     # The length is unknown to Keras, which changes how often it begins a pass.
@@ -84,7 +86,8 @@ def train(kind, directory, pipe=None):
     data = make_data(kind)
     held = (np.ones((8, 4), "float32"), np.zeros(8, int))
     stop = keras.callbacks.EarlyStopping("loss", patience=5, restore_best_weights=True)
-    ens = SnapshotEnsemble(model, cycles=CYCLES, lr_init=0.01, directory=directory / "ensemble")
+    cycles = "auto" if kind == "auto" else CYCLES
+    ens = SnapshotEnsemble(model, cycles=cycles, lr_init=0.01, directory=directory / "ensemble")
     history = ens.fit(
         **data,
         epochs=EPOCHS,
@@ -102,7 +105,8 @@ def train(kind, directory, pipe=None):
         )
     arrays |= {f"history_{name}": np.asarray(v) for name, v in history.history.items()}
     arrays |= {f"kept_{name}": np.asarray(v) for name, v in ens.history.items()}
-    np.savez(directory / "result.npz", epoch=history.epoch, **arrays)
+    decisions = [dataclasses.astuple(decision) for decision in ens.decisions]
+    np.savez(directory / "result.npz", epoch=history.epoch, decisions=decisions, **arrays)
 
 
 def die_in_write(number):
