@@ -1,5 +1,6 @@
 """Snapshot ensembles for Keras: one training budget, one compiled model, an ensemble out of it."""
 
+from snapshot_ensemble.cycles import Cycle
 from snapshot_ensemble.ensemble import SnapshotEnsemble
 from snapshot_ensemble.evaluation.report import Report
 from snapshot_ensemble.legacy import (
@@ -7,7 +8,7 @@ from snapshot_ensemble.legacy import (
     SnapshotEnsembleCallback,
     VisualizeLR,
 )
-from snapshot_ensemble.schedules import CosineAnnealing, Cycle
+from snapshot_ensemble.schedules import CosineAnnealing
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 
 __all__ = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from snapshot_ensemble.demo import run_demo
 from snapshot_ensemble.ensemble import SnapshotEnsemble
-from snapshot_ensemble.schedules import CosineAnnealing, EqualCycles
+from snapshot_ensemble.schedules import CosineAnnealing, as_schedule
 from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.snapshot import SnapshotError
 from snapshot_ensemble.tables import text_table
@@ -29,7 +29,7 @@ examples:
 def plan(arguments: argparse.Namespace) -> None:
     """Prints the cycles that a budget is split into."""
     if arguments.cycle_length is None:
-        schedule: Any = EqualCycles(arguments.cycles, arguments.lr_init, arguments.lr_min)
+        schedule: Any = as_schedule(arguments.cycles, None, arguments.lr_init, arguments.lr_min)
     else:
         schedule = CosineAnnealing(
             arguments.cycle_length,
@@ -40,7 +40,7 @@ def plan(arguments: argparse.Namespace) -> None:
             arguments.warmup,
         )
     cycles = schedule.plan(arguments.epochs)
-    names = ("index", "first_epoch", "last_epoch", "lr_max", "lr_min", "warmup")
+    names = ("index", "first_epoch", "last_epoch", "lr_max", "lr_min", "warmup", "is_decided")
     rows = [{name: getattr(cycle, name) for name in names} for cycle in cycles]
     print(json.dumps(rows) if arguments.json else cycles)
     if arguments.plot:
@@ -121,10 +121,14 @@ def demo(arguments: argparse.Namespace) -> None:
         ) from None
 
 
+def _cycles(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--epochs", type=int, default=30, help="number of epochs, the budget (default: 30)")
-    add("--cycles", type=int, default=5, help="number of cycles (default: 5)")
+    add("--cycles", type=_cycles, default=5, help="number of cycles, or auto (default: 5)")
     add("--seed", type=int, default=0, help="the first seed (default: 0)")
     add("--runs", type=int, default=3, help="number of seeds to compare over (default: 3)")
     add("--dense", action="store_true", help="a dense network instead of a convolutional one")
@@ -135,7 +139,7 @@ def _demo_arguments(command: argparse.ArgumentParser) -> None:
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--epochs", type=int, required=True, help="number of epochs, the budget")
-    add("--cycles", type=int, default=5, help="number of equal cycles (default: 5)")
+    add("--cycles", type=_cycles, default=5, help="number of equal cycles, or auto (default: 5)")
     add("--lr-init", type=float, default=0.1, help="peak learning rate (default: 0.1)")
     add("--lr-min", type=float, default=0.0, help="floor of the learning rate (default: 0)")
     add("--cycle-length", type=int, help="epochs of the first cycle, instead of --cycles")

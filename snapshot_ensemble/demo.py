@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -302,7 +302,9 @@ def _check_new(home: pathlib.Path, overwrite: bool) -> None:
         )
 
 
-def _start(seed: int, cycles: int, dense: bool, home: pathlib.Path | None) -> SnapshotEnsemble:
+def _start(
+    seed: int, cycles: int | Literal["auto"], dense: bool, home: pathlib.Path | None
+) -> SnapshotEnsemble:
     """The ensemble of a seed before it is trained."""
     keras.utils.set_random_seed(seed)
     directory = None if home is None else home / "ensemble"
@@ -320,7 +322,7 @@ def run_demo(
     directory: str | os.PathLike[str],
     *,
     epochs: int = 30,
-    cycles: int = 5,
+    cycles: int | Literal["auto"] = 5,
     seed: int = 0,
     runs: int = 3,
     dense: bool = False,
@@ -332,7 +334,7 @@ def run_demo(
         directory: Where the ensemble of the first seed is written, to `ensemble`, with its export
             `served/1` and plots in `pictures`. `pictures/summary.png` shows the comparison.
         epochs: The budget of each ensemble and of each ordinary run.
-        cycles: How many cycles an ensemble splits it into.
+        cycles: How many cycles an ensemble splits it into, or `"auto"`.
         seed: The first seed.
         runs: How many seeds. With each of them, an ensemble and an ordinary run are trained.
         dense: Whether to train a dense network instead of a convolutional one.

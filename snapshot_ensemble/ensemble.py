@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted, real_number, whole_number
+from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.evaluation.calibration import temperature_of
 from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_early_exit
 from snapshot_ensemble.evaluation.evaluating import evaluate
@@ -32,7 +33,6 @@ from snapshot_ensemble.inference.model_checks import check_built, check_model
 from snapshot_ensemble.keras_compat.random_seed import generators_restored
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
-    Plan,
     as_schedule,
     plan_of_fit,
     settings_of,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from snapshot_ensemble.checks import counted
+from snapshot_ensemble.cycles import Cycle
 from snapshot_ensemble.drawing import (
     BLUE,
     GREEN,
@@ -27,7 +28,7 @@ from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.loss_landscape import losses_between_members, principal_components
 from snapshot_ensemble.evaluation.report import Report
 from snapshot_ensemble.evaluation.uncertainty import error_without_least_sure
-from snapshot_ensemble.schedules import CosineAnnealing, Cycle
+from snapshot_ensemble.schedules import CosineAnnealing
 from snapshot_ensemble.training.lr_range_test import RangeTest
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import keras
 import numpy as np
@@ -41,7 +41,7 @@ class SnapshotEstimator(BaseEstimator):
         model: Callable[..., keras.Model] | keras.Model,
         *,
         model_kwargs: dict[str, Any] | None = None,
-        cycles: int = 5,
+        cycles: int | Literal["auto"] = 5,
         epochs: int | None = None,
         batch_size: int | None = None,
         lr_init: float | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from snapshot_ensemble.schedules import Plan
+from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.training.epoch_steps import dataset_batches
 
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from snapshot_ensemble.cycles import Cycle, anneal
 from snapshot_ensemble.keras_compat.optimizer_rate import (
     assign_unfiltered,
     held_rate,
@@ -18,7 +19,6 @@ from snapshot_ensemble.keras_compat.optimizer_rate import (
     writes_filtered,
 )
 from snapshot_ensemble.keras_compat.train_step import StepValues, before_each_step
-from snapshot_ensemble.schedules import Cycle, anneal
 from snapshot_ensemble.training.optimizer_checks import check_one_optimizer
 from snapshot_ensemble.training.rate_writers import RateWriters, check_not_replaced
 

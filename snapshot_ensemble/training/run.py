@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from snapshot_ensemble.schedules import Cycle, Plan
+from snapshot_ensemble.cycles import Cycle, Plan
 from snapshot_ensemble.storage.record import Decision, Progress
 from snapshot_ensemble.storage.store import SnapshotSink
 from snapshot_ensemble.storage.view import View

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.checks import whole_number
-from snapshot_ensemble.schedules import Plan
+from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.record import Counts, Progress
 from snapshot_ensemble.storage.store import SnapshotStore

@@ -1,0 +1,133 @@
+"""Cycles of a plan, and the learning rate of each of their steps."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from snapshot_ensemble.tables import text_table
+
+
+def anneal(t: Any, n: Any, lr_max: Any, lr_min: Any, warmup: Any = 0) -> Any:
+    """The learning rate at step `t` of a cycle of `n` steps.
+
+    The same formula is used for plans, plots and training, so that what is shown is what training
+    uses:
+
+        lr_min + (lr_max - lr_min) * t / warmup                                           t < warmup
+        lr_min + (lr_max - lr_min) / 2 * (1 + cos(pi * (t - warmup) / (n - warmup)))      otherwise
+
+    Args:
+        t: Step within the cycle, from 0 to `n - 1`; float64, any shape.
+        n: Number of steps of the cycle.
+        lr_max: The peak.
+        lr_min: The floor.
+        warmup: Number of steps of linear warmup.
+
+    Returns:
+        float64, the shape of `t`.
+    """
+    span = lr_max - lr_min
+    rise = lr_min + span * t / np.maximum(warmup, 1)
+    fall = lr_min + span / 2 * (1 + np.cos(math.pi * (t - warmup) / (n - warmup)))
+    return np.where(t < warmup, rise, fall)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """One annealing cycle of a plan.
+
+    Attributes:
+        index: Number of the cycle, from 0.
+        first_epoch: Its first epoch, from 0.
+        last_epoch: Its last epoch, inclusive. A snapshot is taken when it ends.
+        lr_max: The learning rate at its first step (after `warmup`).
+        lr_min: The floor that it anneals to.
+        warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
+        shrink: The share of the weights that is carried over into it, as passed by the user.
+        is_decided: Whether it will be run like this. If not, it stands for all epochs that are
+            left, and how many cycles they make is decided when it begins.
+    """
+
+    index: int
+    first_epoch: int
+    last_epoch: int
+    lr_max: float
+    lr_min: float
+    warmup: int = 0
+    # Plans compare equal if their learning rates do, whatever a restart does to the weights.
+    shrink: float | str = dataclasses.field(default=1.0, compare=False)
+    is_decided: bool = dataclasses.field(default=True, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Number of epochs."""
+        return self.last_epoch - self.first_epoch + 1
+
+    def rates(self, steps_per_epoch: int) -> np.ndarray:
+        """The learning rate of every step, float64 of shape `(length * steps_per_epoch,)`."""
+        n = self.length * steps_per_epoch
+        warmup = self.warmup * steps_per_epoch
+        return anneal(np.arange(n, dtype="float64"), n, self.lr_max, self.lr_min, warmup)
+
+
+class Plan(list[Cycle]):
+    """A list of `Cycle`s that prints as a table."""
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]]
+        rows = [("cycle", "epochs", "length", "peak rate", "floor", "warmup")]
+        for c in self:
+            epochs = f"{c.first_epoch}-{c.last_epoch}"
+            rates = (f"{c.lr_max:.4g}", f"{c.lr_min:.4g}")
+            rows.append((str(c.index), epochs, str(c.length), *rates, str(c.warmup or "")))
+        if any(c.shrink != 1 for c in self):
+            shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
+            rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
+        if not all(c.is_decided for c in self):
+            notes = ("" if c.is_decided else "1 or more cycles" for c in self)
+            rows = [(*row, note) for row, note in zip(rows, ("decided later", *notes), strict=True)]
+        return text_table(rows, "r")
+
+    __repr__ = __str__
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+    def with_shrink(self, shrink: Any, *, restarts_first: bool) -> "Plan":
+        """The same cycles, with the share of the weights that each restart carries over.
+
+        Args:
+            shrink: As for `SnapshotEnsemble`.
+            restarts_first: Whether the first cycle also begins with a restart, as it does when
+                earlier cycles exist.
+        """
+        shown = str(shrink) if isinstance(shrink, Mapping) else shrink
+        return Plan(
+            dataclasses.replace(cycle, shrink=shown) if number or restarts_first else cycle
+            for number, cycle in enumerate(self)
+        )
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether all of its cycles will be run as they are here."""
+        return self[-1].is_decided
+
+    def with_rest_in(self, cycles: int) -> "Plan":
+        """The same cycles, but the last one, which is not decided, split into equal ones."""
+        rest, first = self[-1], self[-1].first_epoch
+        plan = Plan(self[:-1])
+        for index, length in enumerate(equal_lengths(rest.length, min(cycles, rest.length))):
+            last = first + length - 1
+            own = {"index": rest.index + index, "first_epoch": first, "last_epoch": last}
+            plan.append(dataclasses.replace(rest, **own, is_decided=True))
+            first = last + 1
+        return plan
+
+
+def equal_lengths(epochs: int, cycles: int) -> list[int]:
+    """Lengths that differ by at most one epoch and sum to `epochs`; the longer ones come last."""
+    length, longer = divmod(epochs, cycles)
+    return [length] * (cycles - longer) + [length + 1] * longer
