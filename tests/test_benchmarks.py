@@ -193,6 +193,19 @@ def test_the_arithmetic_of_accuracy():
     assert actual["ece"] == pytest.approx(np.mean([0.2, 0.3, 0.6, 0.7]))
 
 
+def test_the_arithmetic_of_regression():
+    y = np.asarray([0.0, 2.0, 4.0, 6.0])
+    one, other = np.asarray([[1, 2, 5, 5], [0, 3, 4, 7]], float)[..., None]
+    actual = accuracy.scores([one, other], y)
+    error = np.asarray([0.5, 0.5, 0.5, 0.0])  # Of the mean.
+    assert actual["error"] == pytest.approx(100 * np.sqrt(np.mean(error**2)) / y.std())
+    assert actual["last error"] == pytest.approx(100 * np.sqrt(0.5) / y.std())
+    assert actual["disagreement"] == pytest.approx(100 * np.std([1, -1, 1, -2]) / y.std())
+    # The last member is off by 0 and 1 in either half: a mean square of 1/2.
+    expected = np.mean([0, 1, 0, 1]) + 0.5 * np.log(2 * np.pi / 2)
+    assert actual["last nll"] == pytest.approx(expected)
+
+
 def test_the_temperature_is_fitted_on_the_other_half():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 200)

@@ -14,8 +14,11 @@ and `TASK.md` to the directory and prints the table.
 Errors are in percent and negative log-likelihoods in nats, on the test data, for the mean of all
 members and for the last member, as mean and standard error over the seeds. `calibrated`: the
 likelihood with a temperature that is fitted on one half of the test data and scored on the other,
-and vice versa. `deep equivalent`: the number of full runs, each as long as the whole budget, whose
-mean has the same calibrated likelihood. The second table shows differences within seeds.
+and vice versa. For a regression, errors are root mean squared ones, in percent of the target's
+standard deviation, and likelihoods those of a normal distribution around the prediction, with a
+variance from the other half of the test data. `deep equivalent`: the number of full runs, each as
+long as the whole budget, whose mean has the same calibrated likelihood. The second table shows
+differences within seeds.
 """
 
 import argparse
@@ -32,6 +35,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
+from scipy.stats import norm
 
 try:
     from benchmarks.tasks import TASKS
@@ -149,8 +153,31 @@ def calibration_error(probabilities, y, bins=15):
     return float(sum(abs(right[p].mean() - confidence[p].mean()) * len(p) for p in parts) / len(y))
 
 
+def normal_nll(errors):
+    """The likelihood of each half of some errors, with the mean square of the other half."""
+    parts = errors[: len(errors) // 2], errors[len(errors) // 2 :]
+    scales = [np.sqrt(np.mean(np.square(part))) for part in parts[::-1]]
+    pairs = zip(parts, scales, strict=True)
+    return float(np.mean([-norm.logpdf(part, scale=scale).mean() for part, scale in pairs]))
+
+
+def regression_scores(members, y):
+    """All columns of the table, for one run of a regression."""
+    members, spread = np.asarray(members, "float64")[..., 0], np.std(y)
+    rows = [
+        [100 * np.sqrt(np.mean(np.square(p - y))) / spread, normal_nll(p - y), normal_nll(p - y)]
+        for p in (members.mean(axis=0), members[-1])
+    ]
+    many = range(len(members))
+    pairs = [np.std(members[i] - members[j]) / spread for i in many for j in range(i)]
+    more = [0.0, *rows[1][:2], 100 * np.mean(pairs) if pairs else 0.0]
+    return dict(zip(COLUMNS, map(float, [*rows[0], *more]), strict=True))
+
+
 def scores(members, y):
     """All columns of the table, for one run."""
+    if np.issubdtype(y.dtype, np.floating):
+        return regression_scores(members, y)
     rows = []
     members = np.asarray(members, "float64")
     mean, labels = members.mean(axis=0), members.argmax(-1)

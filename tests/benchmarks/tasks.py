@@ -4,13 +4,16 @@ Data that are not in scikit-learn are in Debian packages, which need not be inst
 `apt-get download`, then `dpkg -x FILE.deb FOLDER`, then pass `--root FOLDER`.
 
 - `digits`, `digits_conv`, `digits_conv_augmented`: in scikit-learn
+- `digits_transfer`: the digits 5 to 9, by a network that was trained on 0 to 4
 - `fashion`, `fashion_augmented`: `dataset-fashion-mnist`
 - `letter_sgd`, `letter_adam`, `satellite`, `dna`: `r-cran-mlbench`, read with `pip install rdata`
-- `words`, classifying the language of a word: `wamerican`, `wngerman`, `wfrench`, `witalian`,
-  `wspanish` and `wdutch`
+- `boston`, the value of houses, a regression: `r-cran-mlbench`, too
+- `words`, `words_attention`, classifying the language of a word: `wamerican`, `wngerman`,
+  `wfrench`, `witalian`, `wspanish` and `wdutch`
 """
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import pathlib
@@ -37,6 +40,7 @@ class Task:
         peak: The peak learning rate.
         batch: The batch size.
         epochs: The budget.
+        loss: The compiled loss.
     """
 
     load: Callable[[pathlib.Path], tuple[np.ndarray, np.ndarray]]
@@ -47,6 +51,7 @@ class Task:
     peak: float
     batch: int
     epochs: int
+    loss: str = "sparse_categorical_crossentropy"
 
     def parts(self, root):
         """The inputs and labels of the training, validation and test data."""
@@ -56,7 +61,7 @@ class Task:
 
     def model(self):
         model = self.net(self.classes)
-        model.compile(self.optimizer(self.peak), "sparse_categorical_crossentropy")
+        model.compile(self.optimizer(self.peak), self.loss)
         return model
 
 
@@ -80,6 +85,44 @@ def fashion(root):
     x = np.concatenate([read("train-images-idx3")[:12_000], read("t10k-images-idx3")])
     y = np.concatenate([read("train-labels-idx1")[:12_000], read("t10k-labels-idx1")])
     return x[..., None].astype("float32") / 255, y.astype("int64")
+
+
+def five_digits(root):
+    x, y = digits(root)
+    return x[y >= 5], y[y >= 5] - 5
+
+
+@functools.cache
+def pretrained_weights():
+    """The weights of `convolutional()`, trained on the digits 0 to 4, without the last layer."""
+    x, y = digits(None)
+    model = convolutional()(5)
+    rate = keras.optimizers.schedules.CosineDecay(0.1, 20 * 56)
+    model.compile(sgd(rate), "sparse_categorical_crossentropy")
+    model.fit(x[y < 5], y[y < 5], epochs=20, batch_size=16, verbose=0)
+    return [layer.get_weights() for layer in model.layers[:-1]]
+
+
+def pretrained(classes):
+    """`convolutional()` with pretrained weights and a new last layer."""
+    model = convolutional()(classes)
+    for layer, weights in zip(model.layers, pretrained_weights(), strict=False):
+        layer.set_weights(weights)
+    return model
+
+
+def boston(root):
+    """The logarithm of the median value of houses in 506 parts of a town, from 13 features."""
+    import rdata
+
+    path = root / "usr/lib/R/site-library/mlbench/data/BostonHousing.rda"
+    table = rdata.read_rda(path)["BostonHousing"]
+    y = np.log(table["medv"].to_numpy("float64"))
+    x = table.drop(columns="medv").astype("float64").to_numpy("float32")
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = x[order], y[order]
+    x, y = (x - x[:350].mean(0)) / x[:350].std(0), (y - y[:350].mean()) / y[:350].std()
+    return x, y.astype("float32")
 
 
 def table_of_r(name, labels, rows):
@@ -173,6 +216,24 @@ def recurrent(classes):
     )
 
 
+def attention(classes):
+    """One block of self-attention over letters, as in a transformer."""
+    inputs = keras.Input((16,), dtype="int32")
+    place = layers.Embedding(16, 32)(keras.ops.arange(16))
+    x = layers.Embedding(27, 32)(inputs) + place
+    y = layers.MultiHeadAttention(4, 8, dropout=0.1)(x, x)
+    x = layers.LayerNormalization()(x + y)
+    y = layers.Dense(32)(layers.Dense(64, "gelu")(x))
+    x = layers.LayerNormalization()(x + layers.Dropout(0.1)(y))
+    outputs = layers.Dense(classes, "softmax")(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(inputs, outputs)
+
+
+def value(_):
+    hidden = [layers.Dense(50, "relu") for _ in range(2)]
+    return keras.Sequential([keras.Input((13,)), *hidden, layers.Dense(1)])
+
+
 def sgd(rate):
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
@@ -203,5 +264,8 @@ TASKS = {
     "satellite": Task(satellite, 6, (3_000, 1_000, 2_435), dense(36), sgd, 0.1, 32, 50),
     "dna": Task(dna, 3, (1_500, 400, 1_286), dense(180), sgd, 0.05, 32, 50),
     "words": Task(words, 6, WORDS, recurrent, sgd, 0.1, 64, 20),
+    "words_attention": Task(words, 6, (8_000, 2_000, 20_000), attention, ADAM, 2e-3, 64, 20),
+    "digits_transfer": Task(five_digits, 5, (200, 100, 590), pretrained, sgd, 0.02, 16, 30),
+    "boston": Task(boston, 1, (350, 50, 106), value, ADAM, 5e-3, 16, 50, "mse"),
     "words_adam": Task(words, 6, WORDS, recurrent, ADAM, 2e-3, 64, 20),
 }
