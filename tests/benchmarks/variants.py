@@ -10,6 +10,10 @@ Methods of `accuracy.py`, with `shrink="auto"` by default:
   statistics, or the optimizer's moments; compare with the method `0.5`
 - `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
   weights; the epochs left over are used for more cycles, with warm restarts
+- `star`: each cycle but the first starts from the end of the first one (StarSSE), without shrinking
+- `taught`, `taught_by_all`: the last member, or the mean of all so far, teaches the next cycle:
+  its targets are 0.55 times the labels and 0.45 times the teacher's probabilities, which are
+  computed once before the cycle, so not for tasks with augmentation
 """
 
 import keras
@@ -106,6 +110,47 @@ def _slots(model):
     return model.optimizer.variables[2:]
 
 
+class StartFromFirst(keras.callbacks.Callback):
+    """Starts each cycle but the first from where the first has ended."""
+
+    def __init__(self, cycles):
+        super().__init__()
+        self.begins = [cycle.first_epoch for cycle in cycles[1:]]
+        self.first = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch in self.begins:
+            self.first = self.first or self.model.get_weights()
+            self.model.set_weights(self.first)
+
+
+def star(task, parts, epochs, cycles):
+    (x, y), validation, (x_test, _) = parts
+    ens = SnapshotEnsemble(task.model(), cycles=cycles, lr_init=task.peak, shrink=1.0)
+    callbacks = [StartFromFirst(ens.plan(epochs))]
+    given = {"validation_data": validation, "verbose": 0, "callbacks": callbacks}
+    ens.fit(x, y, epochs=epochs, batch_size=task.batch, **given)
+    return list(ens.predict_members(x_test, members=list(range(len(ens))), verbose=0))
+
+
+def _taught(members):
+    def run(task, parts, epochs, cycles):
+        (x, y), (x_val, y_val), (x_test, _) = parts
+        labels, validation = (np.eye(task.classes)[of] for of in (y, y_val))
+        model = task.model()
+        model.compile(task.optimizer(task.peak), "categorical_crossentropy")
+        ens = SnapshotEnsemble(model, cycles=1, lr_init=task.peak)
+        targets = labels
+        for part in np.array_split(range(epochs), cycles):
+            given = {"validation_data": (x_val, validation), "verbose": 0}
+            ens.fit(x, targets, epochs=len(part), batch_size=task.batch, **given)
+            teacher = ens.predict(x, members=members or len(ens), verbose=0)
+            targets = 0.55 * labels + 0.45 * teacher
+        return list(ens.predict_members(x_test, members=len(ens), verbose=0))
+
+    return run
+
+
 def _members(task, parts, epochs, **arguments):
     (x, y), validation, (x_test, _) = parts
     ens = SnapshotEnsemble(task.model(), **arguments)
@@ -142,3 +187,4 @@ def early(task, parts, epochs, cycles):
 
 VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "floor": floor, "early": early}
 VARIANTS |= {"statistics": _with_reset(_statistics), "slots": _with_reset(_slots)}
+VARIANTS |= {"star": star, "taught": _taught(1), "taught_by_all": _taught(None)}
