@@ -47,8 +47,10 @@ class Cycle:
         lr_min: The floor that it anneals to.
         warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
         shrink: The share of the weights that is carried over into it, as passed by the user.
-        is_decided: Whether it will be run like this. If not, it stands for all epochs that are
-            left, and how many cycles they make is decided when it begins.
+        is_decided: Whether it will be run like this. If not, `Plan.due` says when it is decided
+            whether it is cut short, and other cycles follow.
+        span: The epochs that its cosine is made for; more than its length if it was cut short.
+            Then there is no snapshot at its end. Defaults to its length.
     """
 
     index: int
@@ -60,17 +62,27 @@ class Cycle:
     # Plans compare equal if their learning rates do, whatever a restart does to the weights.
     shrink: float | str = dataclasses.field(default=1.0, compare=False)
     is_decided: bool = dataclasses.field(default=True, compare=False)
+    span: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.span:
+            object.__setattr__(self, "span", self.length)
 
     @property
     def length(self) -> int:
         """Number of epochs."""
         return self.last_epoch - self.first_epoch + 1
 
+    @property
+    def ends_at_floor(self) -> bool:
+        """Whether it was not cut short, so that a snapshot is taken when it ends."""
+        return self.span == self.length
+
     def rates(self, steps_per_epoch: int) -> np.ndarray:
         """The learning rate of every step, float64 of shape `(length * steps_per_epoch,)`."""
-        n = self.length * steps_per_epoch
-        warmup = self.warmup * steps_per_epoch
-        return anneal(np.arange(n, dtype="float64"), n, self.lr_max, self.lr_min, warmup)
+        n, warmup = self.span * steps_per_epoch, self.warmup * steps_per_epoch
+        t = np.arange(self.length * steps_per_epoch, dtype="float64")
+        return anneal(t, n, self.lr_max, self.lr_min, warmup)
 
 
 class Plan(list[Cycle]):
@@ -86,9 +98,9 @@ class Plan(list[Cycle]):
         if any(c.shrink != 1 for c in self):
             shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
             rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
-        if not all(c.is_decided for c in self):
-            notes = ("" if c.is_decided else "1 or more cycles" for c in self)
-            rows = [(*row, note) for row, note in zip(rows, ("decided later", *notes), strict=True)]
+        if not self.is_decided:
+            note = f"after epoch {self.due - 1}: stays, or cut short for {self.MORE} cycles"
+            rows = [(*row, text) for row, text in zip(rows, ("decided", note), strict=True)]
         return text_table(rows, "r")
 
     __repr__ = __str__
@@ -110,19 +122,33 @@ class Plan(list[Cycle]):
             for number, cycle in enumerate(self)
         )
 
+    # How many cycles follow one that is cut short.
+    MORE = 5
+
     @property
     def is_decided(self) -> bool:
         """Whether all of its cycles will be run as they are here."""
         return self[-1].is_decided
 
-    def with_rest_in(self, cycles: int) -> "Plan":
-        """The same cycles, but the last one, which is not decided, split into equal ones."""
-        rest, first = self[-1], self[-1].first_epoch
-        plan = Plan(self[:-1])
-        for index, length in enumerate(equal_lengths(rest.length, min(cycles, rest.length))):
+    @property
+    def due(self) -> int:
+        """The epoch at whose start a plan that is not decided is decided."""
+        return self[-1].first_epoch + self[-1].length // 5
+
+    def decided(self, is_cut: bool) -> "Plan":
+        """The plan as it is run: its last cycle stays, or is cut short for more of equal lengths.
+
+        The first of these goes on with the weights of the one that was cut short, and has its
+        number.
+        """
+        (*before, rest), first = self, self.due
+        if not is_cut:
+            return Plan([*before, dataclasses.replace(rest, is_decided=True)])
+        cut = dataclasses.replace(rest, last_epoch=first - 1, span=rest.length, is_decided=True)
+        plan = Plan([*before, cut])
+        for index, length in enumerate(equal_lengths(rest.last_epoch + 1 - first, self.MORE)):
             last = first + length - 1
-            own = {"index": rest.index + index, "first_epoch": first, "last_epoch": last}
-            plan.append(dataclasses.replace(rest, **own, is_decided=True))
+            plan.append(Cycle(rest.index + index, first, last, rest.lr_max, rest.lr_min))
             first = last + 1
         return plan
 

@@ -92,13 +92,13 @@ class SnapshotEnsemble:
         model: A compiled `keras.Model`: Functional, Sequential or subclassed, with one or many
             inputs and outputs.
         cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
-            epoch; the longer ones come last. `"auto"`: the first cycle is a fifth of the epochs.
-            If the network has begun to memorise its training data by then (its `val_loss` is more
-            than a third above its `loss` or, without validation data, its `loss` below a twentieth
-            of that of the first epoch), the rest is split into four. Otherwise it is still
-            learning, and the rest is one long cycle, which ends about as well as one ordinary run;
-            most often the last member then predicts alone, and there is no `epistemic`
-            uncertainty. `decisions` says what was decided. Defaults to `5`.
+            epoch; the longer ones come last. `"auto"`: the rate first follows the cosine of one
+            ordinary run. If the network has begun to memorise its training data after a fifth of
+            the epochs (its `loss` is more than 20 % below its lowest `val_loss` so far or, without
+            validation data, below a twentieth of that of the first epoch), the rest is split into
+            five cycles. Otherwise it is still learning, and the run stays one ordinary run, with
+            one member and without `epistemic` uncertainty; so it does with fewer than ten epochs.
+            `decisions` says what was decided, and from what. Defaults to `5`.
         schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (for a schedule, its rate at step 0).
@@ -225,8 +225,8 @@ class SnapshotEnsemble:
     def decisions(self) -> list[Decision]:
         """What `cycles="auto"` has decided: a `Decision` for each run, with the losses behind it.
 
-        Its attributes: `epoch`, the first of the epochs that it is about; `cycles`, how many they
-        were split into; `first_loss`, `loss` and `val_loss`.
+        Its attributes: `epoch`, before which it was decided; `is_cut`, whether the long cycle was
+        cut short for several; `first_loss`, `loss` and the lowest `val_loss` so far.
         """
         return list(self._store.record.progress.decisions)
 
@@ -444,30 +444,12 @@ class SnapshotEnsemble:
         try:
             if (validation := validation_of(x, y, fit_arguments)) is not None:
                 self.choose_members(**validation, verbose=0)
-            else:
-                self._leave_out_first_cycle()
         except Exception as error:  # Training has succeeded, so whatever fails here must not raise.
             warnings.warn(
                 "Members could not be chosen by the validation data: "
                 f"{type(error).__name__}: {error}. All members predict.",
                 stacklevel=4,
             )
-
-    def _leave_out_first_cycle(self) -> None:
-        """Lets a short first cycle not predict, if `cycles="auto"` has made one cycle of the rest.
-
-        A network that is still learning is much better at the end of that one.
-        """
-        progress, snapshots = self._store.record.progress, self.snapshots
-        decision = progress.decisions[-1] if progress.decisions else None
-        if (
-            decision is None
-            or decision.cycles > 1
-            or snapshots[-1].epoch != progress.done.epochs - 1
-        ):
-            return
-        kept = [s.index for s in snapshots if s.epoch != decision.epoch - 1]
-        self.members = kept if len(kept) < len(snapshots) else None
 
     # The members
 

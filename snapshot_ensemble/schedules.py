@@ -111,26 +111,25 @@ class EqualCycles(Schedule):
 
 
 class AutoCycles(Schedule):
-    """A first cycle of a fifth of the budget; how the rest is split is decided when it has ended.
+    """One cycle, of which it is decided after a fifth of it whether it is cut short for more.
 
-    Until then, a plan shows the rest as one cycle that is not decided.
+    With fewer than ten epochs it always stays one: they would be too short.
     """
 
-    CYCLES = 5  # If the rest is split into equal cycles, this many in all.
+    LEAST = 10
 
     def __init__(self, lr_init: float | None = None, lr_min: float = 0.0):
         super().__init__(lr_init, lr_min)
 
     def lengths(self, epochs: int) -> list[int]:
-        first = max(1, epochs // self.CYCLES)
-        return [first, epochs - first] if epochs > first else [first]
+        return [epochs]
 
     def plan(self, epochs: int, lr_init: float | None = None) -> Plan:
-        *before, rest = super().plan(epochs, lr_init)
-        return Plan([*before, dataclasses.replace(rest, is_decided=not before)])
+        [cycle] = super().plan(epochs, lr_init)
+        return Plan([dataclasses.replace(cycle, is_decided=epochs < self.LEAST)])
 
     def default_epochs(self) -> int:
-        return 10 * self.CYCLES
+        return 50
 
     def get_config(self) -> dict[str, Any]:
         return {"cycles": "auto", "lr_init": self.lr_init, "lr_min": self.lr_min}

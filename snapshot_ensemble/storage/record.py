@@ -100,18 +100,18 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """How the rest of a run's epochs was split into cycles, and the losses that decided it.
+    """Whether a run's long cycle was cut short for several, and the losses that decided it.
 
     Attributes:
-        epoch: The first of these epochs, counted from 0 over all runs.
-        cycles: The number of cycles.
+        epoch: The epoch before which it was decided, counted from 0 over all runs.
+        is_cut: Whether several cycles follow; otherwise the run has one cycle.
         first_loss: The training loss of the run's first epoch; None if it is not known, as below.
-        loss: The training loss at the end of its first cycle.
-        val_loss: The validation loss there.
+        loss: The training loss of the last epoch so far.
+        val_loss: The lowest validation loss so far.
     """
 
     epoch: Count
-    cycles: Count
+    is_cut: bool
     first_loss: float | None = None
     loss: float | None = None
     val_loss: float | None = None
@@ -128,7 +128,7 @@ class Progress:
         saves_state: Whether the last run saves states to resume from.
         pretrained: The indices of the parts of the model that were trained before the first run
             (see `training.shrink_perturb`); None until that is known.
-        decisions: How many cycles `cycles="auto"` has chosen, for each run that has come so far.
+        decisions: What `cycles="auto"` has decided, for each run that has come so far.
     """
 
     history: History = dataclasses.field(default_factory=dict)

@@ -14,13 +14,13 @@ from snapshot_ensemble.keras_compat.train_step import notice_first_batch
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.training.callback_state import check_states
+from snapshot_ensemble.training.cutting_short import described
 from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.epoch_steps import EpochSteps, epoch_steps
 from snapshot_ensemble.training.fit_arguments import OWN_COLUMNS, check_names, flat_callbacks
 from snapshot_ensemble.training.last_good import LastGood
 from snapshot_ensemble.training.member_checks import not_finite
 from snapshot_ensemble.training.optimizer_checks import OptimizerSteps
-from snapshot_ensemble.training.remaining_cycles import described
 from snapshot_ensemble.training.run import Run
 from snapshot_ensemble.training.state import build
 
@@ -80,14 +80,14 @@ class CycleCallback(keras.callbacks.Callback):
             self._message = described(decision)
             self._log()
         cycle = run.cycle_of(epoch)
-        if epoch - run.first_epoch == cycle.first_epoch and run.cycles_before + cycle.index > 0:
+        if run.is_restart(epoch):
             share = run.restarter.restart(self.model, run.progress)
             if share < 1:
                 self._message = (
                     f"Restart with shrink={share:.3g}: weights are mixed with a new draw"
                 )
                 self._log()
-        steps = run.steps.of(cycle.first_epoch, cycle.last_epoch)
+        steps = run.steps.of(cycle.first_epoch, cycle.first_epoch + cycle.span - 1)
         run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, steps)
         self._passes.up_to(epoch - run.first_epoch)
         if run.on_first_batch is not None:
@@ -125,7 +125,7 @@ class CycleCallback(keras.callbacks.Callback):
         progress.record_epoch({**logs, **columns})
         progress.done.epochs += 1
         progress.done.steps += steps
-        if in_plan == cycle.last_epoch and is_complete:
+        if in_plan == cycle.last_epoch and cycle.ends_at_floor and is_complete:
             if cause := not_finite(self.model, metrics):
                 self._reject(number, cause)
             else:

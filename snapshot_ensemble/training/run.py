@@ -11,9 +11,9 @@ from snapshot_ensemble.cycles import Cycle, Plan
 from snapshot_ensemble.storage.record import Decision, Progress
 from snapshot_ensemble.storage.store import SnapshotSink
 from snapshot_ensemble.storage.view import View
+from snapshot_ensemble.training.cutting_short import decide
 from snapshot_ensemble.training.epoch_steps import EpochSteps
 from snapshot_ensemble.training.learning_rate import AnnealedRate
-from snapshot_ensemble.training.remaining_cycles import decide
 from snapshot_ensemble.training.shrink_perturb import Restarter
 from snapshot_ensemble.training.state import RunPosition, TrainingState
 
@@ -76,16 +76,15 @@ class Run:
         self.steps = steps
 
     def decide(self, epoch: int) -> Decision | None:
-        """Splits the rest of the plan into cycles, if that is due at an epoch of Keras's number.
+        """Decides the plan, if that is due at the start of an epoch, given by Keras's number.
 
         It depends on the epochs before alone, so a resumed run decides as the interrupted one did.
         """
-        rest = self.plan[-1]
-        if rest.is_decided or epoch - self.first_epoch < rest.first_epoch:
+        if self.plan.is_decided or epoch - self.first_epoch < self.plan.due:
             return None
         before, progress = self.epochs_before, self.progress
-        decision = decide(progress.history, before, before + rest.first_epoch)
-        self.plan = self.plan.with_rest_in(decision.cycles)
+        decision = decide(progress.history, before, before + self.plan.due)
+        self.plan = self.plan.decided(decision.is_cut)
         earlier = [own for own in progress.decisions if own.epoch < decision.epoch]
         progress.decisions = [*earlier, decision]
         return decision
@@ -94,6 +93,15 @@ class Run:
         """The cycle of an epoch, given by Keras's number."""
         in_plan = epoch - self.first_epoch
         return self.plan[bisect_left(self.plan, in_plan, key=lambda cycle: cycle.last_epoch)]
+
+    def is_restart(self, epoch: int) -> bool:
+        """Whether a cycle starts with an epoch of Keras's number, from where another has ended."""
+        in_plan = epoch - self.first_epoch
+        cycle = self.cycle_of(epoch)
+        if in_plan != cycle.first_epoch or self.cycles_before + cycle.index == 0:
+            return False
+        # One that was cut short goes on.
+        return not in_plan or self.cycle_of(epoch - 1).ends_at_floor
 
     @property
     def epochs_done(self) -> int:

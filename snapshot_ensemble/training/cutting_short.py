@@ -1,0 +1,65 @@
+"""Whether a run has begun to memorise its training data, so that several cycles pay.
+
+A network that is still learning gains nothing from restarts within a short budget: it is left to be
+one ordinary run. One that memorises gains from several members, which differ.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from snapshot_ensemble.checks import counted
+from snapshot_ensemble.cycles import Plan
+from snapshot_ensemble.storage.record import Decision
+
+# A network has begun to memorise if its training loss is further than this below the lowest
+# validation loss so far, as a fraction of that.
+MIN_GAP = 0.2
+# Without validation data: if its training loss is below this fraction of that of its first epoch.
+MAX_LEFT = 0.05
+
+
+def decide(history: Mapping[str, list[Any]], first: int, last: int) -> Decision:
+    """Decides from the epochs of a run so far.
+
+    Args:
+        history: Columns `loss` and `val_loss`, one value per epoch.
+        first: The first epoch of the run.
+        last: The epoch after its last one so far.
+    """
+    losses, val_losses = (history.get(name, [])[first:last] for name in ("loss", "val_loss"))
+    first_loss, loss = (_known(losses[i]) if losses else None for i in (0, -1))
+    # The rate is still high, so single epochs are noisy.
+    val_loss = min(filter(_is_known, val_losses), default=None)
+    is_cut = _has_memorised(first_loss, loss, val_loss)
+    return Decision(last, is_cut, first_loss, loss, val_loss)
+
+
+def described(decision: Decision) -> str:
+    """A sentence for a person: what was decided, and why."""
+    loss, val_loss, first_loss = decision.loss, decision.val_loss, decision.first_loss
+    if loss is None:
+        why = "the loss is not finite"
+    elif val_loss is not None:
+        why = f"loss {loss:.4f}, lowest val_loss {val_loss:.4f}"
+    else:
+        why = f"loss {loss:.4f}, in the first epoch {first_loss or math.nan:.4f}"
+    if decision.is_cut:
+        return f"It begins to memorise: {counted(Plan.MORE, 'cycle')} in the rest ({why})"
+    return f"It is still learning: one cycle to the end ({why})"
+
+
+def _has_memorised(first_loss: float | None, loss: float | None, val_loss: float | None) -> bool:
+    if loss is None:
+        return False
+    if val_loss is not None:
+        return val_loss - loss > MIN_GAP * abs(val_loss)
+    return first_loss is not None and first_loss > 0 and loss <= MAX_LEFT * first_loss
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _known(value: Any) -> float | None:
+    return value if _is_known(value) else None

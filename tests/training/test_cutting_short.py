@@ -1,0 +1,286 @@
+"""`cycles="auto"`: whether a run stays one cycle or is cut short for several, and when."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from models import SimulatedCrashError
+from resume_cases import (
+    ROWS,
+    X,
+    Y,
+    arrays,
+    assert_same_outcome,
+    crash_in_epoch,
+    dense,
+    outcome,
+    run,
+)
+
+from snapshot_ensemble import SnapshotEnsemble
+from snapshot_ensemble.cycles import Plan
+from snapshot_ensemble.schedules import AutoCycles, EqualCycles
+from snapshot_ensemble.training.cutting_short import MAX_LEFT, MIN_GAP, decide, described
+
+# After one epoch a member may be far worse than the others.
+pytestmark = pytest.mark.filterwarnings("ignore:Far worse than the others")
+
+
+def history(losses, val_losses=None):
+    return {"loss": losses} | ({} if val_losses is None else {"val_loss": val_losses})
+
+
+@pytest.mark.parametrize(
+    ("losses", "val_losses", "is_cut"),
+    [
+        ([2.0, 1.2], [1.9, 1.17], False),  # Below: augmented or with dropout.
+        ([2.0, 1.2], [1.9, 1.3], False),
+        ([2.0, 0.4], [1.9, 1.3], True),
+        ([2.0, 1.2], [1.1, 1.6], False),  # At a high rate a single epoch may be bad.
+        ([2.0, 0.8], [1.1, 1.6], True),
+        ([2.0, 0.0], [1.9, 0.0], False),  # Nothing was memorised that did not hold.
+        ([2.0, -3.0], [1.9, -1.0], True),  # Likelihoods of densities may be negative.
+        ([2.0, -1.0], [1.9, -1.1], False),
+        ([2.0, 1.2], None, False),
+        ([2.0, 0.1], None, True),
+        ([2.0, 0.2], None, False),
+        ([0.0, 0.0], None, False),
+        ([-1.0, -2.0], None, False),  # Such a loss has no lower end to compare with.
+        ([2.0, np.nan], None, False),
+        ([np.nan, np.nan], [1.0, 1.0], False),
+        ([2.0, 0.4], [np.nan, np.nan], False),
+        ([2.0, 0.4], [np.nan, 1.3], True),
+        ([2.0, 0.4, 0.3], [None, 1.3, None], True),  # `validation_freq=2`
+        ([], None, False),
+    ],
+)
+def test_the_losses_so_far_decide(losses, val_losses, is_cut):
+    assert decide(history(losses, val_losses), 0, len(losses)).is_cut == is_cut
+
+
+def test_only_the_epochs_of_the_run_decide():
+    losses = history([0.0, 2.0, 1.0, 0.0], [0.1, 2.0, 1.0, 3.0])
+    decision = decide(losses, 1, 3)
+    assert (decision.epoch, decision.is_cut) == (3, False)
+    assert (decision.first_loss, decision.loss, decision.val_loss) == (2.0, 1.0, 1.0)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(-1, 1))
+def test_the_scale_of_the_loss_does_not_matter(scale, share):
+    if min(abs(share - MIN_GAP), abs(abs(share) - MAX_LEFT)) < 1e-6:
+        return
+    decision = decide(history([2.0, scale * (1 - share)], [2 * scale, scale]), 0, 2)
+    assert decision.is_cut == (share > MIN_GAP)
+    assert decide(history([scale, abs(share) * scale]), 0, 2).is_cut == (abs(share) <= MAX_LEFT)
+
+
+@given(st.integers(1, 400), st.booleans(), st.integers(1, 7))
+def test_a_plan_that_is_decided_covers_the_budget(epochs, is_cut, steps):
+    plan = AutoCycles(0.1).plan(epochs)
+    ordinary = EqualCycles(1, 0.1).plan(epochs)
+    assert plan == ordinary
+    assert plan.is_decided == (epochs < 10)
+    if plan.is_decided:
+        return
+    decided = plan.decided(is_cut)
+    assert decided.is_decided
+    if not is_cut:
+        assert decided == ordinary
+        return
+    assert [e for c in decided for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
+    assert [c.index for c in decided] == [0, *range(Plan.MORE)]
+    assert [c.ends_at_floor for c in decided] == [False] + [True] * Plan.MORE
+    # Until it is cut short, the rate is that of one ordinary run.
+    lead, *others = decided
+    assert lead.length == epochs // 5
+    first = lead.length * steps
+    np.testing.assert_array_equal(lead.rates(steps), ordinary[0].rates(steps)[:first])
+    rest = EqualCycles(Plan.MORE, 0.1).plan(epochs - lead.length)
+    for cycle, expected in zip(others, rest, strict=True):
+        np.testing.assert_array_equal(cycle.rates(steps), expected.rates(steps))
+
+
+def auto(directory, **arguments):
+    return run(directory, cycles="auto", epochs=10, **arguments)
+
+
+def memorising():
+    """The weights of these validation data make their loss ten times as high."""
+    return {**arrays(), "validation_data": (X, Y, np.full(ROWS, 10.0))}
+
+
+def rates_by_hand(lengths, spans):
+    """The rate of each epoch's last step, written out."""
+    steps = ROWS // 8
+    return [
+        0.05 * (1 + np.cos(np.pi * (steps * (e + 1) - 1) / (steps * span)))
+        for length, span in zip(lengths, spans, strict=True)
+        for e in range(length)
+    ]
+
+
+CUT = {"lengths": [2, 1, 1, 2, 2, 2], "spans": [10, 1, 1, 2, 2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("data", "cycles", "rates", "members"),
+    [
+        (arrays, [0] * 10, {"lengths": [10], "spans": [10]}, 1),
+        (memorising, [0, 0, 0, 1, 2, 2, 3, 3, 4, 4], CUT, 5),
+    ],
+    ids=["learning", "memorising"],
+)
+def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates, members):
+    ens, result = auto(tmp_path / "ensemble", data=data)
+    assert result.history["cycle"] == cycles
+    np.testing.assert_allclose(
+        result.history["learning_rate"], rates_by_hand(**rates), rtol=1e-4, atol=1e-9
+    )
+    assert [snapshot.cycle for snapshot in ens.snapshots] == list(range(members))
+    [decision] = ens.decisions
+    assert (decision.epoch, decision.is_cut) == (2, members > 1)
+    assert decision.first_loss == result.history["loss"][0]
+    assert decision.loss == result.history["loss"][1]
+    if members > 1:
+        assert decision.val_loss == min(result.history["val_loss"][:2])
+    else:
+        assert decision.val_loss is None
+    assert SnapshotEnsemble.load(tmp_path / "ensemble").decisions == [decision]
+
+
+def test_a_network_that_is_still_learning_gets_what_one_ordinary_run_gives(tmp_path):
+    actual, history_of_auto = auto(None)
+    expected, history_of_one = run(None, cycles=1, epochs=10)
+    assert_same_outcome(outcome(actual, history_of_auto), outcome(expected, history_of_one))
+
+
+@pytest.fixture(scope="module", params=[arrays, memorising], ids=["learning", "memorising"])
+def whole_run(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return request.param, outcome(*auto(directory, data=request.param))
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4, 9])
+def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
+    data, expected = whole_run
+    with pytest.raises(SimulatedCrashError):
+        auto(tmp_path / "killed", data=data, callbacks=[crash_in_epoch(epoch)])
+    ens, result = auto(tmp_path / "killed", data=data, resume=True)
+    assert_same_outcome(outcome(ens, result), expected)
+    assert len(ens.decisions) == 1
+
+
+def test_each_fit_decides_for_itself():
+    ens, _ = auto(None, data=memorising)
+    ens.fit(X, Y, batch_size=8, epochs=20, initial_epoch=10, verbose=0)
+    assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (12, False)]
+    assert ens.history["cycle"][10:] == [5] * 10
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_cycle_that_is_cut_short_goes_on_without_a_restart(restarts):
+    arguments = {"cycles": "auto", "lr_init": 0.1, "shrink": 0.0}
+    ens = SnapshotEnsemble(dense(), **arguments)
+    for _ in range(restarts):
+        ens.fit(X, Y, batch_size=8, epochs=1, verbose=0)
+    seen = {}
+
+    def at_end(epoch, logs):
+        seen[epoch] = ens.model.get_weights()[0]
+
+    def at_start(batch, logs):
+        if batch == 0:
+            seen[f"start {callback.epoch}"] = ens.model.get_weights()[0]
+
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: setattr(callback, "epoch", epoch),
+        on_train_batch_begin=at_start,
+        on_epoch_end=at_end,
+    )
+    ens.fit(**memorising(), epochs=10, verbose=0, callbacks=[callback])
+    assert ens.decisions[-1].is_cut
+    is_new = [not np.array_equal(seen[f"start {e}"], seen[e - 1]) for e in range(1, 10)]
+    # Only before the first epochs of cycles 1 to 4.
+    assert is_new == [False, False, True, True, False, True, False, True, False]
+
+
+def test_overwriting_forgets_decisions():
+    ens, _ = auto(None)
+    ens.fit(X, Y, batch_size=8, epochs=1, overwrite=True, verbose=0)
+    assert ens.decisions == []
+
+
+def test_a_callback_sees_the_whole_budget():
+    seen = []
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append((callback.params["epochs"], logs["cycle"]))
+    )
+    auto(None, data=memorising, callbacks=[callback])
+    assert seen == [(10, cycle) for cycle in (0, 0, 0, 1, 2, 2, 3, 3, 4, 4)]
+
+
+# Keras says this of all data whose number of steps it does not know.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("is_known", [True, False])
+def test_steps_per_epoch_and_datasets(is_known):
+    def endless():
+        data = tf.data.Dataset.from_tensor_slices((X, Y))
+        weighted = (X, Y, np.full(ROWS, 10.0))
+        given = {"x": data.repeat().batch(8), "steps_per_epoch": 3}
+        if not is_known:
+            given = {"x": data.filter(lambda x, y: True).batch(8)}
+        return {**given, "batch_size": None, "shuffle": False, "validation_data": weighted}
+
+    ens, result = auto(None, data=endless)
+    expected = rates_by_hand(**CUT)
+    # Without a known number of steps the first epoch runs at its mean rate.
+    first = 0 if is_known else 1
+    actual = result.history["learning_rate"]
+    np.testing.assert_allclose(actual[first:], expected[first:], rtol=1e-4, atol=1e-9)
+    assert len(ens) == 5
+
+
+def test_what_is_decided_is_said(capsys):
+    ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
+    ens.fit(X, Y, batch_size=8, epochs=10, verbose=2)
+    first, loss = ens.history["loss"][:2]
+    sentence = f"one cycle to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
+    assert f"It is still learning: {sentence}" in capsys.readouterr().out
+    ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
+    ens.fit(**memorising(), epochs=10, verbose=2)
+    loss, val_loss = ens.history["loss"][1], min(ens.history["val_loss"][:2])
+    sentence = f"5 cycles in the rest (loss {loss:.4f}, lowest val_loss {val_loss:.4f})"
+    assert f"It begins to memorise: {sentence}" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_said(recwarn):
+    assert "the loss is not finite" in described(decide(history([1.0, np.nan]), 0, 2))
+
+
+def test_a_plan_says_what_is_not_decided():
+    plan = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1).plan(30)
+    assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
+    head, cycle = str(plan).splitlines()
+    assert head.endswith("decided")
+    assert cycle.endswith("after epoch 5: stays, or cut short for 5 cycles")
+    assert (
+        str(plan.decided(True)).splitlines()[0] == str(EqualCycles(2, 0.1).plan(4)).splitlines()[0]
+    )
+
+
+@pytest.mark.parametrize("cycles", ["five", "5", ""])
+def test_other_words_are_refused(cycles):
+    with pytest.raises(ValueError, match=r"whole number or 'auto'\. Received: cycles='"):
+        SnapshotEnsemble(dense(), cycles=cycles)
+
+
+def test_one_member_that_predicts_alone_is_said_in_the_report():
+    ens, _ = auto(None, data=memorising)
+    ens.members = 1
+    note = "By default, the last member predicts alone, so there is no disagreement"
+    assert any(note in own for own in ens.report(X, Y, verbose=0).notes)
+    ens.members = [2]
+    assert any("By default, member 2 predicts" in n for n in ens.report(X, Y, verbose=0).notes)
+    assert not ens.predict_uncertainty(X, verbose=0)["epistemic"].any()
