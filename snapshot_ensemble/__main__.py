@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -103,6 +104,8 @@ def report(arguments: argparse.Namespace) -> None:
 
 def demo(arguments: argparse.Namespace) -> None:
     """Trains on handwritten digits and shows what an ensemble gains over ordinary runs."""
+    # TensorFlow would warn that one process traces so many small models.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         run_demo(
             arguments.directory or tempfile.mkdtemp(prefix="snapshot-ensemble-"),
