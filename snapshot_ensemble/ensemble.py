@@ -126,8 +126,9 @@ class SnapshotEnsemble:
             all methods that predict, evaluate or learn from data, and in `ens(x)`. All members'
             weights are in memory whatever the limit for data of other kinds, which can in general
             be read only once, for `ens(x)` inside a `tf.function`, and for `average_weights`,
-            `to_keras` and `export`. The snapshots themselves are in memory, too, unless there is
-            a `directory`. Defaults to `2**28` (256 MiB).
+            `plots.plot_landscape`, `plots.plot_trajectory`, `to_keras` and `export`. The snapshots
+            themselves are in memory, too, unless there is a `directory`. Defaults to `2**28`
+            (256 MiB).
 
     Raises:
         ValueError: If the model is not compiled, its task cannot be determined, or a value is
