@@ -70,7 +70,9 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     refresh_derived_state(model)
-    gc.collect()  # Reading leaves reference cycles that hold arrays.
+    # Reading leaves reference cycles that hold arrays. To search all older objects, too, would take
+    # longer than to read a file of some megabytes.
+    gc.collect(1)
     if sys.platform == "linux":
         # glibc keeps the freed memory in pieces too small for the next arrays.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)

@@ -102,7 +102,7 @@ def test_members_one_after_another_give_the_same_choice_in_parts(task, weighted,
     expected = most_members(gathered(ens, ROWS, TARGETS[task], weight))
     of_some = most_members(gathered(ens, ROWS[:21], TARGETS[task][:21]))
     units = TASKS[task][1]
-    monkeypatch.setattr(streamed_choice, "MEMORY", 4 * 5 * units * 17)
+    monkeypatch.setattr(streamed_choice, "MEMORY", 4 * 5 * units * 29)
     parts = []
 
     def predict(pool, combiner, x, **options):
@@ -113,7 +113,7 @@ def test_members_one_after_another_give_the_same_choice_in_parts(task, weighted,
     ens.memory_limit = 0
     data = {"x": ROWS, "y": TARGETS[task], "batch_size": 7, "verbose": 0}
     assert ens.choose_members(**data, sample_weight=weight) == expected
-    assert parts == [14, 14, 14, 14, 4]
+    assert parts == [28, 28, 4]
     assert ens.choose_members(**data, steps=3) == of_some
     for wrong in (TARGETS[task][:50], np.concatenate([TARGETS[task]] * 2)):
         with pytest.raises(ValueError, match="`y` must be as long as `x`"):

@@ -177,7 +177,7 @@ def numbers(result):
     return result
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_methods_give_the_same(kind, monkeypatch):
     expected = dict(results(ensemble(kind), kind))
@@ -342,17 +342,12 @@ keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).predict(x[:, :4], v
 ens.memory_limit = 0
 data = {"x": x, "y": y, "verbose": 0}
 print("predict", grows(lambda: ens.predict(x, verbose=0)))
-print("predict_members", grows(lambda: ens.predict_members(x, verbose=0)))
-print("predict_uncertainty", grows(lambda: ens.predict_uncertainty(x, verbose=0)))
 print("call", grows(lambda: ens(x)))
 print("evaluate", grows(lambda: ens.evaluate(**data)))
 print("report", grows(lambda: ens.report(**data)))
-print("fit_weights", grows(lambda: ens.fit_weights(**data)))
-print("calibrate", grows(lambda: ens.calibrate(**data)))
 print("choose_members", grows(lambda: ens.choose_members(**data)))
 ens.members = None
 print("fit_early_exit", grows(lambda: ens.fit_early_exit(**data)))
-print("early_exit", grows(lambda: ens.predict(x, early_exit=True, verbose=0)))
 ens.memory_limit = 2**40
 print("at once", grows(lambda: ens.predict(x, verbose=0)))
 """
@@ -361,7 +356,7 @@ print("at once", grows(lambda: ens.predict(x, verbose=0)))
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_the_memory_of_the_process_grows_by_one_member(tmp_path):
     """Peaks of all memory of a new process, with all that TensorFlow and NumPy take."""
-    width, count = 1600, 16
+    width, count = 1400, 8
     hidden = [layers.Dense(width, "relu") for _ in range(2)]
     model = chain(*hidden, layers.Dense(3, "softmax"), shape=(width,))
     of_one = sum(array.nbytes for array in model.get_weights()) / 2**20
@@ -371,5 +366,5 @@ def test_the_memory_of_the_process_grows_by_one_member(tmp_path):
     peaks = [line.rsplit(" ", 1) for line in done.stdout.splitlines()]
     grown = {name: float(peak) / of_one for name, peak in peaks}
     assert grown.pop("at once") > count - 1
-    assert len(grown) == 11
-    assert max(grown.values()) < 6, grown
+    assert len(grown) == 6
+    assert max(grown.values()) < 4, grown
