@@ -128,8 +128,14 @@ class SnapshotEnsemble:
             softmax or sigmoid, a `train_step` or `compute_loss` of your own, or a `predict_step`
             that changes the outputs. Integers, bools and strings are always passed through.
         memory_limit: How many bytes the members' weights may take in memory at once; weights that
-            all members share count once. If there are more, members predict arrays one after
-            another, through one model. Defaults to `2**28` (256 MiB).
+            all members share count once. If there are more, members run one after another, in one
+            model that gets the weights of each in turn: on arrays (NumPy arrays and tensors) in
+            all methods that predict, evaluate or learn from data, and in `ens(x)`. All members'
+            weights are in memory whatever the limit for data of other kinds, which can in general
+            be read only once, for `ens(x)` inside a `tf.function`, and for `average_weights`,
+            `plots.plot_landscape`, `plots.plot_trajectory`, `to_keras` and `export`. The snapshots
+            themselves are in memory, too, unless there is a `directory`. Defaults to `2**28`
+            (256 MiB).
 
     Raises:
         ValueError: If the model is not compiled, its task cannot be determined, or a value is
@@ -338,9 +344,10 @@ class SnapshotEnsemble:
         state of training is saved, the ensemble and its directory are as they were before. A
         second `fit` adds cycles.
 
-        With validation data (arrays, a `tf.data.Dataset`, a `PyDataset`), `choose_members` is
-        called with them: early members that make the mean worse do not predict by default. If that
-        fails, a warning says why, and all members predict.
+        With validation data (arrays, or a `tf.data.Dataset` or `PyDataset` unless the members
+        exceed `memory_limit`), `choose_members` is called with them: early members that make the
+        mean worse do not predict by default. If that fails, a warning says why, and all members
+        predict.
 
         A snapshot has the weights as they were trained, even if `use_ema` or
         `EarlyStopping(restore_best_weights=True)` puts others into the model later.
@@ -439,10 +446,13 @@ class SnapshotEnsemble:
     def _choose_members_by(self, x: Any, y: Any, fit_arguments: dict[str, Any]) -> None:
         """Chooses the members that predict by default, if there are data and memory for it."""
         everyone = range(len(self))
-        if len(everyone) < 2 or self._pool.is_too_large(everyone):
+        if len(everyone) < 2:
             return
         try:
-            if (validation := validation_of(x, y, fit_arguments)) is not None:
+            if (validation := validation_of(x, y, fit_arguments)) is None:
+                return
+            pool, is_too_large = self._pool, self._pool.is_too_large(everyone)
+            if not is_too_large or pool.runs_one_by_one(everyone, validation["x"]):
                 self.choose_members(**validation, verbose=0)
         except Exception as error:  # Training has succeeded, so whatever fails here must not raise.
             warnings.warn(
@@ -534,8 +544,9 @@ class SnapshotEnsemble:
     ) -> Any:
         """The members' predictions, combined.
 
-        The data are read once, however many members there are. Predictions are combined in
-        float32, or in float64 if the model uses it.
+        The data are read once, however many members there are (arrays once for each member if
+        those exceed `memory_limit`). Predictions are combined in float32, or in float64 if the
+        model uses it.
 
         Args:
             x: As for `model.predict`.
@@ -582,7 +593,10 @@ class SnapshotEnsemble:
 
         The outputs are those of `predict`: if the model has a `predict_step` of its own, it runs.
         For single rows, gradients with respect to the inputs, and use inside a `tf.function`.
-        All members run in one compiled graph, traced at the first call.
+        All members run in one compiled graph, traced at the first call. If they exceed
+        `memory_limit`, they run one after another, which reads their weights anew in each call;
+        a `tf.GradientTape` that needs these keeps them until it is gone. Inside a `tf.function`
+        all weights are in its graph, whatever the limit.
 
         Example:
 
@@ -805,7 +819,8 @@ class SnapshotEnsemble:
         last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
         nats, or squared error) is within one standard error of the paired difference from the
         lowest. `fit` calls it with its validation data. Only sums are kept of each batch; arrays
-        go through in batches whose outputs, of all members, take up to 64 MiB.
+        go through in batches whose outputs, of all members, take up to 64 MiB (or `memory_limit`
+        if members exceed that and so run one after another).
 
         Example:
 

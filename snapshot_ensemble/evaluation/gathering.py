@@ -1,5 +1,6 @@
-"""Predicts held-out data with several members, in one pass."""
+"""Predicts held-out data with several members, in one pass or one member after another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,9 @@ def gather(
     indices: list[int] | None = None,
     with_logits: bool = False,
 ) -> HeldOut:
-    """Predicts held-out data with several members, in one pass over the data.
+    """Predicts held-out data with several members.
+
+    They run in one pass over the data or, on arrays if they are too large, one after another.
 
     Args:
         pool: The members.
@@ -83,12 +86,40 @@ def gather(
     if with_logits:
         stack, kind = (stack_with_logits, "held out with logits")
     combiner = Combiner(indices, (kind,), stack)
-    gatherer = pool.members_model(combiner, Gatherer)
-    return gather_with(gatherer, pool.model, pool.meanings, x, y, sample_weight, arguments)
+    if pool.runs_one_by_one(indices, x):
+        predict = functools.partial(predict_one_by_one, pool, combiner)
+    else:
+        predict = pool.members_model(combiner, Gatherer).predict
+    return gather_with(predict, pool.model, pool.meanings, x, y, sample_weight, arguments)
+
+
+def predict_one_by_one(
+    pool: MemberPool, combiner: Combiner, x: Any, **options: Any
+) -> dict[str, Any]:
+    """What a `Gatherer` of all members would predict for arrays, from one member after another.
+
+    Args:
+        pool: The members.
+        combiner: Those that run, and `stack_members` or `stack_with_logits`.
+        x: Arrays.
+        **options: As for `model.predict`.
+    """
+    with pool.one_by_one(combiner, Gatherer) as run:
+        parts = [
+            run(index, lambda gatherer: gatherer.predict(x, **options))
+            for index in combiner.members
+        ]
+    joined = dict(parts[0])  # The masks are the first member's.
+    for name in joined.keys() & {"outputs", "logits"}:
+        of_members = [part.pop(name) for part in parts]
+        joined[name] = keras.tree.map_structure(
+            lambda *arrays: np.concatenate(arrays, axis=1), *of_members
+        )
+    return joined
 
 
 def gather_with(
-    gatherer: Gatherer,
+    predict: Callable[..., dict[str, Any]],
     model: keras.Model,
     read: Callable[[Any], list[Output]],
     x: Any,
@@ -96,10 +127,10 @@ def gather_with(
     sample_weight: Any,
     arguments: PredictArguments,
 ) -> HeldOut:
-    """Like `gather`, with a `Gatherer` that combines its members by `stack_members`.
+    """Like `gather`, with what a `Gatherer` predicts that combines its members by `stack_members`.
 
     Args:
-        gatherer: Runs the members.
+        predict: Called with `x` and with arguments of `model.predict`.
         model: The wrapped model.
         read: Returns the meaning of each flat output of a structure.
         x: As for `model.evaluate`.
@@ -114,7 +145,7 @@ def gather_with(
     """
     options = arguments._asdict()
     with watched(model):
-        predicted = gatherer.predict(x, **options | batch_size_for(model, x, **options))
+        predicted = predict(x, **options | batch_size_for(model, x, **options))
     if y is not None and "y" in predicted:
         raise ValueError(
             "`y` must not be passed if `x` already yields the targets. "

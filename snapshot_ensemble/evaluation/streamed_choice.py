@@ -13,10 +13,16 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.evaluation import metrics
-from snapshot_ensemble.evaluation.gathering import gather, held_out_of, no_targets, stack_members
+from snapshot_ensemble.evaluation.gathering import (
+    gather,
+    held_out_of,
+    no_targets,
+    predict_one_by_one,
+    stack_members,
+)
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.member_counts import means_of_first, most_members
-from snapshot_ensemble.evaluation.targets import as_numbers, is_structure
+from snapshot_ensemble.evaluation.targets import as_numbers, is_structure, of_slice
 from snapshot_ensemble.inference.batch_size import KERAS, are_arrays, batch_size_for
 from snapshot_ensemble.inference.graphs import Combiner
 from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
@@ -150,15 +156,15 @@ def _packed(x: Any, y: Any, sample_weight: Any) -> dict[str, Any]:
     return packed
 
 
-def _most_rows(model: keras.Model, members: int) -> int | None:
-    """How many rows of outputs fit into the memory; None if their size is not known."""
+def _most_rows(model: keras.Model, members: int, memory: int) -> int | None:
+    """How many rows of outputs fit into so many bytes; None if their size is not known."""
     outputs = known_outputs(model)
     if outputs is None:
         return None
     shapes = [tensor.shape[1:] for tensor in keras.tree.flatten(outputs)]
     if any(None in shape for shape in shapes):
         return None
-    return max(1, MEMORY // (4 * members * sum(map(math.prod, shapes))))
+    return max(1, memory // (4 * members * sum(map(math.prod, shapes))))
 
 
 def count_of_members(
@@ -174,12 +180,40 @@ def count_of_members(
         if y is None:
             raise no_targets(x)
         x = _packed(x, y, sample_weight)
-        rows = _most_rows(pool.model, len(pool))
+        rows = _most_rows(pool.model, len(pool), MEMORY)
         if rows is not None:
             options["batch_size"] = min(rows, options["batch_size"] or KERAS)
-    combiner = Combiner(pool.indices(), ("judge",), stack_members)
+    if pool.runs_one_by_one(pool.indices(), x):
+        return _count_one_by_one(pool, x, options)
+    combiner, moments = Combiner(pool.indices(), ("judge",), stack_members), LossMoments(pool)
     with pool.evaluator(combiner, Judge) as judge:
         judge.jit_compile = False  # A compiled graph cannot call NumPy.
-        judge.moments = moments = LossMoments(pool)
+        judge.moments = moments
         judge.predict(x, **options)
+    return moments.most()
+
+
+def _count_one_by_one(pool: MemberPool, packed: dict[str, Any], options: dict[str, Any]) -> int:
+    """Like `count_of_members`, with one member after another on as many rows as memory allows.
+
+    Args:
+        pool: The members.
+        packed: What `_packed` returned.
+        options: As for `model.predict`.
+    """
+    combiner, moments = Combiner(pool.indices(), ("held out",), stack_members), LossMoments(pool)
+    size, steps = options["batch_size"] or KERAS, options.pop("steps")
+    if steps is not None:
+        packed = of_slice(packed, slice(steps * size))
+    total = len(keras.tree.flatten(packed[_X])[0])
+    # The weights are read again for each part, so that a part has whole batches, and many.
+    most = _most_rows(pool.model, len(pool), max(MEMORY, pool.memory_limit)) or total
+    most = max(most // size, 1) * size
+    for start in range(0, total, most):
+        # The last part has whatever is left, so that targets that are too many are noticed.
+        part = of_slice(packed, slice(start, start + most if start + most < total else None))
+        predicted = predict_one_by_one(pool, combiner, part[_X], **options)
+        names = {"y": _Y, "sample_weight": _WEIGHT}
+        given = {name: part[key] for name, key in names.items() if key in part}
+        moments.take({**predicted, **given})
     return moments.most()

@@ -36,6 +36,11 @@ def of_rows(items: np.ndarray, rows: slice, count: int) -> np.ndarray:
     return items.reshape(count, -1, *items.shape[1:])[rows].reshape(-1, *items.shape[1:])
 
 
+def of_slice(structure: Any, rows: slice) -> Any:
+    """Some rows of all arrays of a structure, which may be None."""
+    return keras.tree.map_structure(lambda leaf: None if leaf is None else leaf[rows], structure)
+
+
 def is_structure(given: Any) -> bool:
     """Whether it is a structure of arrays; a list of numbers is one array."""
     if isinstance(given, dict):

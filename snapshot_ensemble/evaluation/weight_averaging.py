@@ -136,7 +136,8 @@ class Averager:
         """The loss on the data."""
         self._member.set_weights(weights)
         model, meanings = self._pool.model, self._pool.meanings
-        held = gather_with(self._gatherer, model, meanings, self._x, self._y, None, self._arguments)
+        predict, arguments = self._gatherer.predict, self._arguments
+        held = gather_with(predict, model, meanings, self._x, self._y, None, arguments)
         return held.loss(held.members()[0])
 
     def soup(self, members: Sequence[Weights]) -> Weights:

@@ -130,10 +130,10 @@ def clone_of(model: keras.Model) -> keras.Model:
     return clone
 
 
-def separate_member(
+def build_member(
     model: keras.Model, weights: Weights, index: int = 0, sample: Any = None
 ) -> keras.Model:
-    """A new model that computes what `model` does with other weights; not compiled.
+    """A new model that computes what `model` does with other weights, compiled like it.
 
     It is a clone if that gives the same outputs, and otherwise runs the layers of `model`.
 
@@ -154,14 +154,6 @@ def separate_member(
         set_weights(member, weights)
     for state, value in zip(states_of(member), first_values(model, index), strict=True):
         state.assign(value)
-    return member
-
-
-def build_member(
-    model: keras.Model, weights: Weights, index: int = 0, sample: Any = None
-) -> keras.Model:
-    """Like `separate_member`, and compiled like `model`."""
-    member = separate_member(model, weights, index, sample)
     compile_like(member, model, optimizer=_own(compile_arguments(model)["optimizer"]))
     return member
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import keras
@@ -12,12 +13,7 @@ from keras import ops
 from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.inference.batch_size import are_arrays, batch_size_for, batches_at_once
 from snapshot_ensemble.inference.blocks import in_blocks
-from snapshot_ensemble.inference.cloning import (
-    build_member,
-    compile_like,
-    separate_member,
-    states_of,
-)
+from snapshot_ensemble.inference.cloning import build_member
 from snapshot_ensemble.inference.combining import (
     check_combine,
     check_meanings,
@@ -26,12 +22,8 @@ from snapshot_ensemble.inference.combining import (
     weights_of,
 )
 from snapshot_ensemble.inference.early_exit import COUNTS, Stages
-from snapshot_ensemble.inference.graphs import Combiner, GraphCache, Graphs, as_tensors, key_of
-from snapshot_ensemble.inference.member_states import (
-    copy_states,
-    own_states,
-    reset_recurrent_states,
-)
+from snapshot_ensemble.inference.graphs import Combiner, GraphCache, Graphs, key_of
+from snapshot_ensemble.inference.member_states import reset_recurrent_states
 from snapshot_ensemble.inference.members_model import MembersModel
 from snapshot_ensemble.inference.model_checks import check_model
 from snapshot_ensemble.inference.output_specs import (
@@ -44,9 +36,8 @@ from snapshot_ensemble.inference.passing import compared, kept_apart, refusal_in
 from snapshot_ensemble.inference.rebuilt import computes_the_same
 from snapshot_ensemble.inference.sample import first_rows
 from snapshot_ensemble.inference.task_words import Output
-from snapshot_ensemble.keras_compat.compile_arguments import compilation
 from snapshot_ensemble.keras_compat.graphs import AssertionInGraphError, outside_graphs
-from snapshot_ensemble.keras_compat.stateless_call import OwnStates
+from snapshot_ensemble.keras_compat.train_step import is_traced
 from snapshot_ensemble.storage.record import Learned
 from snapshot_ensemble.storage.snapshot import Weights
 from snapshot_ensemble.storage.store import SnapshotStore
@@ -90,7 +81,7 @@ class MemberPool:
         check_task(model, task)
         self.memory_limit = whole_number("memory_limit", memory_limit, 0)
         self.model, self.task, self.store = model, task, store
-        self._cache = GraphCache()
+        self._cache = GraphCache(model)
         self.fixed: View | None = None
         # A few rows of inputs that `fit` has seen. They are never written to a file.
         self.sample: Any = None
@@ -236,7 +227,10 @@ class MemberPool:
 
     def call(self, inputs: Any, combiner: Combiner) -> Any:
         """The combined outputs for one batch, as tensors; else like `predict_combined`."""
-        return self.caller(combiner)(inputs)
+        if is_traced() or not self.is_too_large(combiner.members):
+            return self.caller(combiner)(inputs)
+        result = self._call_one_by_one(inputs, self._apart(combiner))
+        return compared(result, lambda: names_of(self.model, result["combined"]))
 
     def caller(self, combiner: Combiner) -> Callable[[Any], Any]:
         """A function like `call`, which may also be called first inside a graph."""
@@ -250,14 +244,18 @@ class MemberPool:
 
     def predict_early(self, x: Any, arguments: PredictArguments) -> tuple[Any, Any]:
         """The outputs of the cascade, and how many members ran for each row."""
-        with self._refusals():
+        with self.refusals():
             result = self.predict(x, self.cascade(), arguments)
         return result["outputs"], result[COUNTS]
 
     def call_early(self, inputs: Any) -> tuple[Any, Any]:
         """Like `predict_early` for one batch, as tensors."""
-        with self._refusals():
-            result = self.members_model(self.cascade()).run(inputs)
+        with self.refusals():
+            combiner = self.cascade()
+            if is_traced() or not self.is_too_large(combiner.members):
+                result = self.members_model(combiner).run(inputs)
+            else:
+                result = self._call_one_by_one(inputs, combiner)
         return result["outputs"], result[COUNTS]
 
     def _apart(self, combiner: Combiner) -> Combiner:
@@ -270,41 +268,34 @@ class MemberPool:
         """Predicts with all members at once or, if they are too large, one after another."""
         options = arguments._asdict()
         options |= batch_size_for(self.model, x, **options)
-        if not self.is_too_large(combiner.members) or not are_arrays(x):
+        if not self.runs_one_by_one(combiner.members, x):
             if (count := batches_at_once(self.model, x, **options)) > 1:
                 combiner = combiner._replace(rows=options["batch_size"])
                 options["batch_size"] *= count
             return self.members_model(combiner).predict(x, **options)
-        predict = self._predicts_one(x, combiner.members, options)
-        if combiner.stages is not None:
-            result = combiner.stages.run(lambda k, rows: predict(combiner.members[k], rows), x)
-            return keras.tree.map_structure(np.asarray, result)
-        return in_blocks(combiner.combine, [predict(index, x) for index in combiner.members])
+        with self.one_by_one(_each_of(combiner.members)) as run:
 
-    def _predicts_one(
-        self, x: Any, indices: Sequence[int], options: dict[str, Any]
-    ) -> Callable[[int, Any], Any]:
-        """A function of a member's index and inputs: one model gets the weights of each in turn."""
-        view, sample = self.view, self.sample
-        with self._cache.lock:
-            states = self._states(self._graphs(view), indices)
-            # Drops all weights in memory.
-            self._cache.graphs = Graphs(self._cache.graphs.built_for, states=states)
-        if sample is None:
-            sample = first_rows(self.model, (x,))
-        with self.model.distribute_strategy.scope():
-            weights = view.weights(self.model, indices[0])
-            member = separate_member(self.model, weights, sample=sample)
-            del weights
+            def predict(number: int, rows: Any) -> Any:
+                index = combiner.members[number]
+                return run(index, lambda model: model.predict(rows, **options))
 
-        def predict(index: int, inputs: Any) -> Any:
-            view.put(member, self.model, index)
-            copy_states(states[index].values, states_of(member))
-            outputs = member.predict(inputs, **options)
-            copy_states(states_of(member), states[index].values)
-            return outputs
+            if combiner.stages is not None:
+                result = combiner.stages.run(predict, x)
+                return keras.tree.map_structure(np.asarray, result)
+            outputs = [predict(number, x) for number in range(len(combiner.members))]
+        return in_blocks(combiner.combine, outputs)
 
-        return predict
+    def _call_one_by_one(self, inputs: Any, combiner: Combiner) -> Any:
+        inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+        with self.one_by_one(_each_of(combiner.members)) as run:
+
+            def call(number: int, rows: Any) -> Any:
+                return run(combiner.members[number], lambda model: model.run(rows))
+
+            if combiner.stages is not None:
+                return combiner.stages.run(call, inputs)
+            outputs = [call(number, inputs) for number in range(len(combiner.members))]
+        return combiner.combine(outputs)
 
     def reset_state(self) -> None:
         """Implements `SnapshotEnsemble.reset_state`."""
@@ -312,24 +303,43 @@ class MemberPool:
             for states in self._cache.graphs.states.values():
                 reset_recurrent_states(self.model, states.values)
 
-    def is_too_large(self, indices: Sequence[int]) -> bool:
+    def is_too_large(self, indices: Collection[int]) -> bool:
         """Whether these members' weights exceed the memory limit; shared ones count once."""
         trained, frozen = bytes_of(self.model)
         return len(indices) * trained + frozen > self.memory_limit
+
+    def runs_one_by_one(self, indices: Collection[int], x: Any) -> bool:
+        """Whether these members run on these data one after another: arrays can be read again."""
+        return self.is_too_large(indices) and are_arrays(x)
+
+    def one_by_one(
+        self, combiner: Combiner, kind: type[MembersModel] = MembersModel
+    ) -> contextlib.AbstractContextManager[Callable[[int, Callable[[Any], Any]], Any]]:
+        """Lends a model that is one member after another to one thread.
+
+        Args:
+            combiner: The members that will run. It gets a list of one member's outputs.
+            kind: The class of the model.
+
+        Returns:
+            A context manager, whose value is a function of a member's index and of a function of
+            the model, which it calls while the model is this member.
+        """
+        return self._cache.one_by_one(self.view, combiner, kind)
 
     def members_model(self, combiner: Combiner, kind: type[MembersModel] = MembersModel) -> Any:
         """A model that runs the members; cached by the members and the combiner's name.
 
         Threads may share it to predict, but not to evaluate.
         """
-        view, key = self.view, key_of(combiner)
-        graphs = self._cache.graphs
-        model = graphs.models.get(key) if graphs.built_for == self._built_for(view) else None
+        view, key, cache = self.view, key_of(combiner), self._cache
+        graphs = cache.graphs
+        model = graphs.models.get(key) if graphs.built_for == cache.built_for(view) else None
         if model is None:
-            with self._cache.lock, outside_graphs():  # A user's `tf.function` may call this.
-                graphs = self._graphs(view)
+            with cache.lock, outside_graphs():  # A user's `tf.function` may call this.
+                graphs = self._graphs_with_room(view, combiner.members)
                 if key not in graphs.models:
-                    graphs.keep(key, self._build(graphs, view, combiner, kind))
+                    graphs.keep(key, cache.build(graphs, view, combiner, kind))
                 model = graphs.models[key]
         return model
 
@@ -339,17 +349,26 @@ class MemberPool:
     ) -> Iterator[Any]:
         """Lends a model that runs the members to one thread, since metrics add up inside it."""
         combiner = combiner._replace(name=("evaluate", *combiner.name))
-        view, key = self.view, key_of(combiner)
-        with self._cache.lock:
-            graphs = self._graphs(view)
-            model = graphs.models.pop(key, None) or self._build(graphs, view, combiner, kind)
-        with self._refusals():
+        view, key, cache = self.view, key_of(combiner), self._cache
+        with cache.lock:
+            graphs = self._graphs_with_room(view, combiner.members)
+            model = graphs.models.pop(key, None) or cache.build(graphs, view, combiner, kind)
+        with self.refusals():
             yield model
-        with self._cache.lock:
+        with cache.lock:
             graphs.keep(key, model)
 
+    def _graphs_with_room(self, view: View, indices: Sequence[int]) -> Graphs:
+        """The graphs of these members; what is in them is dropped if it would be too much."""
+        graphs = self._cache.graphs_of(view)
+        held = {*graphs.tensors, *indices}
+        count = len(held) + (graphs.one_by_one is not None)
+        if len(held) > len(graphs.tensors) and self.is_too_large(range(count)):
+            graphs = self._cache.emptied(view)
+        return graphs
+
     @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def refusals(self) -> Iterator[None]:
         """Raises `ValueError` if a graph finds that outputs that are passed through differ."""
         try:
             yield
@@ -358,40 +377,7 @@ class MemberPool:
                 raise
             raise ValueError(refusal) from None
 
-    def _built_for(self, view: View) -> Any:
-        # A new `compile` changes the metrics and perhaps the loss.
-        return view.version, compilation(self.model)
 
-    def _graphs(self, view: View) -> Graphs:
-        """The graphs that were built for these members and the compiled metrics."""
-        built_for = self._built_for(view)
-        if self._cache.graphs.built_for != built_for:
-            self._cache.graphs = Graphs(built_for)
-        return self._cache.graphs
-
-    def _build(
-        self,
-        graphs: Graphs,
-        view: View,
-        combiner: Combiner,
-        kind: type[MembersModel] = MembersModel,
-    ) -> MembersModel:
-        for index in sorted(set(combiner.members) - set(graphs.tensors)):
-            graphs.tensors[index] = as_tensors(view.weights(self.model, index), graphs.first)
-        states = self._states(graphs, combiner.members)
-        with self.model.distribute_strategy.scope():
-            weights = [graphs.tensors[index] for index in combiner.members]
-            own = [states[index].values for index in combiner.members]
-            model = kind(self.model, weights, combiner.combine, own, combiner.rows, combiner.stages)
-            compile_like(model, self.model)
-            # XLA gives wrong results where a number of rows is known only as the graph runs.
-            if combiner.stages is not None:
-                model.jit_compile = False
-        return model
-
-    def _states(self, graphs: Graphs, indices: Sequence[int]) -> dict[int, OwnStates]:
-        """The states of all members that have predicted, and of these members."""
-        with self.model.distribute_strategy.scope():
-            for index in sorted(set(indices) - set(graphs.states)):
-                graphs.states[index] = own_states(self.model, index)
-        return graphs.states
+def _each_of(members: list[int]) -> Combiner:
+    """A combiner of one member's outputs, which stay as they are."""
+    return Combiner(members, ("each",), operator.itemgetter(0))

@@ -1,7 +1,7 @@
 """Runs a model with weights other than its own."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -203,6 +203,54 @@ def assignments_kept_apart() -> Iterator[None]:
     """
     with keras.StatelessScope(), _finalizing.active(True):
         yield
+
+
+class _SendingScope(keras.StatelessScope):
+    """Assigns other variables at once in place of some; the others are not changed.
+
+    Args:
+        pairs: Pairs of a variable and of the one that is assigned in its place.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[keras.Variable, keras.Variable]]) -> None:
+        super().__init__()
+        self._targets = {id(variable): target for variable, target in pairs}
+        self.assigned: set[int] = set()
+
+    def get_current_value(self, variable: Any) -> Any:
+        if id(variable) not in self.assigned:
+            return super().get_current_value(variable)
+        with scopes_left():
+            return self._targets[id(variable)].value
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        variable, value = update
+        target = self._targets.get(id(variable))
+        if target is None:
+            super().add_update(update)  # Forgotten afterwards: a random seed, say.
+            return
+        with scopes_left():
+            target.assign(value)
+        self.assigned.add(id(variable))
+
+
+@contextlib.contextmanager
+def assignments_sent(model: keras.Model, targets: Sequence[keras.Variable]) -> Iterator[None]:
+    """What is assigned to the model's weights inside the context is assigned to other variables.
+
+    The model can thus read a file into them while another thread trains it.
+
+    Args:
+        model: A built model of any kind.
+        targets: In the order of `model.weights`. At the end, those that nothing was assigned to
+            get the model's own values.
+    """
+    pairs = list(zip(model.weights, targets, strict=True))
+    with _SendingScope(pairs) as scope, _finalizing.active(True):
+        yield
+    for variable, target in pairs:
+        if id(variable) not in scope.assigned:
+            target.assign(variable.value)
 
 
 @contextlib.contextmanager

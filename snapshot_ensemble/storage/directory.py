@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
+from snapshot_ensemble.keras_compat.stateless_call import assignments_sent
 from snapshot_ensemble.storage.atomic_file import Draft
 from snapshot_ensemble.storage.contents import whole_history
 from snapshot_ensemble.storage.file_names import MANIFEST
@@ -339,14 +340,18 @@ class DirectoryStore(ManifestDirectory):
             return base if is_base else read_difference(path, base)
         return load_weights(model, path, foreign=False)
 
-    def _put(self, kept: Manifest, member: keras.Model, model: keras.Model, index: int) -> None:
-        file = kept.files[index]
-        if _is_difference(file) or type(member) is not type(model):
+    def _put(self, kept: Manifest, member: Any, model: keras.Model, index: int) -> None:
+        file, in_order = kept.files[index], getattr(member, "in_model_order", None)
+        if _is_difference(file) or (in_order is None and type(member) is not type(model)):
             set_weights(member, self._weights(kept, model, index))
             return
-        # Read directly into the model, so that no second copy is in memory.
+        # Read directly into the variables, so that no second copy is in memory.
         self.wait_for_writes()
-        load_into(member, self._path(file))
+        if in_order is None:
+            load_into(member, self._path(file))
+        else:
+            with assignments_sent(model, in_order):
+                load_into(model, self._path(file))
 
     def model(self, custom_objects: dict[str, Any] | None = None) -> keras.Model:
         """The model that the snapshots belong to, compiled as it was."""

@@ -78,7 +78,7 @@ class MemoryStore:
             def weights(model: keras.Model, index: int) -> Weights:
                 return held[index]
 
-            def put(member: keras.Model, model: keras.Model, index: int) -> None:
+            def put(member: Any, model: keras.Model, index: int) -> None:
                 set_weights(member, held[index])
 
             learned = self.record.learned

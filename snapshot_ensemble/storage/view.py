@@ -5,6 +5,7 @@ import pathlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import keras
 
@@ -23,8 +24,8 @@ class View:
         progress: Returns how far training had come when it was last saved.
         weights: Returns the weights of one snapshot, in the order of `model.weights`; called with
             the model and the index.
-        put: Gives a model of the same architecture the weights of one snapshot; called with that
-            model, the model of the ensemble and the index.
+        put: Gives a model of the same architecture, or what has variables `in_model_order`, the
+            weights of one snapshot; called with it, the model of the ensemble and the index.
         files: The names of the files that are needed.
     """
 
@@ -33,7 +34,7 @@ class View:
     learned: Learned
     progress: Callable[[], Progress]
     weights: Callable[[keras.Model, int], Weights]
-    put: Callable[[keras.Model, keras.Model, int], None]
+    put: Callable[[Any, keras.Model, int], None]
     files: frozenset[str] = frozenset()
 
 

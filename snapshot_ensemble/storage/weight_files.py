@@ -70,7 +70,9 @@ def load_into(model: keras.Model, path: str | os.PathLike[str]) -> None:
     except Exception as error:  # Keras and h5py raise many classes of errors for a damaged file.
         raise SnapshotError(f"'{path}' does not hold weights of this model: {error}") from error
     refresh_derived_state(model)
-    gc.collect()  # Reading leaves reference cycles that hold arrays.
+    # Reading leaves reference cycles that hold arrays. To search all older objects, too, would take
+    # longer than to read a file of some megabytes.
+    gc.collect(1)
     if sys.platform == "linux":
         # glibc keeps the freed memory in pieces too small for the next arrays.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
@@ -84,16 +86,16 @@ def get_weights(model: Any) -> Weights:
 def set_weights(model: Any, weights: Sequence[Any]) -> None:
     """Sets the weights of a model or layer, and updates what its layers derive from them.
 
-    A class of the user's may override `set_weights`; a member that runs the user's model has its
-    weights in the order of that model.
+    A class of the user's may override `set_weights`. What runs the user's model with weights of
+    its own has them in the order of that model.
     """
     in_order = getattr(model, "in_model_order", None)
     if in_order is None:
         keras.layers.Layer.set_weights(model, weights)
-    else:
-        for variable, value in zip(in_order, weights, strict=True):
-            variable.assign(value)
-    refresh_derived_state(model)
+        refresh_derived_state(model)
+        return
+    for variable, value in zip(in_order, weights, strict=True):
+        variable.assign(value)
 
 
 def refresh_derived_state(model: Any) -> None:

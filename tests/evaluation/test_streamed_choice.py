@@ -15,6 +15,7 @@ from models import TASKS, compiled, dense, ensemble_of, pool_of
 
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.evaluation import streamed_choice
+from snapshot_ensemble.evaluation.gathering import predict_one_by_one
 from snapshot_ensemble.evaluation.member_counts import most_members
 from snapshot_ensemble.evaluation.streamed_choice import count_of_members
 from snapshot_ensemble.inference.member_pool import PredictArguments
@@ -90,6 +91,44 @@ def test_its_memory_does_not_grow_with_the_rows(monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < of_all
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("task", ["softmax", "regression"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_members_one_after_another_give_the_same_choice_in_parts(task, weighted, monkeypatch):
+    ens = ensemble_of(dense(*TASKS[task]), 5)
+    weight = RNG.integers(0, 3, 60).astype("float32") if weighted else None
+    expected = most_members(gathered(ens, ROWS, TARGETS[task], weight))
+    of_some = most_members(gathered(ens, ROWS[:21], TARGETS[task][:21]))
+    units = TASKS[task][1]
+    monkeypatch.setattr(streamed_choice, "MEMORY", 4 * 5 * units * 29)
+    parts = []
+
+    def predict(pool, combiner, x, **options):
+        parts.append(len(x))
+        return predict_one_by_one(pool, combiner, x, **options)
+
+    monkeypatch.setattr(streamed_choice, "predict_one_by_one", predict)
+    ens.memory_limit = 0
+    data = {"x": ROWS, "y": TARGETS[task], "batch_size": 7, "verbose": 0}
+    assert ens.choose_members(**data, sample_weight=weight) == expected
+    assert parts == [28, 28, 4]
+    assert ens.choose_members(**data, steps=3) == of_some
+    for wrong in (TARGETS[task][:50], np.concatenate([TARGETS[task]] * 2)):
+        with pytest.raises(ValueError, match="`y` must be as long as `x`"):
+            ens.choose_members(**{**data, "y": wrong})
+
+
+@pytest.mark.parametrize("kind", ["arrays", "a dataset"])
+def test_fit_chooses_by_arrays_if_members_exceed_the_memory_limit(kind, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(SnapshotEnsemble, "choose_members", lambda ens, **_: chosen.append(1))
+    ens = SnapshotEnsemble(dense(), cycles=2, memory_limit=0)
+    data = tf.data.Dataset.from_tensor_slices((ROWS, LABELS)).batch(20)
+    held_out = (ROWS, LABELS) if kind == "arrays" else data
+    ens.fit(ROWS, LABELS, epochs=2, verbose=0, validation_data=held_out)
+    assert len(chosen) == (kind == "arrays")
 
 
 def test_a_choice_that_fails_does_not_cost_the_run():
