@@ -1,6 +1,7 @@
 """All members as one Keras model, which calls the user's model with each member's weights."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from snapshot_ensemble.keras_compat.layer_graph import (
     operations_replaced,
 )
 from snapshot_ensemble.keras_compat.logits import attach, attached_to
+from snapshot_ensemble.keras_compat.own_methods import has_own_or_assigned
 from snapshot_ensemble.keras_compat.stateless_call import draws, draws_noticed, with_weights
 from snapshot_ensemble.keras_compat.stock_layers import has_own_predict_step
 from snapshot_ensemble.keras_compat.train_step import only_with
@@ -272,12 +274,20 @@ class MembersModel(keras.Model):
             outputs = outputs_traced_once(model, weights, inputs, own[0]) if is_plain else None
             return laid_out(inputs) if outputs is None else combine(outputs)
 
+        self._is_users = functools.partial(has_own_or_assigned, model)
+        self._of_users = functools.partial(getattr, model)
         self._run = run if rows is None else lambda inputs: in_batches(run, inputs, rows)
         self._in_graph = tf.function(run, autograph=False, reduce_retracing=True)
         self.laid_out = laid_out  # For what is exported: not all converters know functions.
         self.built = True
         if getattr(model, "output_names", None):
             self.output_names = model.output_names
+
+    def __getattr__(self, name: str) -> Any:
+        # What is not found here may be an attribute of the user's model, which callbacks use.
+        if name.startswith("_") or not self._is_users(name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self._of_users(name)
 
     def call(self, inputs: Any) -> Any:
         return self._run(inputs)

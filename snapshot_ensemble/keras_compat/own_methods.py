@@ -11,15 +11,15 @@ from snapshot_ensemble.keras_compat.context_patch import ContextPatch
 from snapshot_ensemble.keras_compat.layer_graph import graph_of
 
 
-def has_own(model: keras.Model, method: str) -> bool:
-    """Whether the class of a model defines this method of `keras.Model` anew."""
-    owners = (kind for kind in type(model).__mro__ if method in vars(kind))
-    return not next(owners).__module__.startswith("keras.src.")
+def has_own(model: keras.Model, attribute: str) -> bool:
+    """Whether the class of a model defines this attribute, such as a method, or defines it anew."""
+    owner = next((kind for kind in type(model).__mro__ if attribute in vars(kind)), None)
+    return owner is not None and not owner.__module__.startswith("keras.src.")
 
 
-def has_own_or_assigned(model: keras.Model, method: str) -> bool:
-    """Like `has_own`; also if the method was assigned to this model alone."""
-    return method in vars(model) or has_own(model, method)
+def has_own_or_assigned(model: keras.Model, attribute: str) -> bool:
+    """Like `has_own`; also if the attribute was assigned to this model alone."""
+    return attribute in vars(model) or has_own(model, attribute)
 
 
 class _Calls:

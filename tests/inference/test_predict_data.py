@@ -109,6 +109,34 @@ def test_callbacks_see_each_batch_once(cases):
     assert seen == [0, 1, 2, 3, 4] * 2
 
 
+class WithCounter(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3, "softmax")
+        self.counter = [0]
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def count(self):
+        self.counter[0] += 1
+
+
+def test_callbacks_use_attributes_of_the_users_own_model():
+    model = WithCounter()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model(ROWS[:1])
+    callback = keras.callbacks.LambdaCallback()
+    callback.on_predict_batch_end = lambda batch, logs: callback.model.count()
+    callback.on_test_batch_end = lambda batch, logs: callback.model.count()
+    ens = ensemble_of(model, MEMBERS)
+    ens.predict(ROWS, batch_size=5, callbacks=[callback], verbose=0)
+    ens.evaluate(ROWS, LABELS, batch_size=5, callbacks=[callback], verbose=0)
+    assert model.counter == [2 * -(-len(ROWS) // 5)]
+    with pytest.raises(AttributeError, match="has no attribute 'inputs'"):
+        _ = callback.model.inputs
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -68,10 +68,12 @@ def test_methods_of_the_users_are_told_from_those_of_keras():
         assert has_own(model, "test_step")
         assert not has_own(model, "train_step")
     for model in (keras.Model(inputs, outputs), keras.Sequential([inputs, layers.Dense(1)])):
-        for name in ("test_step", "train_step", "predict_step", "predict", "evaluate"):
+        for name in ("test_step", "train_step", "predict_step", "predict", "evaluate", "missing"):
             assert not has_own_or_assigned(model, name)
     model.predict = print
+    model.counter = 0
     assert has_own_or_assigned(model, "predict")
+    assert has_own_or_assigned(model, "counter")
 
 
 def test_a_predict_step_is_traced_without_changing_the_model():
