@@ -36,13 +36,21 @@ def before_each_step(model: keras.Model, action: Callable[[], None]) -> Iterator
         model.train_function = None
 
 
-def only_with(data: Any) -> Any:
+@contextlib.contextmanager
+def only_with(data: Any) -> Iterator[None]:
     """Operations inside the context run only if there is a batch.
 
     With data of unknown length, the last call of a compiled function gets none. Operations that
     need nothing of it, such as counting a step, would still run.
     """
-    return tf.control_dependencies(_tensors(data))
+
+    def create(creator: Callable[..., Any], **arguments: Any) -> Any:
+        # Metrics make their variables at the first batch. XLA refuses those that depend on it.
+        with tf.control_dependencies(None):
+            return creator(**arguments)
+
+    with tf.control_dependencies(_tensors(data)), tf.variable_creator_scope(create):
+        yield
 
 
 def _tensors(data: Any) -> list[Any]:

@@ -168,6 +168,17 @@ def always_seven(y_true, y_pred):
     return ops.zeros_like(y_pred[:, 0]) + 7
 
 
+@pytest.mark.parametrize("memory_limit", [2**28, 0])
+def test_scores_of_graphs_that_xla_compiles(memory_limit):
+    """XLA refuses metrics whose variables depend on the batch at which they are made."""
+    ens = ensemble_of(dense(metrics=["accuracy"], jit_compile=True), MEMBERS)
+    ens.memory_limit = memory_limit
+    mean = np.mean([member.predict(ROWS, verbose=0) for member in ens], axis=0)
+    picked = mean[np.arange(len(ROWS)), LABELS]
+    expected = [-np.log(picked).mean(), np.mean(mean.argmax(axis=-1) == LABELS)]
+    assert_close(ens.evaluate(ROWS, LABELS, batch_size=8, verbose=0), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_data_of_unknown_length_count_each_batch_once():
     """The last call of Keras's compiled function finds no batch."""
