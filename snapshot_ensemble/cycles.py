@@ -47,8 +47,8 @@ class Cycle:
         lr_min: The floor that it anneals to.
         warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
         shrink: The share of the weights that is carried over into it, as passed by the user.
-        is_decided: Whether it will be run like this. If not, `Plan.due` says when it is decided
-            whether it is cut short, and other cycles follow.
+        is_decided: Whether it will be run like this. If not, it may be cut short after one of the
+            epochs `Plan.due`, and other cycles follow.
         span: The epochs that its cosine is made for; more than its length if it was cut short.
             Then there is no snapshot at its end. Defaults to its length.
     """
@@ -99,8 +99,10 @@ class Plan(list[Cycle]):
             shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
             rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
         if not self.is_decided:
-            note = f"after epoch {self.due - 1}: stays, or cut short for {self.MORE} cycles"
-            rows = [(*row, text) for row, text in zip(rows, ("decided", note), strict=True)]
+            first, last = self.due[0] - 1, self.due[-1] - 1
+            note = f"after epochs {first}-{last}, for {self.MORE} cycles"
+            notes = ("may be cut short", *[""] * (len(self) - 1), note)
+            rows = [(*row, text) for row, text in zip(rows, notes, strict=True)]
         return text_table(rows, "r")
 
     __repr__ = __str__
@@ -131,19 +133,22 @@ class Plan(list[Cycle]):
         return self[-1].is_decided
 
     @property
-    def due(self) -> int:
-        """The epoch at whose start a plan that is not decided is decided."""
-        return self[-1].first_epoch + self[-1].length // 5
+    def due(self) -> range:
+        """The epochs at whose start its last cycle may be cut short: from one to two fifths."""
+        first, length = self[-1].first_epoch, self[-1].length
+        return range(first + length // 5, first + 2 * length // 5 + 1)
 
-    def decided(self, is_cut: bool) -> "Plan":
-        """The plan as it is run: its last cycle stays, or is cut short for more of equal lengths.
+    def decided(self) -> "Plan":
+        """The same plan, which will be run like this."""
+        return Plan(dataclasses.replace(cycle, is_decided=True) for cycle in self)
+
+    def cut_short(self, first: int) -> "Plan":
+        """The plan with its last cycle cut short, and more cycles of equal lengths from an epoch.
 
         The first of these goes on with the weights of the one that was cut short, and has its
         number.
         """
-        (*before, rest), first = self, self.due
-        if not is_cut:
-            return Plan([*before, dataclasses.replace(rest, is_decided=True)])
+        *before, rest = self
         cut = dataclasses.replace(rest, last_epoch=first - 1, span=rest.length, is_decided=True)
         plan = Plan([*before, cut])
         for index, length in enumerate(equal_lengths(rest.last_epoch + 1 - first, self.MORE)):

@@ -111,7 +111,7 @@ class EqualCycles(Schedule):
 
 
 class AutoCycles(Schedule):
-    """One cycle, of which it is decided after a fifth of it whether it is cut short for more.
+    """One cycle, which may be cut short for more of them after one to two fifths of it.
 
     With fewer than ten epochs it always stays one: they would be too short.
     """

@@ -80,11 +80,18 @@ class Run:
 
         It depends on the epochs before alone, so a resumed run decides as the interrupted one did.
         """
-        if self.plan.is_decided or epoch - self.first_epoch < self.plan.due:
+        plan, progress, before = self.plan, self.progress, self.epochs_before
+        if plan.is_decided:
             return None
-        before, progress = self.epochs_before, self.progress
-        decision = decide(progress.history, before, before + self.plan.due)
-        self.plan = self.plan.decided(decision.is_cut)
+        for due in plan.due:
+            if due > epoch - self.first_epoch:
+                return None
+            decision = decide(progress.history, before, before + due)
+            if decision.is_cut:
+                self.plan = plan.cut_short(due)
+                break
+        else:
+            self.plan = plan.decided()
         earlier = [own for own in progress.decisions if own.epoch < decision.epoch]
         progress.decisions = [*earlier, decision]
         return decision

@@ -22,7 +22,9 @@ from resume_cases import (
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.schedules import AutoCycles, EqualCycles
+from snapshot_ensemble.storage.record import Progress
 from snapshot_ensemble.training.cutting_short import MAX_LEFT, MIN_GAP, decide, described
+from snapshot_ensemble.training.run import Run
 
 # After one epoch a member may be far worse than the others.
 pytestmark = pytest.mark.filterwarnings("ignore:Far worse than the others")
@@ -76,28 +78,32 @@ def test_the_scale_of_the_loss_does_not_matter(scale, share):
     assert decide(history([scale, abs(share) * scale]), 0, 2).is_cut == (abs(share) <= MAX_LEFT)
 
 
-@given(st.integers(1, 400), st.booleans(), st.integers(1, 7))
-def test_a_plan_that_is_decided_covers_the_budget(epochs, is_cut, steps):
+@given(st.integers(1, 200), st.integers(1, 5))
+def test_a_plan_that_is_decided_covers_the_budget(epochs, steps):
     plan = AutoCycles(0.1).plan(epochs)
     ordinary = EqualCycles(1, 0.1).plan(epochs)
     assert plan == ordinary
     assert plan.is_decided == (epochs < 10)
     if plan.is_decided:
         return
-    decided = plan.decided(is_cut)
-    assert decided.is_decided
-    if not is_cut:
-        assert decided == ordinary
-        return
-    assert [e for c in decided for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
-    assert [c.index for c in decided] == [0, *range(Plan.MORE)]
-    assert [c.ends_at_floor for c in decided] == [False] + [True] * Plan.MORE
+    assert plan.decided() == ordinary
+    assert plan.decided().is_decided
+    assert list(plan.due) == [*range(epochs // 5, 2 * epochs // 5 + 1)]
+    for due in plan.due:
+        assert_cut_short(plan.cut_short(due), due, epochs, steps)
+
+
+def assert_cut_short(plan, due, epochs, steps):
+    assert plan.is_decided
+    assert [e for c in plan for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
+    assert [c.index for c in plan] == [0, *range(Plan.MORE)]
+    assert [c.ends_at_floor for c in plan] == [False] + [True] * Plan.MORE
     # Until it is cut short, the rate is that of one ordinary run.
-    lead, *others = decided
-    assert lead.length == epochs // 5
-    first = lead.length * steps
-    np.testing.assert_array_equal(lead.rates(steps), ordinary[0].rates(steps)[:first])
-    rest = EqualCycles(Plan.MORE, 0.1).plan(epochs - lead.length)
+    lead, *others = plan
+    assert lead.length == due
+    ordinary = EqualCycles(1, 0.1).plan(epochs)[0].rates(steps)
+    np.testing.assert_array_equal(lead.rates(steps), ordinary[: due * steps])
+    rest = EqualCycles(Plan.MORE, 0.1).plan(epochs - due)
     for cycle, expected in zip(others, rest, strict=True):
         np.testing.assert_array_equal(cycle.rates(steps), expected.rates(steps))
 
@@ -140,9 +146,10 @@ def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates, members):
     )
     assert [snapshot.cycle for snapshot in ens.snapshots] == list(range(members))
     [decision] = ens.decisions
-    assert (decision.epoch, decision.is_cut) == (2, members > 1)
+    epoch = 2 if members > 1 else 4
+    assert (decision.epoch, decision.is_cut) == (epoch, members > 1)
     assert decision.first_loss == result.history["loss"][0]
-    assert decision.loss == result.history["loss"][1]
+    assert decision.loss == result.history["loss"][epoch - 1]
     if members > 1:
         assert decision.val_loss == min(result.history["val_loss"][:2])
     else:
@@ -172,10 +179,30 @@ def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
     assert len(ens.decisions) == 1
 
 
+@pytest.mark.parametrize("seen_at", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("memorises_at", [0, 3, 5, 8, 9])
+def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
+    """Whether epoch after epoch is asked, or all at once when a run is resumed."""
+    losses = [1.0] * memorises_at + [0.5] * 20
+    plan, progress = AutoCycles(0.1).plan(20), Progress()
+    asked = Run(plan, 0, None, None, None, progress)
+    resumed = Run(plan, 0, None, None, None, Progress())
+    progress.history = resumed.progress.history = {"loss": losses, "val_loss": [1.0] * len(losses)}
+    decisions = [decision for epoch in range(seen_at + 1) if (decision := asked.decide(epoch))]
+    assert asked.decide(seen_at) is None  # Once is enough.
+    cut = max(4, memorises_at + 1)  # After the first epoch that shows it.
+    expected = plan.cut_short(cut) if cut <= seen_at else plan
+    assert asked.plan == expected
+    assert asked.plan.is_decided == (cut <= seen_at or seen_at == 8)
+    decision = resumed.decide(seen_at)
+    assert decisions == ([] if decision is None else [decision])
+    assert (resumed.plan, resumed.progress.decisions) == (asked.plan, progress.decisions)
+
+
 def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
     ens.fit(X, Y, batch_size=8, epochs=20, initial_epoch=10, verbose=0)
-    assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (12, False)]
+    assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (14, False)]
     assert ens.history["cycle"][10:] == [5] * 10
 
 
@@ -245,7 +272,7 @@ def test_steps_per_epoch_and_datasets(is_known):
 def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(X, Y, batch_size=8, epochs=10, verbose=2)
-    first, loss = ens.history["loss"][:2]
+    first, loss = ens.history["loss"][0], ens.history["loss"][3]
     sentence = f"one cycle to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
     assert f"It is still learning: {sentence}" in capsys.readouterr().out
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
@@ -263,11 +290,9 @@ def test_a_plan_says_what_is_not_decided():
     plan = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1).plan(30)
     assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
     head, cycle = str(plan).splitlines()
-    assert head.endswith("decided")
-    assert cycle.endswith("after epoch 5: stays, or cut short for 5 cycles")
-    assert (
-        str(plan.decided(True)).splitlines()[0] == str(EqualCycles(2, 0.1).plan(4)).splitlines()[0]
-    )
+    assert head.endswith("may be cut short")
+    assert cycle.endswith("after epochs 5-11, for 5 cycles")
+    assert "may be" not in str(plan.decided()) + str(plan.cut_short(6))
 
 
 @pytest.mark.parametrize("cycles", ["five", "5", ""])
