@@ -258,8 +258,13 @@ class SnapshotEnsemble:
             ValueError: If the budget cannot be split into whole cycles, or the floor is above
                 the peak.
         """
-        plan, done = self.schedule.plan(epochs, self._peak()), self._store.record.progress.done
+        plan = self._plan(whole_number("epochs", epochs, 1), None)
+        done = self._store.record.progress.done
         return plan.with_shrink(self.shrink, restarts_first=done.cycles > 0)
+
+    def _plan(self, epochs: int | None, initial_epoch: int | None) -> Plan:
+        limit = keras.config.max_epochs()
+        return plan_of_fit(self.schedule, epochs, initial_epoch, self._peak(), limit)
 
     def _peak(self) -> float:
         peak = self.schedule.lr_init
@@ -372,7 +377,7 @@ class SnapshotEnsemble:
             x: As for `model.fit`.
             y: As for `model.fit`.
             epochs: The budget. Defaults to `None`: ten epochs a cycle, or five cycles of a
-                given schedule.
+                given schedule. `keras.config.set_max_epochs` limits it, and the cycles with it.
             resume: Whether to continue a run that was interrupted. A run that has ended is not
                 run again; one that never began is begun. Defaults to `False`.
             overwrite: Whether new snapshots replace the existing ones, in memory or in the
@@ -419,14 +424,13 @@ class SnapshotEnsemble:
         keep_going: bool,
         fit_arguments: dict[str, Any],
     ) -> keras.callbacks.History:
-        first = fit_arguments.get("initial_epoch")
         session = FitSession(
             model=self.model,
             store=self._store,
             settings=self._settings(),
             rate=self._rate,
             restarter=self._restarter,
-            plan=plan_of_fit(self.schedule, epochs, first, self._peak()),
+            plan=self._plan(epochs, fit_arguments.get("initial_epoch")),
             directory=self.directory,
             next_run=self._next_run,
             max_snapshots=self.max_snapshots,

@@ -35,6 +35,10 @@ class Schedule:
         """The constructor's arguments."""
         raise NotImplementedError
 
+    def shortened(self, epochs: int) -> "Schedule":
+        """This schedule, with fewer or shorter cycles if it cannot split so few epochs."""
+        raise NotImplementedError
+
     def _peak(self, lr_init: float | None) -> float:
         peak = self.lr_init if lr_init is None else real_number("lr_init", lr_init, positive=True)
         if peak is None:
@@ -109,6 +113,9 @@ class EqualCycles(Schedule):
     def get_config(self) -> dict[str, Any]:
         return {"cycles": self.cycles, "lr_init": self.lr_init, "lr_min": self.lr_min}
 
+    def shortened(self, epochs: int) -> Schedule:
+        return EqualCycles(min(self.cycles, epochs), self.lr_init, self.lr_min)
+
 
 class AutoCycles(Schedule):
     """One cycle, which may be cut short for more of them after one to two fifths of it.
@@ -133,6 +140,9 @@ class AutoCycles(Schedule):
 
     def get_config(self) -> dict[str, Any]:
         return {"cycles": "auto", "lr_init": self.lr_init, "lr_min": self.lr_min}
+
+    def shortened(self, epochs: int) -> Schedule:
+        return self  # It can split any budget.
 
 
 class CosineAnnealing(Schedule):
@@ -237,6 +247,11 @@ class CosineAnnealing(Schedule):
         names = ("cycle_length", "cycle_length_multiplier", "lr_init", "lr_min")
         return {name: getattr(self, name) for name in (*names, "lr_multiplier", "warmup")}
 
+    def shortened(self, epochs: int) -> Schedule:
+        length = min(self.cycle_length, epochs)
+        warmup = min(self.warmup, length - 1)
+        return CosineAnnealing(**{**self.get_config(), "cycle_length": length, "warmup": warmup})
+
 
 def as_schedule(
     cycles: Any, schedule: CosineAnnealing | None, lr_init: float | None, lr_min: float
@@ -264,7 +279,11 @@ def as_schedule(
 
 
 def plan_of_fit(
-    schedule: Schedule, epochs: int | None, initial_epoch: int | None, lr_init: float
+    schedule: Schedule,
+    epochs: int | None,
+    initial_epoch: int | None,
+    lr_init: float,
+    max_epochs: int | None = None,
 ) -> Plan:
     """The cycles of the epochs from `initial_epoch` to `epochs`, as `model.fit` counts them.
 
@@ -273,16 +292,29 @@ def plan_of_fit(
         epochs: The number of the last epoch, counted from 1; None for the default budget.
         initial_epoch: How many epochs are left out.
         lr_init: The peak, for a schedule that was made without one.
+        max_epochs: Keras's limit of `epochs` for debugging. The cycles are then as many and as
+            long as it allows. Defaults to `None`: no limit.
     """
     first = whole_number("initial_epoch", initial_epoch or 0, 0)
     if epochs is None:
-        return schedule.plan(schedule.default_epochs(), lr_init)
-    if first and whole_number("epochs", epochs, 1) <= first:
+        budget = schedule.default_epochs()
+    else:
+        budget = whole_number("epochs", epochs, 1) - first
+    if budget < 1:
         raise ValueError(
             "`epochs` is the number of the final epoch, as in Keras, and must be above "
             f"`initial_epoch`. Received: epochs={epochs}, initial_epoch={first}"
         )
-    return schedule.plan(epochs - first if first else epochs, lr_init)
+    if max_epochs and max_epochs < first + budget:
+        budget = max_epochs - first
+        if budget < 1:
+            raise ValueError(
+                "`keras.config.max_epochs()` must be above `initial_epoch`. Received: "
+                f"max_epochs={max_epochs}, initial_epoch={first}. Remove the limit with "
+                "`keras.config.set_max_epochs(None)`."
+            )
+        schedule = schedule.shortened(budget)
+    return schedule.plan(budget, lr_init)
 
 
 def settings_of(schedule: Schedule) -> dict[str, Any]:

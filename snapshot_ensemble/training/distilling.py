@@ -244,7 +244,13 @@ def distill(
         settings={},
         rate=rate,
         restarter=Restarter(1.0),
-        plan=plan_of_fit(schedule, epochs, fit_arguments.get("initial_epoch"), peak),
+        plan=plan_of_fit(
+            schedule,
+            epochs,
+            fit_arguments.get("initial_epoch"),
+            peak,
+            keras.config.max_epochs(),
+        ),
         directory=None,
     )
     student.history = session.run(x, y, fit_arguments)

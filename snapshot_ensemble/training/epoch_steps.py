@@ -75,7 +75,8 @@ def epoch_steps(
         arguments: The other arguments of `model.fit`.
         nominal: What Keras reports; None if it does not know.
     """
-    if arguments.get("steps_per_epoch") is None:
+    # Keras's limit for debugging is one more way to pass `steps_per_epoch`.
+    if arguments.get("steps_per_epoch") is None and not keras.config.max_steps_per_epoch():
         return EpochSteps(nominal)
     split = arguments.get("validation_split") if arguments.get("validation_data") is None else 0
     held = _batches(x, arguments.get("batch_size"), split or 0)
