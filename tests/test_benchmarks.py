@@ -255,12 +255,14 @@ def test_differences_are_computed_within_seeds():
 
 
 @pytest.mark.parametrize("name", accuracy.TASKS)
-def test_each_model_returns_probabilities_of_its_classes(name):
+def test_each_model_returns_probabilities_of_its_classes_or_a_value(name):
     task = accuracy.TASKS[name]
     model = task.model()
     (shape,) = {tuple(tensor.shape[1:]) for tensor in model.inputs}
     actual = model(np.ones((2, *shape), model.inputs[0].dtype)).numpy()
     assert actual.shape == (2, task.classes)
+    if task.loss == "mse":
+        return
     np.testing.assert_allclose(actual.sum(axis=1), 1, rtol=1e-5)
 
 

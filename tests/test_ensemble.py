@@ -46,7 +46,7 @@ SCHEDULE = CosineAnnealing(2, lr_init=0.5)
         ({"cycles": -1}, ValueError, "`cycles` must be at least 1. Received: cycles=-1"),
         ({"cycles": 1.5}, TypeError, "`cycles` must be a whole number. Received: cycles=1.5"),
         ({"cycles": True}, TypeError, "`cycles` must be a whole number. Received: cycles=True"),
-        ({"cycles": "a"}, TypeError, "`cycles` must be a whole number. Received: cycles='a'"),
+        ({"cycles": "a"}, ValueError, "must be a whole number or 'auto'. Received: cycles='a'"),
         ({"cycles": None}, TypeError, "`cycles` must be a whole number. Received: cycles=None"),
         ({"lr_init": 0}, ValueError, "`lr_init` must be finite and above 0. Received: lr_init=0"),
         ({"lr_init": -0.1}, ValueError, "Received: lr_init=-0.1"),

@@ -354,6 +354,7 @@ print("at once", grows(lambda: ens.predict(x, verbose=0)))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+@pytest.mark.slow
 def test_the_memory_of_the_process_grows_by_one_member(tmp_path):
     """Peaks of all memory of a new process, with all that TensorFlow and NumPy take."""
     width, count = 1400, 8

@@ -250,7 +250,7 @@ def test_a_callback_sees_the_whole_budget():
 
 # Keras says this of all data whose number of steps it does not know.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("is_known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_steps_per_epoch_and_datasets(is_known):
     def endless():
         data = tf.data.Dataset.from_tensor_slices((X, Y))
