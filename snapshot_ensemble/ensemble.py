@@ -94,11 +94,12 @@ class SnapshotEnsemble:
         cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
             epoch; the longer ones come last. `"auto"`: the rate first follows the cosine of one
             ordinary run. If the network begins to memorise its training data after one to two
-            fifths of the epochs (its `loss` is more than 20 % below its lowest `val_loss` so far
-            or, without validation data, below a twentieth of that of the first epoch), the rest is
-            split into five cycles. Otherwise it is still learning, and the run stays one ordinary
-            run, with one member and without `epistemic` uncertainty; so it does with fewer than
-            ten epochs. `decisions` says what was decided, and from what. Defaults to `5`.
+            fifths of the epochs (in two epochs in a row, its `loss` is more than 20 % below its
+            lowest `val_loss` so far or, without validation data, below a twentieth of that of the
+            first epoch), the rest is split into five cycles. Otherwise it is still learning, and
+            the run stays one ordinary run, with one member and without `epistemic` uncertainty;
+            so it does with fewer than ten epochs. `decisions` says what was decided, and from
+            what. Defaults to `5`.
         schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (for a schedule, its rate at step 0).

@@ -4,6 +4,7 @@ A network that is still learning gains nothing from restarts within a short budg
 one ordinary run. One that memorises gains from several members, which differ.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,8 @@ from snapshot_ensemble.storage.record import Decision
 MIN_GAP = 0.2
 # Without validation data: if its training loss is below this fraction of that of its first epoch.
 MAX_LEFT = 0.05
+# In so many epochs in a row: the rate is still high, so single epochs are noisy.
+EPOCHS = 2
 
 
 def decide(history: Mapping[str, list[Any]], first: int, last: int) -> Decision:
@@ -28,11 +31,15 @@ def decide(history: Mapping[str, list[Any]], first: int, last: int) -> Decision:
         last: The epoch after its last one so far.
     """
     losses, val_losses = (history.get(name, [])[first:last] for name in ("loss", "val_loss"))
-    first_loss, loss = (_known(losses[i]) if losses else None for i in (0, -1))
-    # The rate is still high, so single epochs are noisy.
-    val_loss = min(filter(_is_known, val_losses), default=None)
-    is_cut = _has_memorised(first_loss, loss, val_loss)
-    return Decision(last, is_cut, first_loss, loss, val_loss)
+    known = [value if _is_known(value) else math.inf for value in val_losses]
+    lowest = list(itertools.accumulate(known, min)) or [math.inf] * len(losses)
+    first_loss = losses[0] if losses and _is_known(losses[0]) else None
+    recent = list(zip(losses, lowest, strict=True))[-EPOCHS:]
+    memorised = [_has_memorised(first_loss, *losses) for losses in recent]
+    loss, val_loss = (
+        value if _is_known(value) else None for value in (recent or [(None,) * 2])[-1]
+    )
+    return Decision(last, len(memorised) == EPOCHS and all(memorised), first_loss, loss, val_loss)
 
 
 def described(decision: Decision) -> str:
@@ -49,17 +56,13 @@ def described(decision: Decision) -> str:
     return f"It is still learning: one cycle to the end ({why})"
 
 
-def _has_memorised(first_loss: float | None, loss: float | None, val_loss: float | None) -> bool:
-    if loss is None:
+def _has_memorised(first_loss: float | None, loss: float, val_loss: float) -> bool:
+    if not _is_known(loss):
         return False
-    if val_loss is not None:
+    if math.isfinite(val_loss):
         return val_loss - loss > MIN_GAP * abs(val_loss)
     return first_loss is not None and first_loss > 0 and loss <= MAX_LEFT * first_loss
 
 
 def _is_known(value: Any) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _known(value: Any) -> float | None:
-    return value if _is_known(value) else None

@@ -37,24 +37,27 @@ def history(losses, val_losses=None):
 @pytest.mark.parametrize(
     ("losses", "val_losses", "is_cut"),
     [
-        ([2.0, 1.2], [1.9, 1.17], False),  # Below: augmented or with dropout.
-        ([2.0, 1.2], [1.9, 1.3], False),
-        ([2.0, 0.4], [1.9, 1.3], True),
-        ([2.0, 1.2], [1.1, 1.6], False),  # At a high rate a single epoch may be bad.
-        ([2.0, 0.8], [1.1, 1.6], True),
-        ([2.0, 0.0], [1.9, 0.0], False),  # Nothing was memorised that did not hold.
-        ([2.0, -3.0], [1.9, -1.0], True),  # Likelihoods of densities may be negative.
-        ([2.0, -1.0], [1.9, -1.1], False),
-        ([2.0, 1.2], None, False),
-        ([2.0, 0.1], None, True),
-        ([2.0, 0.2], None, False),
-        ([0.0, 0.0], None, False),
-        ([-1.0, -2.0], None, False),  # Such a loss has no lower end to compare with.
-        ([2.0, np.nan], None, False),
-        ([np.nan, np.nan], [1.0, 1.0], False),
-        ([2.0, 0.4], [np.nan, np.nan], False),
-        ([2.0, 0.4], [np.nan, 1.3], True),
-        ([2.0, 0.4, 0.3], [None, 1.3, None], True),  # `validation_freq=2`
+        ([2.0, 1.2, 1.2], [1.9, 1.17, 1.2], False),  # Below: augmented or with dropout.
+        ([2.0, 1.2, 1.2], [1.9, 1.3, 1.3], False),
+        ([2.0, 0.5, 0.4], [1.9, 1.3, 1.3], True),
+        ([2.0, 1.3, 0.4], [1.9, 1.3, 1.3], False),  # Once may be chance.
+        ([2.0, 0.5, 1.2], [1.9, 1.3, 1.3], False),
+        ([2.0, 1.2, 1.2], [1.1, 1.6, 1.6], False),  # At a high rate a single epoch may be bad.
+        ([2.0, 0.8, 0.8], [1.1, 1.6, 1.6], True),
+        ([2.0, 0.0, 0.0], [1.9, 0.0, 0.0], False),  # Nothing was memorised that did not hold.
+        ([2.0, -3.0, -3.0], [1.9, -1.0, -1.0], True),  # Likelihoods of densities may be negative.
+        ([2.0, -1.0, -1.0], [1.9, -1.1, -1.1], False),
+        ([2.0, 1.2, 1.2], None, False),
+        ([2.0, 0.1, 0.1], None, True),
+        ([2.0, 0.2, 0.1], None, False),
+        ([0.0, 0.0, 0.0], None, False),
+        ([-1.0, -2.0, -2.0], None, False),  # Such a loss has no lower end to compare with.
+        ([2.0, 0.1, np.nan], None, False),
+        ([np.nan, np.nan, np.nan], [1.0, 1.0, 1.0], False),
+        ([2.0, 0.4, 0.4], [np.nan, np.nan, np.nan], False),
+        ([2.0, 0.4, 0.4], [np.nan, 1.3, np.nan], True),
+        ([2.0, 0.4, 0.3, 0.3], [None, 1.3, None, 1.4], True),  # `validation_freq=2`
+        ([0.1], [1.0], False),
         ([], None, False),
     ],
 )
@@ -73,9 +76,11 @@ def test_only_the_epochs_of_the_run_decide():
 def test_the_scale_of_the_loss_does_not_matter(scale, share):
     if min(abs(share - MIN_GAP), abs(abs(share) - MAX_LEFT)) < 1e-6:
         return
-    decision = decide(history([2.0, scale * (1 - share)], [2 * scale, scale]), 0, 2)
+    losses = [scale * (1 - share)] * 2
+    decision = decide(history([2.0, *losses], [2 * scale, scale, scale]), 0, 3)
     assert decision.is_cut == (share > MIN_GAP)
-    assert decide(history([scale, abs(share) * scale]), 0, 2).is_cut == (abs(share) <= MAX_LEFT)
+    left = [abs(share) * scale] * 2
+    assert decide(history([scale, *left]), 0, 3).is_cut == (abs(share) <= MAX_LEFT)
 
 
 @given(st.integers(1, 200), st.integers(1, 5))
@@ -180,7 +185,7 @@ def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
 
 
 @pytest.mark.parametrize("seen_at", [4, 5, 6, 7, 8])
-@pytest.mark.parametrize("memorises_at", [0, 3, 5, 8, 9])
+@pytest.mark.parametrize("memorises_at", [0, 3, 5, 6, 7, 9])
 def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
     """Whether epoch after epoch is asked, or all at once when a run is resumed."""
     losses = [1.0] * memorises_at + [0.5] * 20
@@ -190,7 +195,7 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
     progress.history = resumed.progress.history = {"loss": losses, "val_loss": [1.0] * len(losses)}
     decisions = [decision for epoch in range(seen_at + 1) if (decision := asked.decide(epoch))]
     assert asked.decide(seen_at) is None  # Once is enough.
-    cut = max(4, memorises_at + 1)  # After the first epoch that shows it.
+    cut = max(4, memorises_at + 2)  # After two epochs that show it.
     expected = plan.cut_short(cut) if cut <= seen_at else plan
     assert asked.plan == expected
     assert asked.plan.is_decided == (cut <= seen_at or seen_at == 8)
