@@ -328,6 +328,9 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         "early": 3,
         "statistics": 2,
         "slots": 2,
+        "star": 2,
+        "taught": 2,
+        "taught_by_all": 2,
     }
     # Every second late snapshot is the member itself, and its average is similar.
     averages, own = members["averaged"], members["late"][1::2]
