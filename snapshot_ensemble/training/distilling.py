@@ -238,19 +238,14 @@ def distill(
     distiller = Distiller(student, lesson, has_targets)
     rate = AnnealedRate(distiller)
     peak = rate.compiled if schedule.lr_init is None else schedule.lr_init
+    first = fit_arguments.get("initial_epoch")
     session = FitSession(
         model=distiller,
         store=MemoryStore(),
         settings={},
         rate=rate,
         restarter=Restarter(1.0),
-        plan=plan_of_fit(
-            schedule,
-            epochs,
-            fit_arguments.get("initial_epoch"),
-            peak,
-            keras.config.max_epochs(),
-        ),
+        plan=plan_of_fit(schedule, epochs, first, peak, keras.config.max_epochs()),
         directory=None,
     )
     student.history = session.run(x, y, fit_arguments)
