@@ -63,7 +63,7 @@ def test_it_trains_the_ensemble_that_one_would_train_by_hand():
     history = ens.fit(X, CODES, epochs=4, batch_size=20, verbose=0)
     assert_same(member_weights(actual.ensemble_), member_weights(ens))
     assert actual.history_ == history.history
-    np.testing.assert_array_equal(actual.predict_proba(X), ens.predict(X, verbose=0))
+    np.testing.assert_array_equal(actual.predict_proba(X), ens.predict(X, batch_size=20, verbose=0))
 
 
 def test_labels_are_the_most_probable_classes(fitted):
@@ -275,7 +275,7 @@ def test_validation_data_choose_the_members():
     loss = ens.evaluate(X[40:], CODES[40:], members=1, sample_weight=weights, verbose=0)
     assert_close(estimator.history_["val_loss"][-1], loss, 1e-4)
     assert ens.weights.shape == (3,)
-    expected = ens.predict(X, combine="weighted", verbose=0)
+    expected = ens.predict(X, combine="weighted", batch_size=60, verbose=0)
     np.testing.assert_array_equal(estimator.predict_proba(X), expected)
 
 
