@@ -11,10 +11,8 @@ from resume_cases import (
     ROWS,
     X,
     Y,
-    arrays,
     assert_same_outcome,
     crash_in_epoch,
-    dense,
     outcome,
     run,
 )
@@ -113,8 +111,22 @@ def assert_cut_short(plan, due, epochs, steps):
         np.testing.assert_array_equal(cycle.rates(steps), expected.rates(steps))
 
 
-def auto(directory, **arguments):
-    return run(directory, cycles="auto", epochs=10, **arguments)
+BATCH = 12
+
+
+def dense():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+    # Eager, since tracing takes longer than a few steps of a small model.
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    return model
+
+
+def arrays():
+    return {"x": X, "y": Y, "batch_size": BATCH}
+
+
+def auto(directory, data=arrays, **arguments):
+    return run(directory, dense, data, cycles="auto", epochs=10, **arguments)
 
 
 def memorising():
@@ -124,7 +136,7 @@ def memorising():
 
 def rates_by_hand(lengths, spans):
     """The rate of each epoch's last step, written out."""
-    steps = ROWS // 8
+    steps = ROWS // BATCH
     return [
         0.05 * (1 + np.cos(np.pi * (steps * (e + 1) - 1) / (steps * span)))
         for length, span in zip(lengths, spans, strict=True)
@@ -164,7 +176,7 @@ def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates, members):
 
 def test_a_network_that_is_still_learning_gets_what_one_ordinary_run_gives(tmp_path):
     actual, history_of_auto = auto(None)
-    expected, history_of_one = run(None, cycles=1, epochs=10)
+    expected, history_of_one = run(None, dense, arrays, cycles=1, epochs=10)
     assert_same_outcome(outcome(actual, history_of_auto), outcome(expected, history_of_one))
 
 
@@ -174,7 +186,7 @@ def whole_run(request, tmp_path_factory):
     return request.param, outcome(*auto(directory, data=request.param))
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("epoch", [1, 2, 4])
 def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
     data, expected = whole_run
     with pytest.raises(SimulatedCrashError):
@@ -206,7 +218,7 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
 
 def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
-    ens.fit(X, Y, batch_size=8, epochs=20, initial_epoch=10, verbose=0)
+    ens.fit(X, Y, batch_size=BATCH, epochs=20, initial_epoch=10, verbose=0)
     assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (14, False)]
     assert ens.history["cycle"][10:] == [5] * 10
 
@@ -216,7 +228,7 @@ def test_a_cycle_that_is_cut_short_goes_on_without_a_restart(restarts):
     arguments = {"cycles": "auto", "lr_init": 0.1, "shrink": 0.0}
     ens = SnapshotEnsemble(dense(), **arguments)
     for _ in range(restarts):
-        ens.fit(X, Y, batch_size=8, epochs=1, verbose=0)
+        ens.fit(X, Y, batch_size=BATCH, epochs=1, verbose=0)
     seen = {}
 
     def at_end(epoch, logs):
@@ -240,7 +252,7 @@ def test_a_cycle_that_is_cut_short_goes_on_without_a_restart(restarts):
 
 def test_overwriting_forgets_decisions():
     ens, _ = auto(None)
-    ens.fit(X, Y, batch_size=8, epochs=1, overwrite=True, verbose=0)
+    ens.fit(X, Y, batch_size=BATCH, epochs=1, overwrite=True, verbose=0)
     assert ens.decisions == []
 
 
@@ -260,9 +272,9 @@ def test_steps_per_epoch_and_datasets(is_known):
     def endless():
         data = tf.data.Dataset.from_tensor_slices((X, Y))
         weighted = (X, Y, np.full(ROWS, 10.0))
-        given = {"x": data.repeat().batch(8), "steps_per_epoch": 3}
+        given = {"x": data.repeat().batch(BATCH), "steps_per_epoch": ROWS // BATCH}
         if not is_known:
-            given = {"x": data.filter(lambda x, y: True).batch(8)}
+            given = {"x": data.filter(lambda x, y: True).batch(BATCH)}
         return {**given, "batch_size": None, "shuffle": False, "validation_data": weighted}
 
     ens, result = auto(None, data=endless)
@@ -276,7 +288,7 @@ def test_steps_per_epoch_and_datasets(is_known):
 
 def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
-    ens.fit(X, Y, batch_size=8, epochs=10, verbose=2)
+    ens.fit(X, Y, batch_size=BATCH, epochs=10, verbose=2)
     first, loss = ens.history["loss"][0], ens.history["loss"][3]
     sentence = f"one cycle to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
     assert f"It is still learning: {sentence}" in capsys.readouterr().out
