@@ -12,6 +12,7 @@ import numpy as np
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.evaluation.calibration import temperature_of
+from snapshot_ensemble.evaluation.conformal import conformalize, predict_interval, predict_set
 from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_early_exit
 from snapshot_ensemble.evaluation.evaluating import evaluate
 from snapshot_ensemble.evaluation.gathering import gather
@@ -965,6 +966,140 @@ class SnapshotEnsemble:
         )
         pool.learn(early_exit=learned)
         return members_a_row
+
+    def conformalize(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        confidence_level: float | Sequence[float] = 0.9,
+        method: Any = None,
+        combine: str = "mean",
+        members: int | Sequence[int] | None = None,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> None:
+        """Learns on held-out data how large `predict_set` and `predict_interval` must be.
+
+        Then the set of a new row holds its true class, or the interval its true value, with at
+        least the probability `confidence_level`, whatever the model is worth (split conformal
+        prediction). This is the mean over new rows that come from where these rows come from; it
+        need not hold for each kind of rows. With `n` rows and the conformity score `s` below,
+        `q` is the score of rank `ceil(level * (n + 1))`, and the set holds all classes (the
+        interval all values) with `s <= q`:
+
+        - `"lac"`: `1 - p_y`. The smallest sets on average, of which some may be empty.
+        - `"aps"`: the sum of the probabilities of all classes that are more probable than `y`, and
+          a random share (with a fixed seed) of `p_y`. Sets are larger where the model is unsure.
+          As in MAPIE, a set includes the class that reaches `q`.
+        - `"raps"`: the same, with a penalty for each class beyond the first few. A fifth of the
+          rows is set aside to choose both.
+        - `"absolute"`: `|y - prediction|`. All intervals have one width.
+        - `"epistemic"`: this, divided by the members' standard deviation.
+
+        Training data cannot be recognised. On them the model errs less, so that sets and
+        intervals become too small and cover less than they say; so give data that neither `fit`
+        nor its validation has seen, and that nothing else was learned on. What was learned is
+        saved with the ensemble, checked by `report`, and forgotten when the members, their
+        `weights` or the `temperature` change.
+
+        Each unit of a binary, multilabel or regression output has a quantile of its own. If rows
+        consist of several items, such as pixels or steps of time, then the probability is that of
+        an item drawn at random from a new row, and the items of a row may depend on each other.
+        Padding that a mask marks, and labels that the loss ignores, do not count.
+
+        Example:
+
+        >>> ens.conformalize(x_val, y_val, confidence_level=0.8, verbose=0)
+        >>> ens.predict_set(x, verbose=0).shape
+        (64, 3)
+
+        Args:
+            x, y: Held-out data, as for `model.evaluate`.
+            confidence_level: One level between 0 and 1, or a list of several. Defaults to `0.9`.
+            method: One of the above. With several outputs, one for all, or a list or dict with one
+                for each. Defaults to `None`: `"lac"` for classes, `"absolute"` for values.
+            combine: The combination to conformalize, which sets and intervals are then made of.
+                Defaults to `"mean"`.
+            members: The members to combine, as for `predict`.
+            sample_weight: Refused, since all rows count alike.
+            batch_size, verbose, steps, callbacks: As for `model.evaluate`.
+
+        Raises:
+            ValueError: If there are too few rows for the level, the data do not fit the model, hold
+                a NaN or have sample weights, a target is no single class, or `method` or
+                `confidence_level` is invalid. What was learned before stays.
+
+        References:
+            - [Sadinle et al., 2019](https://arxiv.org/abs/1609.00451) (LAC)
+            - [Romano et al., 2020](https://arxiv.org/abs/2006.02544) (APS)
+            - [Angelopoulos et al., 2021](https://arxiv.org/abs/2009.14193) (RAPS)
+            - [Lei et al., 2018](https://arxiv.org/abs/1604.04173) (values)
+            - [Lee et al., 2023](https://arxiv.org/abs/2306.06342) (several items a row)
+        """
+        pool = self._pool.now()
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        learned = conformalize(
+            pool, x, y, confidence_level, method, combine, members, sample_weight, arguments
+        )
+        pool.learn(conformal=learned)
+
+    def predict_set(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> Any:
+        """For each row the classes among which the true one is, as `conformalize` has learned.
+
+        Args:
+            x: As for `model.predict`.
+            batch_size, verbose, steps, callbacks: As for `model.predict`.
+
+        Returns:
+            Bools, one for each class, on the last axis: for multiclass in the output's shape; for
+            binary no and yes in place of the last axis of size 1; for multilabel no and yes on a
+            new last axis. With a list of confidence levels, these are on a further last axis.
+            With several outputs one array for each, in their structure, and `None` for those
+            that are not classes or had no targets.
+
+        Raises:
+            ValueError: If nothing has been learned for these members, or nothing about classes.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        return predict_set(self._pool.now(), x, arguments)
+
+    def predict_interval(
+        self,
+        x: Any,
+        *,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> tuple[Any, Any]:
+        """For each value the interval in which the true one is, as `conformalize` has learned.
+
+        Args:
+            x: As for `model.predict`.
+            batch_size, verbose, steps, callbacks: As for `model.predict`.
+
+        Returns:
+            A tuple `(lower, upper)` of arrays in the output's shape and unit. With a list of
+            confidence levels, these are on a new last axis. With several outputs, each of the two
+            is in their structure, with `None` for those that are not values or had no targets.
+
+        Raises:
+            ValueError: If nothing has been learned for these members, or nothing about values.
+        """
+        arguments = PredictArguments(batch_size, verbose, steps, callbacks)
+        return predict_interval(self._pool.now(), x, arguments)
 
     def report(
         self,

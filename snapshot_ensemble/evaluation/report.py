@@ -11,6 +11,7 @@ import numpy as np
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.calibration import learn_temperature, tempered_loss
+from snapshot_ensemble.evaluation.conformal_coverage import coverage, sentences
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
@@ -46,6 +47,11 @@ class Report:
         worth: The smallest number of last members whose mean is within one standard error (of
             the paired difference) of the best such mean.
         notes: Remarks on the scores, in sentences.
+        coverage: After `conformalize`, by the confidence level (and the name of the output, if there
+            are several): the share of the targets that lie in their set or interval, `coverage`,
+            with its binomial 95 % interval from `low` to `high`, and the mean `size`, which is
+            the number of classes of a set, or the width of an interval. Each row counts once,
+            however many items it has, and sample weights only where they are 0.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -57,6 +63,7 @@ class Report:
     added_from_first: dict[str, list[float]]
     worth: int
     notes: list[str]
+    coverage: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can represent."""
@@ -117,7 +124,7 @@ class Report:
             remarks.append(
                 f"The combinations have the temperature {self.temperature:.4g}, the members none."
             )
-        return remarks + self.notes
+        return remarks + sentences(self.coverage) + self.notes
 
     def __str__(self) -> str:
         return "\n".join([text_table(self._cells()), "", *self._remarks()])
@@ -203,6 +210,7 @@ def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -
             *_notes(losses, from_last.scores["loss"], worth, learned),
             *_notes_on_compiled(held.model),
         ],
+        coverage=coverage(held, learned),
     )
 
 

@@ -110,8 +110,14 @@ class MemberPool:
 
         It is forgotten if the store has other members by now.
         """
-        if "members" in changes and self.learned.early_exit is not None:
+        learned = self.learned
+        if "members" in changes and learned.early_exit is not None:
             changes["early_exit"] = None  # Its order is that of the members that predict.
+        if learned.conformal is not None and any(
+            changes.get(name, getattr(learned, name)) != getattr(learned, name)
+            for name in ("weights", "temperature")
+        ):
+            changes.setdefault("conformal", None)  # It holds for these predictions alone.
         self.store.learn(self.view.version, **changes)
 
     def keep_sample(self, batch: Any) -> None:

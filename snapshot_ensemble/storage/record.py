@@ -12,6 +12,9 @@ from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.storage.typed_json import Count, Number
 
 History = dict[str, list[Number]]
+# The conformity scores of classes and of values.
+CLASS_METHODS = ("lac", "aps", "raps")
+VALUE_METHODS = ("absolute", "epistemic", "total")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,63 @@ class EarlyExit:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConformalRule:
+    """What belongs to the set or interval of one output.
+
+    Attributes:
+        method: The conformity score.
+        quantiles: For each confidence level, the quantile of the scores of each unit.
+        penalties: For RAPS, for each level what each further class of a set adds to its score.
+        free: For RAPS, for each level the number of classes that add nothing.
+    """
+
+    method: str
+    quantiles: list[list[float]]
+    penalties: list[float] = dataclasses.field(default_factory=list)
+    free: list[Count] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conformal:
+    """How prediction sets and intervals are made of predictions.
+
+    Attributes:
+        confidence_level: One level or several, between 0 and 1.
+        combine: The combination that was conformalized.
+        members: The indices of its members.
+        rules: The rule of each flat output; None for one without targets.
+    """
+
+    confidence_level: float | list[float]
+    combine: str
+    members: list[Count]
+    rules: list[ConformalRule | None]
+
+    @property
+    def levels(self) -> list[float]:
+        level = self.confidence_level
+        return level if isinstance(level, list) else [level]
+
+    def check_for(self, count: int) -> None:
+        """Raises `ValueError` unless it fits this number of members."""
+        levels = len(self.levels)
+        is_valid = bool(self.levels) and all(0 < level < 1 for level in self.levels)
+        is_valid &= 0 < len(set(self.members)) == len(self.members)
+        is_valid &= max(self.members, default=count) < count
+        for rule in self.rules:
+            if rule is not None:
+                widths = {len(units) for units in rule.quantiles}
+                numbers = [*rule.penalties, *sum(rule.quantiles, [])]
+                is_valid &= len(rule.quantiles) == levels and len(widths) == 1 and 0 not in widths
+                is_valid &= {len(rule.penalties), len(rule.free)} <= {0, levels}
+                is_valid &= all(math.isfinite(number) and number >= 0 for number in numbers)
+                is_valid &= rule.method in CLASS_METHODS + VALUE_METHODS
+                is_valid &= rule.method != "raps" or len(rule.penalties) == levels
+        if not is_valid:
+            raise ValueError(f"`conformal` is not valid for {count} members")
+
+
+@dataclasses.dataclass(frozen=True)
 class Learned:
     """What was learned about the members on held-out data; reset when the members change.
 
@@ -53,12 +113,14 @@ class Learned:
         members: The members that predict by default: None for all, an int for the last that many,
             or a list of indices.
         early_exit: When the members that have run for a row are enough; None if not learned.
+        conformal: How prediction sets and intervals are made; None if not learned.
     """
 
     weights: list[float] | None = None
     temperature: float = 1.0
     members: Count | list[Count] | None = None
     early_exit: EarlyExit | None = None
+    conformal: Conformal | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
@@ -79,8 +141,9 @@ class Learned:
             are_valid = self.members is None or 0 < self.members <= count
         if not are_valid:
             raise ValueError(f"`members` are not valid for {count} members")
-        if self.early_exit is not None:
-            self.early_exit.check_for(count)
+        for learned in (self.early_exit, self.conformal):
+            if learned is not None:
+                learned.check_for(count)
 
 
 @dataclasses.dataclass
