@@ -11,7 +11,7 @@ import numpy as np
 
 from snapshot_ensemble.checks import counted, real_number, whole_number
 from snapshot_ensemble.cycles import Plan
-from snapshot_ensemble.evaluation.calibration import temperature_of
+from snapshot_ensemble.evaluation.calibration import calibrated
 from snapshot_ensemble.evaluation.conformal import conformalize, predict_interval, predict_set
 from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_early_exit
 from snapshot_ensemble.evaluation.evaluating import evaluate
@@ -122,8 +122,10 @@ class SnapshotEnsemble:
         directory: Where snapshots are written as training goes. Defaults to `None`: in memory.
         max_snapshots: Keep only the newest that many. Defaults to `None`: keep all.
         task: What the model's output means: `"multiclass"`, `"binary"`, `"multilabel"` or
-            `"regression"`, or `"passthrough"` for an id or a label, which must be equal in all
-            members. `"multiclass_logits"`, `"binary_probabilities"` and so on also say whether
+            `"regression"`; `"gaussian"` for means and log-variances, the two halves of the last
+            axis (see `losses.GaussianNLL`); or `"passthrough"` for an id or a label, which must be
+            equal in all members. `"multiclass_logits"`, `"binary_probabilities"` and so on also
+            say whether
             classes come as logits or probabilities. With several outputs, one for each, in the
             outputs' structure. Defaults to `None`: inferred from the compiled loss and the last
             activation. It must be given if these do not say it: a loss of your own without a
@@ -556,7 +558,8 @@ class SnapshotEnsemble:
 
         Args:
             x: As for `model.predict`.
-            combine: `"mean"`, of the members' probabilities or values; `"vote"`, the share of
+            combine: `"mean"`, of the members' probabilities or values, or the mean and the
+                log-variance of the mixture of their normal distributions; `"vote"`, the share of
                 members that vote for each class (classes only; if several classes have the
                 largest share, the one with the highest mean is raised by a millionth, so that
                 `argmax` is the winner); `"weighted"`, the mean weighted by `weights`;
@@ -686,7 +689,9 @@ class SnapshotEnsemble:
 
         With the members' probabilities `p_m` and the entropy `H(p) = -sum_c p_c log p_c`, in
         nats: `total = H(mean p_m)`, `aleatoric = mean H(p_m)`, which further members would not
-        reduce, and `epistemic = total - aleatoric`. The temperature is not applied.
+        reduce, and `epistemic = total - aleatoric`. For members that predict means `mu_m` and
+        variances `s2_m`: `epistemic^2 = var mu_m`, `aleatoric^2 = mean s2_m`, and `total^2` is
+        their sum. The temperature is not applied.
 
         Example:
 
@@ -703,7 +708,9 @@ class SnapshotEnsemble:
             `predict` returns it without a temperature. For classes `"total"`, `"aleatoric"` and
             `"epistemic"`, float32, of the output's shape without the classes' axis (one number
             a row or pixel), for binary and multilabel of the output's shape. For regression
-            `"std"`, the standard deviation over the members, in the output's shape and unit.
+            `"std"`, the standard deviation over the members, in the output's shape and unit; after
+            `calibrate`, also the three. For the task `"gaussian"`, the three are standard
+            deviations in the unit of the values, and `"mean"` is the mean of the values alone.
 
         Raises:
             ValueError: If there are no members, or `members` is invalid.
@@ -772,8 +779,9 @@ class SnapshotEnsemble:
         Training data would favour the members that overfitted, so there is no default.
         `"likelihood"` minimises the held-out loss of the weighted mean over all weights that are
         at least 0 and sum to 1, a convex problem, to a relative tolerance of 1e-9. The loss is
-        the negative log-likelihood for classes and the squared error for regression; over several
-        outputs their sum, with the compiled `loss_weights`. `"greedy"` selects members with
+        the negative log-likelihood for classes and the squared error for regression (for the task
+        `"gaussian"`, the negative log-likelihood of the mixture's density); over several outputs
+        their sum, with the compiled `loss_weights`. `"greedy"` selects members with
         replacement for 25 rounds, in each the one that lowers the loss most, and keeps the round
         with the lowest loss (Caruana et al., 2004). On the data given, neither is worse than the
         best member or the mean. Members of weight 0 are neither run nor exported.
@@ -863,15 +871,23 @@ class SnapshotEnsemble:
         steps: int | None = None,
         callbacks: Any = None,
     ) -> float:
-        """Learns one temperature for the combined probabilities on held-out data.
+        """Learns on held-out data how sure predictions should be.
 
-        The logarithms of the combined probabilities (for binary and multilabel, their log-odds)
-        are divided by it: `p_c^(1/T) / sum_k p_k^(1/T)`. Above 1 it makes predictions less
-        confident, below 1 more confident. It minimises the negative log-likelihood between 0.05
-        and 20, and from then on it is part of `predict`, `evaluate`, `to_keras`, `export` and
-        `save`, for every combination. The most probable class never changes. `predict_members`
-        and `predict_uncertainty` do not apply it. If there are several outputs, all classifiers
-        among them share it. Calibrating again starts from the uncalibrated probabilities.
+        For probabilities, that is one temperature. The logarithms of the combined probabilities
+        (for binary and multilabel, their log-odds) are divided by it:
+        `p_c^(1/T) / sum_k p_k^(1/T)`; the variance of a normal distribution (task `"gaussian"`) is
+        multiplied by it. Above 1 it makes predictions less confident, below 1 more confident. It
+        minimises the negative log-likelihood between 0.05 and 20, and from then on it is part of
+        `predict`, `evaluate`, `to_keras`, `export` and `save`, for every combination. The most
+        probable class never changes. `predict_members` and `predict_uncertainty` do not apply it.
+        If there are several outputs, all of these share it. Calibrating again starts from the
+        uncalibrated probabilities.
+
+        For values without a distribution, it learns how far they lie from their prediction: with
+        the variance `(s * std)^2 + f^2`, of the members' standard deviation, one scale `s` (0.01 to
+        100) and for each unit a floor `f`, which minimise the negative log-likelihood of normal
+        distributions. Predictions stay as they are; `predict_uncertainty` then has `total`,
+        `aleatoric` (the floor) and `epistemic` (the scaled part), and `conformalize` uses `total`.
 
         Example:
 
@@ -886,11 +902,12 @@ class SnapshotEnsemble:
             sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
 
         Returns:
-            The temperature; also in `temperature` from then on.
+            The temperature; also in `temperature` from then on. If all outputs are values, the
+            scale of the first one.
 
         Raises:
-            ValueError: If all outputs are regressions, or the data do not fit the model, are
-                fewer than two rows, or hold a NaN. The temperature is as before.
+            ValueError: If the data do not fit the model, are fewer than two rows, or hold a NaN.
+                What was learned before stays.
 
         References:
             - [Guo et al., 2017](https://arxiv.org/abs/1706.04599)
@@ -899,10 +916,9 @@ class SnapshotEnsemble:
         indices, weights = pool.combination(combine, members)
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         held = gather(pool, x, y, sample_weight, arguments, indices=indices)
-        temperature = temperature_of(held, held.combined(combine, weights))
-        temperature = real_number("temperature", temperature, positive=True)
-        pool.learn(temperature=temperature)
-        return temperature
+        found, learned = calibrated(held, held.combined(combine, weights))
+        pool.learn(**learned)
+        return found
 
     def fit_early_exit(
         self,
@@ -999,6 +1015,8 @@ class SnapshotEnsemble:
           rows is set aside to choose both.
         - `"absolute"`: `|y - prediction|`. All intervals have one width.
         - `"epistemic"`: this, divided by the members' standard deviation.
+        - `"total"`: this, divided by the standard deviation that is predicted (task `"gaussian"`)
+          or that `calibrate` has learned. Intervals are wider where the model is unsure.
 
         Training data cannot be recognised. On them the model errs less, so that sets and
         intervals become too small and cover less than they say; so give data that neither `fit`
@@ -1014,14 +1032,15 @@ class SnapshotEnsemble:
         Example:
 
         >>> ens.conformalize(x_val, y_val, confidence_level=0.8, verbose=0)
-        >>> ens.predict_set(x, verbose=0).shape
-        (64, 3)
+        >>> ens.predict_set(x[:2], verbose=0).shape
+        (2, 3)
 
         Args:
             x, y: Held-out data, as for `model.evaluate`.
             confidence_level: One level between 0 and 1, or a list of several. Defaults to `0.9`.
             method: One of the above. With several outputs, one for all, or a list or dict with one
-                for each. Defaults to `None`: `"lac"` for classes, `"absolute"` for values.
+                for each. Defaults to `None`: `"lac"` for classes; for values `"total"` where it is
+                known, else `"absolute"`.
             combine: The combination to conformalize, which sets and intervals are then made of.
                 Defaults to `"mean"`.
             members: The members to combine, as for `predict`.

@@ -273,7 +273,8 @@ def plot_uncertainty(
     held = gather(pool, x, y, indices=pool.default_indices())
     ax = axes(ax)
     colors = {"total": BLUE, "aleatoric": ORANGE, "epistemic": GREEN, "std": BLUE}
-    for name, (set_aside, error) in error_without_least_sure(held).items():
+    curves = error_without_least_sure(held, pool.learned.spreads)
+    for name, (set_aside, error) in curves.items():
         ax.plot(set_aside, error, color=colors[name], label=f"by {name}")
     quantity = "error rate" if held.meanings[0].is_classes else "mean squared error"
     return labelled(ax, "share set aside, least certain first", f"{quantity} of the rest")

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from snapshot_ensemble.checks import real_number
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.metrics import items_of, loss
+from snapshot_ensemble.evaluation.spread import spreads_of
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.blocks import row_blocks
 
@@ -20,14 +22,15 @@ def learn_temperature(items: list[np.ndarray], truths: list[Truth], shares: list
     """The temperature with the lowest negative log-likelihood, between 0.05 and 20.
 
     Args:
-        items: Log-probabilities `(items, classes)` of each classification output.
+        items: Log-probabilities `(items, classes)` of each classification output, or means and
+            log-variances `(items, 2)` of a normal distribution, whose variance is multiplied.
         truths: The targets of each of these outputs.
         shares: The loss weight of each of these outputs.
     """
     inverse = 1.0
     for step in (64, 1) if sum(map(len, items)) > MANY else (1,):
         chosen = [logs[::step] for logs in items]
-        sample = [Truth(truth.targets[::step], truth.weights[::step]) for truth in truths]
+        sample = [truth.every(step) for truth in truths]
         inverse = _best_inverse(chosen, sample, shares, inverse)
     return float(np.clip(1 / inverse, *TEMPERATURES))
 
@@ -37,11 +40,14 @@ def _best_inverse(
 ) -> float:
     """The inverse temperature with the lowest loss, which is convex in it, by Newton's method."""
     parts = list(zip(items, truths, shares, strict=True))
-    masses = [share * _masses(truth) for _, truth, share in parts]
-    fixed = sum(share * loss(logs, truth) for logs, truth, share in parts)
+    masses = [share * _masses(truth) for _, truth, share in parts if not truth.is_gaussian]
+    fixed = sum(share * loss(logs, truth) for logs, truth, share in parts if not truth.is_gaussian)
+    squares, mass_of_values = _normal_parts(parts)
+    items = [logs for logs, truth in zip(items, truths, strict=True) if not truth.is_gaussian]
     inverse, low, high, stretch, before = start, 0.0, math.inf, 1.0, 0.0
     for _ in range(100):
-        slope, curvature = fixed, 0.0
+        slope = fixed + squares - mass_of_values / (2 * inverse)
+        curvature = mass_of_values / (2 * inverse**2)
         for logs, mass in zip(items, masses, strict=True):
             mean, variance = _moments(logs, mass, inverse)
             slope, curvature = slope + mean, curvature + variance
@@ -57,6 +63,17 @@ def _best_inverse(
         before = slope
         inverse = target if low < target < high else math.sqrt(low * high)
     return inverse
+
+
+def _normal_parts(parts: list[tuple[np.ndarray, Truth, float]]) -> tuple[float, float]:
+    """Half the mean squared standardized error of distributions of values, and their mass."""
+    squares = mass = 0.0
+    for items, truth, share in parts:
+        if truth.is_gaussian:
+            standardized = np.square(truth.targets - items[:, 0]) * np.exp(-items[:, 1])
+            squares += share * float(truth.weights @ standardized) / 2
+            mass += share * float(truth.weights.sum())
+    return squares, mass
 
 
 def _masses(truth: Truth) -> np.ndarray:
@@ -79,7 +96,9 @@ def _moments(logs: np.ndarray, masses: np.ndarray, inverse: float) -> tuple[floa
 
 
 def tempered_loss(logs: np.ndarray, truth: Truth, temperature: float) -> float:
-    """The negative log-likelihood of log-probabilities at a temperature."""
+    """The negative log-likelihood of log-probabilities, or distributions, at a temperature."""
+    if truth.is_gaussian:
+        return loss(logs + np.array([0, math.log(temperature)]), truth)
     inverse, masses = 1 / temperature, _masses(truth)
     total = inverse * loss(logs, truth)
     for rows in row_blocks(len(logs), logs.size):
@@ -87,16 +106,33 @@ def tempered_loss(logs: np.ndarray, truth: Truth, temperature: float) -> float:
     return total
 
 
-def temperature_of(held: HeldOut, combined: Any) -> float:
-    """The temperature fitted to combined outputs; regression outputs are left out."""
+def calibrated(held: HeldOut, combined: Any) -> tuple[float, dict[str, Any]]:
+    """What is fitted to combined outputs.
+
+    Args:
+        held: The members' predictions and the targets.
+        combined: The combined outputs.
+
+    Returns:
+        The temperature or, if all outputs are values, the scale of the first one; and what was
+        learned, by its name in `Learned`.
+    """
     held.check_for_fitting()
-    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
-    if not chosen:
-        raise ValueError(
-            "A temperature applies only to class probabilities. Received: a model whose outputs "
-            "are all regressions. Use `std` of `predict_uncertainty` instead."
-        )
     outputs = held.unpacked(combined)
+    learned: dict[str, Any] = {"temperature": _temperature_of(held, outputs)}
+    spreads = spreads_of(held, outputs)
+    if any(spread is not None for spread in spreads):
+        learned["spreads"] = spreads
+    if any(meaning.has_temperature for meaning in held.meanings):
+        return learned["temperature"], learned
+    return next(spread.scale for spread in spreads if spread is not None), learned
+
+
+def _temperature_of(held: HeldOut, outputs: list[Any]) -> float:
+    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.has_temperature]
+    if not chosen:
+        return 1.0
     items = [items_of(outputs[i], held.meanings[i]) for i in chosen]
     truths = [held.truths[i] for i in chosen]
-    return learn_temperature(items, truths, [held.loss_weights[i] for i in chosen])
+    temperature = learn_temperature(items, truths, [held.loss_weights[i] for i in chosen])
+    return real_number("temperature", temperature, positive=True)

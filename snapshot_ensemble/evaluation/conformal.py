@@ -24,17 +24,20 @@ from snapshot_ensemble.evaluation.conformal_scores import (
 from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.metrics import class_logs, items_of
+from snapshot_ensemble.evaluation.uncertainty import Spreads, uncertainty
 from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import combine_outputs
 from snapshot_ensemble.inference.graphs import Combiner
 from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
 from snapshot_ensemble.inference.output_specs import names_of
 from snapshot_ensemble.inference.task_words import Output
+from snapshot_ensemble.losses import mean_and_log_variance
 from snapshot_ensemble.storage.record import (
     CLASS_METHODS,
     VALUE_METHODS,
     Conformal,
     ConformalRule,
+    Spread,
 )
 
 # The share of the rows on which RAPS chooses its penalty, which then do not count for its quantile.
@@ -65,13 +68,13 @@ def conformalize(
             "Conformal prediction has no sample weights: all rows must come from where new rows "
             "come from. Received: sample_weight. Leave it out, and rows that should not count."
         )
-    methods = _methods_of(method, held)
     learned = pool.learned
+    methods = _methods_of(method, held, learned.spreads)
     combined = held.unpacked(held.combined(combine, weights, learned.temperature))
     conformal = Conformal(level, combine, indices, [])
     rules: list[ConformalRule | None] = [None] * (len(held.numbers) + len(held.rest))
     for i, number in enumerate(held.numbers):
-        scored = Scored.of(held, i, combined[i])
+        scored = Scored.of(held, i, combined[i], learned.spreads)
         rules[number] = _learned_rule(scored, methods[i], conformal.levels)
     return dataclasses.replace(conformal, rules=rules)
 
@@ -97,7 +100,7 @@ def _check_methods(method: Any) -> None:
             )
 
 
-def _methods_of(method: Any, held: HeldOut) -> list[str]:
+def _methods_of(method: Any, held: HeldOut, spreads: Spreads) -> list[str]:
     """The method for each output that has targets."""
     flat = keras.tree.flatten(method)
     if isinstance(method, dict):
@@ -111,7 +114,12 @@ def _methods_of(method: Any, held: HeldOut) -> list[str]:
         )
     chosen = []
     for i, (name, meaning) in enumerate(zip(flat, held.meanings, strict=True)):
-        allowed = _allowed(meaning)
+        allowed = _allowed(meaning, spreads is not None)
+        if name == "total" and "total" not in allowed and not meaning.is_classes:
+            raise ValueError(
+                "How far values lie from their prediction is not known. Received: method='total'. "
+                "Call `calibrate(x, y)` on other held-out data first, or train with `GaussianNLL`."
+            )
         if name is not None and name not in allowed:
             raise ValueError(
                 f"Output '{held.names[i]}' is {meaning.task}, for which `method` can be one of "
@@ -126,8 +134,12 @@ def _methods_of(method: Any, held: HeldOut) -> list[str]:
     return chosen
 
 
-def _allowed(meaning: Output) -> tuple[str, ...]:
-    return CLASS_METHODS if meaning.is_classes else VALUE_METHODS[:2]
+def _allowed(meaning: Output, has_spread: bool) -> tuple[str, ...]:
+    """The methods for an output, the default first."""
+    if meaning.is_classes:
+        return CLASS_METHODS
+    is_known = has_spread or meaning.is_gaussian
+    return ("total", "absolute", "epistemic") if is_known else ("absolute", "epistemic")
 
 
 class Scored(NamedTuple):
@@ -150,7 +162,7 @@ class Scored(NamedTuple):
     has_units: bool
 
     @classmethod
-    def of(cls, held: HeldOut, number: int, combined: Any) -> "Scored":
+    def of(cls, held: HeldOut, number: int, combined: Any, spreads: Spreads) -> "Scored":
         meaning, truth = held.meanings[number], held.truths[number]
         stack, name = held.outputs[number], held.names[number]
         items, targets = items_of(combined, meaning), truth.targets
@@ -162,27 +174,27 @@ class Scored(NamedTuple):
                     f"`y` of output '{name}' with shares of classes."
                 )
             targets = targets.argmax(axis=-1)
+        if meaning.is_gaussian:
+            combined, items = mean_and_log_variance(combined)[0], items[:, 0]
         shape = np.shape(combined)
         units = 1 if meaning.task == "multiclass" or len(shape) < 2 else shape[-1]
         kept = (truth.weights > 0).reshape(shape[0], -1, units)
 
+        spread = None if spreads is None else spreads[held.numbers[number]]
+
         def scales(method: str) -> Any:
-            return scale_of(method, list(stack)).reshape(-1)
+            scale = in_blocks(lambda own: scale_of(method, own, meaning, spread), list(stack))
+            return scale.reshape(-1).astype("float64")
 
         has_units = meaning.is_classes and meaning.task != "multiclass"
         return cls(name, items, targets, kept, scales, has_units)
 
 
-def scale_of(method: str, stack: Sequence[Any]) -> Any:
-    """What the errors of values are divided by, in the shape of one member's output; or None."""
-    if method == "absolute":
-        return None
-
-    def spread(members: Sequence[Any]) -> Any:
-        wide = ops.stack([ops.cast(output, "float64") for output in members])
-        return ops.maximum(ops.std(wide, axis=0), LEAST_SCALE)
-
-    return in_blocks(spread, stack) if isinstance(stack[0], np.ndarray) else spread(stack)
+def scale_of(method: str, members: list[Any], meaning: Output, spread: Spread | None) -> Any:
+    """What the errors of values are divided by, from each member's output."""
+    parts = uncertainty(members, [meaning], [spread])
+    name = "std" if method == "epistemic" and "std" in parts else method
+    return ops.maximum(parts[name], LEAST_SCALE)
 
 
 def _learned_rule(scored: Scored, method: str, levels: Sequence[float]) -> ConformalRule:
@@ -201,7 +213,9 @@ def _learned_rule(scored: Scored, method: str, levels: Sequence[float]) -> Confo
             f"{len(kept)} rows for output '{scored.name}' with method={method!r}"
         )
     if method not in ("aps", "raps"):
-        scores = lac(scored.items, scored.targets) if method == "lac" else _residuals(scored, method)
+        scores = (
+            lac(scored.items, scored.targets) if method == "lac" else _residuals(scored, method)
+        )
         return ConformalRule(method, _quantiles([scores] * len(levels), kept, levels))
     ranked = RankedClasses(scored.items, scored.targets)
     if tuning is None:
@@ -275,7 +289,7 @@ def learned_for(pool: MemberPool, for_classes: bool) -> Conformal:
 def _combiner(pool: MemberPool, conformal: Conformal) -> Combiner:
     """A combiner of the prediction, and of what the errors of its values are divided by."""
     _, weights = pool.combination(conformal.combine, conformal.members)
-    temperature = pool.learned.temperature
+    temperature, spreads = pool.learned.temperature, pool.learned.spreads
 
     def combine(outputs: list[Any]) -> Any:
         meanings, names = pool.meanings(outputs[0]), names_of(pool.model, outputs[0])
@@ -285,11 +299,14 @@ def _combiner(pool: MemberPool, conformal: Conformal) -> Combiner:
         )
         result = {"combined": combined}
         for i, rule in enumerate(conformal.rules):
-            if rule is not None and rule.method in VALUE_METHODS and rule.method != "absolute":
-                result[f"scale {i}"] = scale_of(rule.method, [member[i] for member in flat])
+            if rule is not None and rule.method in ("epistemic", "total"):
+                spread = None if spreads is None else spreads[i]
+                own = [member[i] for member in flat]
+                result[f"scale {i}"] = scale_of(rule.method, own, meanings[i], spread)
         return result
 
-    return Combiner(conformal.members, ("conformal", repr(conformal), temperature), combine)
+    name = ("conformal", repr(conformal), temperature, repr(spreads))
+    return Combiner(conformal.members, name, combine)
 
 
 def predict_set(pool: MemberPool, x: Any, arguments: PredictArguments) -> Any:
@@ -318,7 +335,8 @@ def predict_interval(pool: MemberPool, x: Any, arguments: PredictArguments) -> t
         if rule is None or meaning.is_classes:
             bounds.append((None, None))
             continue
-        found = bounds_of(output, result.get(f"scale {i}"), conformal, rule)
+        values = mean_and_log_variance(output)[0] if meaning.is_gaussian else output
+        found = bounds_of(values, result.get(f"scale {i}"), conformal, rule)
         bounds.append((np.asarray(found[0]), np.asarray(found[1])))
     lower, upper = (
         keras.tree.pack_sequence_as(combined, list(ends)) for ends in zip(*bounds, strict=True)

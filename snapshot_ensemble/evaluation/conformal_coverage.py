@@ -34,7 +34,7 @@ def coverage(held: HeldOut, learned: Learned) -> dict[str, dict[str, float]]:
     for i, number in enumerate(held.numbers):
         if (rule := conformal.rules[number]) is None:
             continue
-        scored = Scored.of(held, i, combined[i])
+        scored = Scored.of(held, i, combined[i], learned.spreads)
         for k, level in enumerate(conformal.levels):
             name = f"{level:g}" if len(held.names) == 1 else f"{scored.name} {level:g}"
             found[name] = _measured(scored, rule, k)

@@ -153,13 +153,13 @@ def _order(held: HeldOut) -> list[int]:
 def _stage(held: HeldOut, numbers: Sequence[int], temperature: float | None = None) -> _Stage:
     """The mean of some members, with the temperature that fits it best unless one is given."""
     some = dataclasses.replace(held, outputs=[output[list(numbers)] for output in held.outputs])
-    classes = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
+    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.has_temperature]
     if temperature is None:
         flat = held.unpacked(some.combined("mean"))
-        items = [items_of(flat[i], held.meanings[i]) for i in classes]
-        truths = [held.truths[i] for i in classes]
-        shares = [held.loss_weights[i] for i in classes]
-        temperature = learn_temperature(items, truths, shares) if classes else 1.0
+        items = [items_of(flat[i], held.meanings[i]) for i in chosen]
+        truths = [held.truths[i] for i in chosen]
+        shares = [held.loss_weights[i] for i in chosen]
+        temperature = learn_temperature(items, truths, shares) if chosen else 1.0
     combined = held.unpacked(some.combined("mean", None, temperature))
     parts, unsure = np.zeros((2, held.rows)), []
     for output, stack, meaning, truth, share in zip(

@@ -7,6 +7,7 @@ import numpy as np
 
 from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.inference.task_words import Output
 
 
 class Curve(NamedTuple):
@@ -28,11 +29,8 @@ def curves_by_members(held: HeldOut, *orders: int) -> list[Curve]:
     errors = np.zeros((len(orders), outputs, members))
     for block in held.blocks():
         for i, (items, truth) in enumerate(zip(block.items, block.truths, strict=True)):
-            # Probabilities: in float64, even the smallest ones of float32 are exact.
-            values = np.exp(items) if held.meanings[i].is_classes else items
             for k, order in enumerate(orders):
-                means = means_of_first(values[::order])
-                means = np.log(means) if held.meanings[i].is_classes else means
+                means = combined_first(items[::order], held.meanings[i])
                 errors[k, i] += metrics.item_errors(means, truth) @ truth.weights
                 shares = held.loss_weights[i] * truth.weights * metrics.losses(means, truth)
                 of_rows = losses[k, :, block.rows]
@@ -43,6 +41,21 @@ def curves_by_members(held: HeldOut, *orders: int) -> list[Curve]:
         scores = dict(zip(names, of_outputs, strict=True))
         curves.append(Curve({**scores, "loss": parts.sum(axis=1).tolist()}, parts))
     return curves
+
+
+def combined_first(items: np.ndarray, meaning: Output) -> np.ndarray:
+    """The items of the combinations of the first 1, 2, … members, from those of each member."""
+    if meaning.is_gaussian:
+        means, variances = items[..., 0], np.exp(items[..., 1])
+        center = means.mean(axis=0)  # So that squares of large numbers do not cancel.
+        shifts = means_of_first(means - center)
+        squares = means_of_first(variances + np.square(means - center)) - np.square(shifts)
+        logs = np.log(np.maximum(squares, np.finfo(float).tiny))
+        return np.stack([center + shifts, logs], axis=-1)
+    if not meaning.is_classes:
+        return means_of_first(items)
+    # Probabilities: in float64, even the smallest ones of float32 are exact.
+    return np.log(means_of_first(np.exp(items)))
 
 
 def means_of_first(values: np.ndarray) -> np.ndarray:

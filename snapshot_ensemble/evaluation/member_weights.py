@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from snapshot_ensemble.evaluation.held_out import HeldOut
+from snapshot_ensemble.evaluation.metrics import LOG_FLOOR, losses
 from snapshot_ensemble.inference.blocks import row_blocks
 
 ROUNDS = 25
@@ -23,7 +24,8 @@ class Objective:
     the inner products of the members' residuals, which is exact since the weights sum to 1).
 
     Attributes:
-        likelihoods: `p`, `(rows, members)`: the probability of the true class, above 0.
+        likelihoods: `p`, `(rows, members)`: the probability of the true class, above 0; for
+            distributions of values their density, up to a factor for each row.
         counts: `c`, `(rows,)`: the weight of each row, above 0.
         products: `G`, `(members, members)`: inner products of the residuals.
     """
@@ -41,6 +43,13 @@ class Objective:
             for items, truth, weight in zip(
                 block.items, block.truths, held.loss_weights, strict=True
             ):
+                if truth.is_gaussian:
+                    # Relative to the largest, which changes the loss by a constant.
+                    logs = -losses(items, truth)
+                    kept = truth.weights > 0
+                    rows.append(np.exp(np.maximum(logs - logs.max(axis=0), LOG_FLOOR))[:, kept].T)
+                    counts.append(weight * truth.weights[kept])
+                    continue
                 if items.ndim == 2:
                     residuals = (items - truth.targets) * np.sqrt(weight * truth.weights)
                     products += residuals @ residuals.T

@@ -14,6 +14,7 @@ from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference.blocks import in_blocks
 from snapshot_ensemble.inference.combining import log_of, log_of_complement
 from snapshot_ensemble.inference.task_words import Output
+from snapshot_ensemble.losses import gaussian_nll, mean_and_log_variance
 
 BINS = 15
 # Probabilities below the smallest normal float32 are raised to it, so that logarithms are finite.
@@ -38,8 +39,14 @@ def class_logs(output: Any, meaning: Output) -> Any:
 
 
 def items_of(output: Any, meaning: Output) -> np.ndarray:
-    """One prediction's items in float64: `(items, classes)` log-probabilities, or `(items,)`."""
+    """One prediction's items in float64.
+
+    `(items, classes)` log-probabilities, `(items, 2)` means and log-variances, or `(items,)`.
+    """
     output = np.asarray(output)
+    if meaning.is_gaussian:
+        halves = mean_and_log_variance(output.astype("float64"))
+        return np.stack([half.reshape(-1) for half in halves], axis=-1)
     if not meaning.is_classes:
         return output.astype("float64").reshape(-1)
     return in_blocks(lambda rows: _floored_logs(rows, meaning), output)
@@ -56,6 +63,8 @@ def _floored_logs(output: np.ndarray, meaning: Output) -> np.ndarray:
 
 def losses(items: np.ndarray, truth: Truth) -> np.ndarray:
     """Each item's negative log-likelihood in nats, or its squared error; any leading axes."""
+    if truth.is_gaussian:
+        return np.asarray(gaussian_nll(truth.targets, items[..., 0], items[..., 1]))
     if truth.targets.ndim == 1:
         return np.square(items - truth.targets)
     return -np.einsum("...ij,ij->...i", items, truth.targets)
@@ -85,8 +94,13 @@ def _correctness(logs: np.ndarray, truth: Truth) -> np.ndarray:
 def item_errors(items: np.ndarray, truth: Truth) -> np.ndarray:
     """Each item's classification error (0 or 1 for hard targets), or its squared error."""
     if truth.targets.ndim == 1:
-        return losses(items, truth)
+        return np.square(values_of(items, truth) - truth.targets)
     return 1 - _correctness(items, truth)
+
+
+def values_of(items: np.ndarray, truth: Truth) -> np.ndarray:
+    """The predicted values: of distributions, their means; any leading axes."""
+    return items[..., 0] if truth.is_gaussian else items
 
 
 def error(items: np.ndarray, truth: Truth) -> float:
@@ -135,13 +149,14 @@ def disagreement(items: np.ndarray, truth: Truth) -> np.ndarray:
     """How much each pair of members disagrees.
 
     Args:
-        items: `(members, items, classes)` log-probabilities, or `(members, items)` values.
+        items: Those of each member, as from `items_of`.
         truth: Its `weights` weigh the items; its targets are not used.
 
     Returns:
         `(members, members)`: the share of items whose predicted classes differ; for values the
         mean squared difference. Those of blocks of items add up.
     """
+    items = values_of(items, truth)
     matrix = np.zeros((len(items), len(items)))
     labels = items if items.ndim == 2 else items.argmax(-1)
     for i, one in enumerate(labels):

@@ -47,11 +47,11 @@ class Report:
         worth: The smallest number of last members whose mean is within one standard error (of
             the paired difference) of the best such mean.
         notes: Remarks on the scores, in sentences.
-        coverage: After `conformalize`, by the confidence level (and the name of the output, if there
-            are several): the share of the targets that lie in their set or interval, `coverage`,
-            with its binomial 95 % interval from `low` to `high`, and the mean `size`, which is
-            the number of classes of a set, or the width of an interval. Each row counts once,
-            however many items it has, and sample weights only where they are 0.
+        coverage: After `conformalize`, by the confidence level (and the name of the output, if
+            there are several): the share of the targets that lie in their set or interval,
+            `coverage`, with its binomial 95 % interval from `low` to `high`, and the mean `size`,
+            which is the number of classes of a set, or the width of an interval. Each row counts
+            once, however many items it has, and sample weights only where they are 0.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -239,7 +239,7 @@ def _combinations(held: HeldOut, weights: np.ndarray | None) -> list[str]:
     names = ["mean"]
     if all(meaning.is_classes for meaning in held.meanings):
         names += ["vote", "geometric"]
-    if not any(meaning.is_classes for meaning in held.meanings):
+    if not any(meaning.has_temperature for meaning in held.meanings):
         names += ["median"]
     return names + ([] if weights is None else ["weighted"])
 
@@ -268,7 +268,10 @@ def _row(
     for i, (meaning, truth, items) in enumerate(
         zip(held.meanings, held.truths, shown_items, strict=True)
     ):
-        scores = {"squared_error": metrics.loss(items, truth)}
+        scores = {"squared_error": metrics.error(items, truth)}
+        if meaning.is_gaussian:
+            nll = {"nll": metrics.loss(untempered[i], truth), "nll_calibrated": calibrated[i]}
+            scores = nll | scores
         if meaning.is_classes:
             scores = {
                 "nll": metrics.loss(untempered[i], truth),
@@ -297,7 +300,7 @@ def _items(held: HeldOut, outputs: Any) -> list[np.ndarray]:
 
 def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
     """Each output's negative log-likelihood; each half with the other half's temperature."""
-    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.is_classes]
+    chosen = [i for i, meaning in enumerate(held.meanings) if meaning.has_temperature]
     shares = [held.loss_weights[i] for i in chosen]
     halves = [slice(0, None, 2), slice(1, None, 2)]
     logs = [[of_rows(items[i], half, held.rows) for i in chosen] for half in halves]

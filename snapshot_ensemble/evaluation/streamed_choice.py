@@ -21,7 +21,7 @@ from snapshot_ensemble.evaluation.gathering import (
     stack_members,
 )
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.evaluation.member_counts import means_of_first, most_members
+from snapshot_ensemble.evaluation.member_counts import combined_first, most_members
 from snapshot_ensemble.evaluation.targets import as_numbers, is_structure, of_slice
 from snapshot_ensemble.inference.batch_size import KERAS, are_arrays, batch_size_for
 from snapshot_ensemble.inference.graphs import Combiner
@@ -109,10 +109,7 @@ def losses_of_rows(held: HeldOut) -> np.ndarray:
     losses = np.zeros((len(held.outputs), len(held.outputs[0]), held.rows))
     for block in held.blocks():
         for i, (items, truth) in enumerate(zip(block.items, block.truths, strict=True)):
-            # Probabilities: in float64, even the smallest ones of float32 are exact.
-            values = np.exp(items) if held.meanings[i].is_classes else items
-            means = means_of_first(values[::-1])
-            means = np.log(means) if held.meanings[i].is_classes else means
+            means = combined_first(items[::-1], held.meanings[i])
             of_items = truth.weights * metrics.losses(means, truth)
             of_rows = losses[i, :, block.rows]
             of_rows += truth.total * of_items.reshape(*of_rows.shape, -1).sum(axis=-1)

@@ -19,16 +19,22 @@ class Truth:
             for hard labels; for regression `(items,)`, the values.
         weights: `(items,)`, the weight of each item; they sum to 1.
         total: What they summed to before they were divided by it.
+        is_gaussian: Whether what predicts the values is distributions, not values.
     """
 
     targets: np.ndarray
     weights: np.ndarray
     total: float = 1.0
+    is_gaussian: bool = False
 
     def of_rows(self, rows: slice, count: int) -> "Truth":
         """The targets of some of `count` rows; the weights stay as they are."""
         targets, weights = (of_rows(items, rows, count) for items in (self.targets, self.weights))
-        return Truth(targets, weights, self.total)
+        return dataclasses.replace(self, targets=targets, weights=weights)
+
+    def every(self, step: int) -> "Truth":
+        """The targets of every `step`-th item; the weights stay as they are."""
+        return dataclasses.replace(self, targets=self.targets[::step], weights=self.weights[::step])
 
 
 def of_rows(items: np.ndarray, rows: slice, count: int) -> np.ndarray:
@@ -126,6 +132,8 @@ def read_truth(
         ValueError: If the targets or sample weights do not fit this output.
     """
     item_shape = tuple(shape[:-1]) if meaning.task == "multiclass" else tuple(shape)
+    if meaning.is_gaussian:
+        item_shape = (*shape[:-1], shape[-1] // 2)
     counts = np.ones(item_shape)
     for factor, name in ((weight, "sample_weight"), (mask, "mask")):
         if factor is not None:
@@ -151,7 +159,7 @@ def read_truth(
                 )
             targets = np.stack([1 - targets, targets], axis=-1)
     total = float(counts.sum())
-    return Truth(targets, counts.reshape(-1) / (total or 1.0), total)
+    return Truth(targets, counts.reshape(-1) / (total or 1.0), total, meaning.is_gaussian)
 
 
 def _broadcast(array: Any, shape: tuple[int, ...], name: str, exact: bool = False) -> np.ndarray:

@@ -16,17 +16,23 @@ from snapshot_ensemble.inference.graphs import Combiner
 from snapshot_ensemble.inference.member_pool import MemberPool, PredictArguments
 from snapshot_ensemble.inference.output_specs import names_of
 from snapshot_ensemble.inference.task_words import Output
+from snapshot_ensemble.losses import mean_and_log_variance
+from snapshot_ensemble.storage.record import Spread
+
+Spreads = list[Spread | None] | None
 
 
 def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: PredictArguments) -> Any:
     """Implements `SnapshotEnsemble.predict_uncertainty`."""
+    spreads = pool.learned.spreads
 
     def combine(outputs: list[Any]) -> Any:
         meanings = pool.meanings(outputs[0])
         mean = combine_outputs(outputs, "mean", meanings, names=names_of(pool.model, outputs[0]))
-        return {"mean": mean, "spread": uncertainty(outputs, meanings)}
+        return {"mean": mean, "spread": uncertainty(outputs, meanings, spreads)}
 
-    combiner = Combiner(pool.default_indices(members), ("uncertainty",), combine)
+    name = ("uncertainty", repr(spreads))
+    combiner = Combiner(pool.default_indices(members), name, combine)
     predicted = pool.predict_combined(x, combiner, arguments)
     return keras.tree.map_structure_up_to(
         predicted["mean"],
@@ -36,11 +42,14 @@ def predict_uncertainty(pool: MemberPool, x: Any, members: Any, arguments: Predi
     )
 
 
-def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def error_without_least_sure(
+    held: HeldOut, spreads: Spreads = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The error on the remaining items as the most uncertain ones are set aside.
 
     Args:
         held: The members' predictions and the targets; only the first output is used.
+        spreads: What was learned about the spread of each flat output.
 
     Returns:
         For each kind of uncertainty the shares that are set aside, and the error of the members'
@@ -50,8 +59,12 @@ def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.nd
     mean = held.unpacked(held.combined("mean"))[0]
     errors = metrics.item_errors(metrics.items_of(mean, meaning), truth)
     curves = {}
-    spread = in_blocks(lambda outputs: uncertainty(outputs, [meaning]), list(held.outputs[0]))
+    own = None if spreads is None else [spreads[held.numbers[0]]]
+    stack = list(held.outputs[0])
+    spread = in_blocks(lambda outputs: uncertainty(outputs, [meaning], own), stack)
     for name, values in spread.items():
+        if name == "mean" or (name == "std" and len(spread) > 1):
+            continue
         order = np.argsort(np.asarray(values).reshape(-1), kind="stable")
         weights = truth.weights[order]
         kept = np.cumsum(weights)
@@ -60,36 +73,41 @@ def error_without_least_sure(held: HeldOut) -> dict[str, tuple[np.ndarray, np.nd
     return curves
 
 
-def uncertainty(members: list[Any], meanings: list[Output]) -> Any:
+def uncertainty(members: list[Any], meanings: list[Output], spreads: Spreads = None) -> Any:
     """The uncertainty that follows from the members' outputs, for arrays and graph tensors.
 
     With the members' probabilities `p_m` and `H(p) = -sum p log p` in nats:
     `total = H(mean p_m)`, `aleatoric = mean H(p_m)`, `epistemic = total - aleatoric`, which is
-    the mutual information between the class and the member.
+    the mutual information between the class and the member. For distributions of values with means
+    `mu_m` and variances `s2_m`, the standard deviations `epistemic^2 = var mu_m`,
+    `aleatoric^2 = mean s2_m`, and `total^2`, their sum.
 
     Args:
         members: Each member's outputs, all of one structure.
         meanings: What each flat output means.
+        spreads: What was learned about the spread of each flat output.
 
     Returns:
         A dict for each output, in the same structure: `total`, `aleatoric` and `epistemic` for
-        classes, `std` for regression, nothing for what is passed through.
+        classes and distributions, which also have the `mean` of their values; `std` for regression
+        and, with a spread, these three, too; nothing for what is passed through.
     """
     flat = [keras.tree.flatten(outputs) for outputs in members]
-    spreads: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for i, meaning in enumerate(meanings):
         if meaning.is_passed:
-            spreads.append({})
+            parts.append({})
             continue
         # In float64, since the epistemic part is a small difference of two entropies.
         stack = ops.stack([ops.cast(outputs[i], "float64") for outputs in flat])
-        spreads.append(_spread(stack, meaning))
-    return keras.tree.pack_sequence_as(members[0], spreads)
+        parts.append(_parts(stack, meaning, None if spreads is None else spreads[i]))
+    return keras.tree.pack_sequence_as(members[0], parts)
 
 
-def _spread(stack: Any, meaning: Output) -> dict[str, Any]:
+def _parts(stack: Any, meaning: Output, spread: Spread | None) -> dict[str, Any]:
     if not meaning.is_classes:
-        return {"std": ops.cast(ops.std(stack, axis=0), "float32")}
+        parts = _parts_of_values(stack, meaning, spread)
+        return {name: ops.cast(part, "float32") for name, part in parts.items()}
     logs = class_logs(stack, meaning)
     of_mean = ops.logsumexp(logs, axis=0) - math.log(logs.shape[0])
     aleatoric = ops.mean(_entropy(logs), axis=0)
@@ -97,6 +115,23 @@ def _spread(stack: Any, meaning: Output) -> dict[str, Any]:
     epistemic = ops.maximum(_entropy(of_mean) - aleatoric, 0)
     parts = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
     return {name: ops.cast(part, "float32") for name, part in parts.items()}
+
+
+def _parts_of_values(stack: Any, meaning: Output, spread: Spread | None) -> dict[str, Any]:
+    """The standard deviations, in the unit of the values."""
+    if meaning.is_gaussian:
+        means, logs = mean_and_log_variance(stack)
+        aleatoric, epistemic = ops.mean(ops.exp(logs), axis=0), ops.var(means, axis=0)
+        known = {"mean": ops.mean(means, axis=0)}
+    else:
+        known = {"std": ops.std(stack, axis=0)}
+        if spread is None:
+            return known
+        epistemic = ops.square(spread.scale * known["std"])
+        floors = ops.cast(np.square(spread.floors), stack.dtype)
+        aleatoric = ops.zeros_like(epistemic) + (floors if len(stack.shape) > 2 else floors[0])
+    parts = {"total": aleatoric + epistemic, "aleatoric": aleatoric, "epistemic": epistemic}
+    return known | {name: ops.sqrt(part) for name, part in parts.items()}
 
 
 def _entropy(logs: Any) -> Any:

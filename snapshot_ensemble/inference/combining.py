@@ -18,6 +18,7 @@ from snapshot_ensemble.checks import whole_number
 from snapshot_ensemble.inference.passing import passed_through
 from snapshot_ensemble.keras_compat.logits import logits_behind, with_logits
 from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
+from snapshot_ensemble.losses import mean_and_log_variance
 
 # Raises the winner of a tied vote above the other tied classes: large enough to be visible in
 # float32, also in a logarithm, and far less than one vote.
@@ -55,12 +56,28 @@ def _one_hot_of_largest(scores: Any, classes: int) -> Any:
 
 
 def mean(stack: Any, task: str, logits: bool, weights: Any = None) -> Any:
-    """The (weighted) mean of the members' probabilities, or of their values."""
+    """The (weighted) mean of the members' probabilities, of their values or distributions."""
+    if task == "gaussian":
+        return mixture(stack, weights)
     if not logits:
         return _mean(stack, weights)
     if task == "multiclass":
         return _log_mean(ops.log_softmax(stack, axis=-1), weights)
     return _log_mean(ops.log_sigmoid(stack), weights) - _log_mean(ops.log_sigmoid(-stack), weights)
+
+
+def mixture(stack: Any, weights: Any = None) -> Any:
+    """The mean and log-variance of a mixture of normal distributions.
+
+    The mean is that of the members' means. The variance is the mean of their variances plus the
+    variance of their means.
+    """
+    means, logs = mean_and_log_variance(stack)
+    center = _mean(means, weights)
+    within = _log_mean(logs, weights)
+    # Zero where members agree, so that its logarithm would have no gradient.
+    between = ops.log(ops.maximum(_mean(ops.square(means - center), weights), _TINY))
+    return ops.concatenate([center, within + ops.softplus(between - within)], axis=-1)
 
 
 def _vote_classes(stack: Any, logits: bool) -> Any:
@@ -133,8 +150,12 @@ def temper(combined: Any, task: str, logits: bool, temperature: float) -> Any:
     """Combined probabilities with their logarithms divided by the temperature, normalised.
 
     For binary and multilabel, the log-odds are divided. The most probable class stays the same,
-    even if rounding would make it equal to another one.
+    even if rounding would make it equal to another one. A normal distribution's variance is
+    multiplied by the temperature.
     """
+    if task == "gaussian":
+        center, logs = mean_and_log_variance(combined)
+        return ops.concatenate([center, logs + math.log(temperature)], axis=-1)
     if task == "multiclass":
         logs = combined if logits else log_of(combined)
         tempered = (ops.log_softmax if logits else ops.softmax)(logs / temperature, axis=-1)
@@ -189,6 +210,11 @@ def check_meanings(combine: str, meanings: Sequence[Any]) -> None:
     for i, meaning in enumerate(meanings):
         if meaning.is_passed:
             continue
+        if meaning.is_gaussian and combine not in ("mean", "weighted"):
+            raise ValueError(
+                "Members that predict a mean and a log-variance form a mixture. Received: "
+                f"combine={combine!r} for output {i} of the model. Use 'mean' or 'weighted'."
+            )
         if combine in _CLASSES_ONLY and not meaning.is_classes:
             raise ValueError(
                 f"`combine={combine!r}` is for classes, and output {i} of the model is a "
@@ -277,7 +303,7 @@ def combine_stack(
     """Combines one output of all members, which are on the first axis; else as above."""
     stack = _at_least_float32(stack)
     combined = COMBINATIONS[combine](stack, meaning.task, meaning.logits, weights)
-    if temperature == 1 or not meaning.is_classes:
+    if temperature == 1 or not meaning.has_temperature:
         return combined
     return temper(combined, meaning.task, meaning.logits, temperature)
 

@@ -8,6 +8,7 @@ from keras import ops
 
 from snapshot_ensemble.inference.task_words import Output
 from snapshot_ensemble.keras_compat.composites import rows_of
+from snapshot_ensemble.losses import mean_and_log_variance
 from snapshot_ensemble.storage.record import EarlyExit
 
 # The key of how many members ran for each row, beside the outputs.
@@ -35,7 +36,8 @@ def doubts(combined: Any, stack: Any, meaning: Output) -> Any:
     """How unsure the members are of each row.
 
     For classes, one minus the probability of the most probable class; for regression, the
-    standard deviation over the members. The mean over all units, pixels or steps of a row.
+    standard deviation over the members, or the one that they predict. The mean over all units,
+    pixels or steps of a row.
 
     Args:
         combined: The combined output of the members so far, with rows on the first axis.
@@ -45,7 +47,9 @@ def doubts(combined: Any, stack: Any, meaning: Output) -> Any:
     Returns:
         One number for each row.
     """
-    if not meaning.is_classes:
+    if meaning.is_gaussian:
+        each = ops.exp(mean_and_log_variance(combined)[1] / 2)
+    elif not meaning.is_classes:
         each = ops.std(stack, axis=0)
     elif meaning.task == "multiclass":
         each = 1 - ops.max(ops.softmax(combined) if meaning.logits else combined, axis=-1)

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from snapshot_ensemble.losses import GaussianNLL
+
 _LOSSES = {
     "categorical": (
         "categorical_crossentropy",
@@ -29,6 +31,7 @@ _FAMILY = {
     for function in names
     for name in (function, "".join(word.title() for word in function.split("_")))
 }
+_FAMILY[GaussianNLL] = "gaussian"
 # Keras chooses one of its cross-entropies by the shapes of the output and the targets.
 _BY_SHAPE = ("crossentropy", "ce")
 

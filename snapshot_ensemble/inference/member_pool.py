@@ -115,7 +115,7 @@ class MemberPool:
             changes["early_exit"] = None  # Its order is that of the members that predict.
         if learned.conformal is not None and any(
             changes.get(name, getattr(learned, name)) != getattr(learned, name)
-            for name in ("weights", "temperature")
+            for name in ("weights", "temperature", "spreads")
         ):
             changes.setdefault("conformal", None)  # It holds for these predictions alone.
         self.store.learn(self.view.version, **changes)

@@ -115,8 +115,8 @@ def _inferred_task(signs: Signs) -> str:
             return "multiclass"
         if family == "binary" or (family is None and signs.activation == "sigmoid"):
             return "binary" if signs.units == 1 else "multilabel"
-        if family == "regression":
-            return "regression"
+        if family in ("regression", "gaussian"):
+            return family
     words = tuple(word for word, (_, logits) in WORDS.items() if logits is not None)
     raise ValueError(
         f"The task of {signs.where} cannot be inferred from the model. "
@@ -231,6 +231,11 @@ def read_outputs(model: keras.Model, task: Any, outputs: Any) -> list[Output]:
         units = tensor.shape[-1] if len(tensor.shape) > 1 else 1
         signs = Signs(where, losses[i], activation, units, _own_step(model, activation))
         output = _classify(tasks[i], signs)
+        if output.is_gaussian and (units is None or units % 2):
+            raise ValueError(
+                f"The last axis of {where} must hold a mean and a log-variance for each value. "
+                f"Received: task='gaussian' for an output of shape {tuple(tensor.shape)}"
+            )
         specs.append(dataclasses.replace(output, ignored=_ignored(output, signs, tensor)))
     return specs
 

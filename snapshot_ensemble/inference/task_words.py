@@ -10,6 +10,7 @@ CLASSES = ("multiclass", "binary", "multilabel")
 WORDS: dict[str, tuple[str, bool | None]] = {
     **{task: (task, None) for task in CLASSES},
     "regression": ("regression", False),
+    "gaussian": ("gaussian", False),
     "passthrough": ("passthrough", False),
     **{f"{task}_logits": (task, True) for task in CLASSES},
     **{f"{task}_probabilities": (task, False) for task in CLASSES},
@@ -22,8 +23,9 @@ class Output:
 
     Attributes:
         task: `"multiclass"` (mutually exclusive classes on the last axis), `"binary"`,
-            `"multilabel"`, `"regression"`, or `"passthrough"` (an id, a label, a string: equal in
-            all members, and not combined).
+            `"multilabel"`, `"regression"`, `"gaussian"` (means and log-variances, the two halves
+            of the last axis), or `"passthrough"` (an id, a label, a string: equal in all members,
+            and not combined).
         logits: Whether a classifier outputs logits (log-odds for binary and multilabel) rather
             than probabilities.
         ignored: The label that the compiled loss ignores (`ignore_class`), or None.
@@ -36,6 +38,15 @@ class Output:
     @property
     def is_classes(self) -> bool:
         return self.task in CLASSES
+
+    @property
+    def is_gaussian(self) -> bool:
+        return self.task == "gaussian"
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether the output is a distribution, which a temperature makes wider or narrower."""
+        return self.is_classes or self.is_gaussian
 
     @property
     def is_passed(self) -> bool:

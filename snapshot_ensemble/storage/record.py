@@ -47,6 +47,25 @@ class EarlyExit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """How far values of one output lie from their prediction.
+
+    Their variance is `(scale * std)^2 + floor^2`, with the standard deviation over the members.
+
+    Attributes:
+        scale: The factor of the standard deviation.
+        floors: For each unit, the part that is the same for all rows, in the unit of the values.
+    """
+
+    scale: float
+    floors: list[float]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(x) and x >= 0 for x in (self.scale, *self.floors)):
+            raise ValueError(f"`spreads` must be at least 0. Received: spreads={self!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ConformalRule:
     """What belongs to the set or interval of one output.
 
@@ -93,7 +112,7 @@ class Conformal:
         for rule in self.rules:
             if rule is not None:
                 widths = {len(units) for units in rule.quantiles}
-                numbers = [*rule.penalties, *sum(rule.quantiles, [])]
+                numbers = [*rule.penalties, *(q for units in rule.quantiles for q in units)]
                 is_valid &= len(rule.quantiles) == levels and len(widths) == 1 and 0 not in widths
                 is_valid &= {len(rule.penalties), len(rule.free)} <= {0, levels}
                 is_valid &= all(math.isfinite(number) and number >= 0 for number in numbers)
@@ -114,6 +133,8 @@ class Learned:
             or a list of indices.
         early_exit: When the members that have run for a row are enough; None if not learned.
         conformal: How prediction sets and intervals are made; None if not learned.
+        spreads: For each flat output, how far values lie from their prediction, if it has values
+            and no distribution; None if not learned.
     """
 
     weights: list[float] | None = None
@@ -121,6 +142,7 @@ class Learned:
     members: Count | list[Count] | None = None
     early_exit: EarlyExit | None = None
     conformal: Conformal | None = None
+    spreads: list[Spread | None] | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):

@@ -20,6 +20,7 @@ from snapshot_ensemble.keras_compat.logits import logits_behind
 from snapshot_ensemble.keras_compat.masks import mask_of, set_mask
 from snapshot_ensemble.keras_compat.optimizer_rate import copy_of_optimizer
 from snapshot_ensemble.keras_compat.own_methods import has_own_or_assigned
+from snapshot_ensemble.losses import gaussian_nll, mean_and_log_variance
 from snapshot_ensemble.schedules import Schedule, plan_of_fit
 from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.training.fit_arguments import check_fit_arguments
@@ -130,7 +131,12 @@ class Distiller(keras.Model):
                 likely = _probabilities(target, teachers[i], self._lesson.temperature)
                 loss = _cross_entropy(likely, output, meanings[i], weights[i], self._lesson)
             else:
-                loss = _loss_of_values(losses[i][0])(target, output, weights[i])
+                own = (
+                    GaussianCrossEntropy()
+                    if meanings[i].is_gaussian
+                    else _loss_of_values(losses[i][0])
+                )
+                loss = own(target, output, weights[i])
             total += (float(sum(shares[i])) if shares[i] else 1.0) * loss
         return total
 
@@ -178,6 +184,16 @@ def _loss_of_values(compiled: Any) -> Any:
         compiled = compiled()
     loss = keras.losses.get(compiled)
     return loss if isinstance(loss, keras.losses.Loss) else _MeanOf(loss)
+
+
+class GaussianCrossEntropy(keras.losses.Loss):
+    """The expected `GaussianNLL` of values that are drawn from another normal distribution."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """The loss of each row, from the means and log-variances of both."""
+        (values, own), (mean, log_variance) = map(mean_and_log_variance, (y_true, y_pred))
+        more = ops.exp(own - log_variance) / 2
+        return ops.mean(gaussian_nll(values, mean, log_variance) + more, axis=-1)
 
 
 class _MeanOf(keras.losses.Loss):

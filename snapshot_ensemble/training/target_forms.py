@@ -78,6 +78,11 @@ def check_values(model: keras.Model, task: Any, x: np.ndarray, columns: int) -> 
             f"The model of a regressor must output values. Received: loss={model.loss!r}, which is "
             "for classes. Compile the model with a loss such as 'mse', or use a classifier."
         )
+    if meaning.is_gaussian:
+        raise ValueError(
+            "A regressor of scikit-learn predicts values, and this model predicts a mean and a "
+            f"log-variance. Received: loss={model.loss!r}. Use `SnapshotEnsemble` itself."
+        )
     if outputs.shape[-1] != columns:
         raise ValueError(
             "The model must have one output for each column of `y`. Received: "

@@ -170,7 +170,7 @@ def test_a_member_that_predicts_infinity_is_named(task):
     ens = ensemble_with(model, *own)
     ens.weights, ens.temperature = [0.2, 0.3, 0.5], 1.7
     data = one_batch(SOME, SOME[:, :2]) if task == "regression" else PAIRS
-    for call in (ens.fit_weights, ens.calibrate)[: 1 if task == "regression" else 2]:
+    for call in (ens.fit_weights, ens.calibrate):
         check_refusal(
             lambda call=call: call(data, verbose=0), ens, ValueError, "from member 1. Make an ensem"
         )
@@ -184,16 +184,6 @@ def test_unknown_methods_are_refused(method, refusing):
         ens,
         ValueError,
         f"`method` must be one of ('likelihood', 'greedy'). Received: method={method!r}",
-    )
-
-
-def test_a_regression_has_no_temperature(refusing):
-    ens = refusing["regression"]
-    check_refusal(
-        lambda: ens.calibrate(FEATURES, SOME[:, :2], verbose=0),
-        ens,
-        ValueError,
-        "A temperature applies only to class probabilities. Received: a model whose outputs",
     )
 
 

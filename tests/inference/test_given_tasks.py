@@ -12,8 +12,9 @@ from snapshot_ensemble.inference.task_words import WORDS, Output
 
 TASKS = ("multiclass", "binary", "multilabel", "regression", "passthrough")
 EXPLICIT = (
-    "('regression', 'passthrough', 'multiclass_logits', 'binary_logits', 'multilabel_logits', "
-    "'multiclass_probabilities', 'binary_probabilities', 'multilabel_probabilities')"
+    "('regression', 'gaussian', 'passthrough', 'multiclass_logits', 'binary_logits', "
+    "'multilabel_logits', 'multiclass_probabilities', 'binary_probabilities', "
+    "'multilabel_probabilities')"
 )
 
 # Explicit tasks
