@@ -17,6 +17,7 @@ from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_earl
 from snapshot_ensemble.evaluation.evaluating import evaluate
 from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.member_weights import check_method, learn_weights
+from snapshot_ensemble.evaluation.refusing import checked_risk, refusals
 from snapshot_ensemble.evaluation.report import Report, make_report
 from snapshot_ensemble.evaluation.streamed_choice import count_of_members
 from snapshot_ensemble.evaluation.uncertainty import predict_uncertainty
@@ -1125,6 +1126,8 @@ class SnapshotEnsemble:
         x: Any,
         y: Any = None,
         *,
+        ood: Any = None,
+        risk: float | None = None,
         sample_weight: Any = None,
         batch_size: int | None = None,
         verbose: Any = "auto",
@@ -1143,19 +1146,31 @@ class SnapshotEnsemble:
 
         Args:
             x, y: Held-out data, as for `model.evaluate`.
+            ood: Inputs from elsewhere, as for `model.predict`, such as the model should refuse.
+                How well each score of uncertainty tells them from `x` is in `refusing`. Defaults
+                to `None`.
+            risk: The error rate (for values, the mean squared error) at which to measure how large
+                a share can be answered. Defaults to `None`.
             sample_weight, batch_size, verbose, steps, callbacks: As for `model.evaluate`.
 
         Returns:
             A `Report`. It prints as a table; `to_dict()` and `to_frame()` give its numbers.
 
         Raises:
-            ValueError: If there are no members, or the data do not fit the model or hold a NaN.
+            ValueError: If there are no members, the data do not fit the model or hold a NaN, or
+                `risk` is negative.
+
+        References:
+            - [Geifman & El-Yaniv, 2017](https://arxiv.org/abs/1705.08500) (risk and coverage)
+            - [Hendrycks & Gimpel, 2017](https://arxiv.org/abs/1610.02136) (data from elsewhere)
         """
         arguments = PredictArguments(batch_size, verbose, steps, callbacks)
         pool = self._pool.now()
+        risk = checked_risk(risk)
         held = gather(pool, x, y, sample_weight, arguments, with_logits=True)
         stages = None if pool.learned.early_exit is None else pool.cascade().stages
-        return make_report(held, pool.learned, stages)
+        refused = refusals(pool, held, ood, risk, arguments)
+        return make_report(held, pool.learned, stages, refused)
 
     def average_weights(
         self,

@@ -26,8 +26,8 @@ from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.early_exit import cost_curve
 from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.loss_landscape import losses_between_members, principal_components
-from snapshot_ensemble.evaluation.report import Report
 from snapshot_ensemble.evaluation.uncertainty import error_without_least_sure
+from snapshot_ensemble.report_plots import plot_diversity, plot_members, plot_risk_coverage
 from snapshot_ensemble.schedules import CosineAnnealing
 from snapshot_ensemble.training.lr_range_test import RangeTest
 
@@ -128,75 +128,6 @@ def plot_lr(found: RangeTest, *, ax: "Axes | None" = None) -> "Axes":
     low, high = found.smoothed.min(), np.max(found.losses[: max(len(found.losses) // 5, 1)])
     ax.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
     return labelled(ax, "learning rate", "loss")
-
-
-def plot_members(report: Report, metric: str = "error", *, ax: "Axes | None" = None) -> "Axes":
-    """Plots the error of the mean of 1, 2, … members, added from the last and from the first.
-
-    Args:
-        report: The result of `ensemble.report`.
-        metric: `"error"`, the error rate or the mean squared error of each output, or `"loss"`,
-            the compiled loss. Defaults to `"error"`.
-        ax: Defaults to `None`, a new figure.
-
-    Returns:
-        The `Axes`, with the number of members on the x-axis and the error or loss on the y-axis.
-
-    Raises:
-        ValueError: If `metric` is neither.
-    """
-    if metric not in ("error", "loss"):
-        raise ValueError(f"`metric` must be 'error' or 'loss'. Received: metric={metric!r}")
-    ax = axes(ax)
-    names = [name for name in report.added_from_last if (name == "loss") == (metric == "loss")]
-    styles = ("-", "--", ":", "-.")
-    for name, style in zip(names, styles * len(names), strict=False):
-        suffix = "" if len(names) == 1 else f" ({name})"
-        for curves, end, color in (
-            (report.added_from_last, "last", BLUE),
-            (report.added_from_first, "first", ORANGE),
-        ):
-            counts = np.arange(1, len(curves[name]) + 1)
-            label = f"from the {end}{suffix}"
-            ax.plot(counts, curves[name], style, color=color, marker="o", label=label)
-    ax.axvline(report.worth, color=GREY, linestyle=":", label=f"enough members: {report.worth}")
-    use_integer_ticks(ax.xaxis)
-    return labelled(ax, "number of members", metric)
-
-
-def plot_diversity(
-    report: Report, output: str | None = None, *, ax: "Axes | None" = None
-) -> "Axes":
-    """Plots the disagreement between each pair of members.
-
-    Args:
-        report: The result of `ensemble.report`.
-        output: The name of an output. Defaults to `None`, the first output.
-        ax: Defaults to `None`, a new figure.
-
-    Returns:
-        The `Axes`, with the share of rows for which a pair predicts different classes; for
-        regression, the root of their mean squared difference.
-
-    Raises:
-        ValueError: If there is no such output.
-    """
-    names = list(report.disagreement)
-    if output is not None and output not in names:
-        raise ValueError(f"`output` must be one of {names}. Received: output={output!r}")
-    matrix = report.disagreement[names[0] if output is None else output]
-    ax = axes(ax)
-    image = ax.imshow(matrix, cmap="cividis", vmin=0)
-    if len(matrix) <= 12:
-        for (i, j), value in np.ndenumerate(matrix):
-            color = "black" if value > matrix.max() / 2 else "white"
-            ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
-    for axis in (ax.xaxis, ax.yaxis):
-        use_integer_ticks(axis)
-    ax.figure.colorbar(image, ax=ax, label="disagreement")
-    ax.set_xlabel("member")
-    ax.set_ylabel("member")
-    return ax
 
 
 def plot_reliability(
@@ -393,6 +324,7 @@ __all__ = [
     "plot_lr",
     "plot_members",
     "plot_reliability",
+    "plot_risk_coverage",
     "plot_schedule",
     "plot_trajectory",
     "plot_uncertainty",

@@ -21,6 +21,7 @@ from snapshot_ensemble import (
     VisualizeLR,
     plots,
 )
+from snapshot_ensemble.losses import GaussianNLL
 from snapshot_ensemble.sklearn import SnapshotEnsembleClassifier, SnapshotEnsembleRegressor
 
 
@@ -60,10 +61,12 @@ EXAMPLES = [
         GenerateSnapshotCallbacks,
         VisualizeLR,
         plots.plot_early_exit,
+        plots.plot_risk_coverage,
         plots.plot_schedule,
         Report.to_frame,
         SnapshotEnsembleClassifier,
         SnapshotEnsembleRegressor,
+        GaussianNLL,
     )
     for test in doctest.DocTestFinder().find(public, public.__name__)
     if test.examples
@@ -82,6 +85,7 @@ def test_examples_do_what_they_show(example, capsys, tmp_path, monkeypatch):
     example.globs.update(
         **{name: getattr(snapshot_ensemble, name) for name in snapshot_ensemble.__all__},
         plot_early_exit=plots.plot_early_exit,
+        plot_risk_coverage=plots.plot_risk_coverage,
         plot_schedule=plots.plot_schedule,
         keras=keras,
         np=np,

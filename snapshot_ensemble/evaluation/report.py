@@ -9,9 +9,8 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
-from snapshot_ensemble.evaluation import metrics
+from snapshot_ensemble.evaluation import conformal_coverage, metrics, refusing
 from snapshot_ensemble.evaluation.calibration import learn_temperature, tempered_loss
-from snapshot_ensemble.evaluation.conformal_coverage import coverage, sentences
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
@@ -52,6 +51,15 @@ class Report:
             `coverage`, with its binomial 95 % interval from `low` to `high`, and the mean `size`,
             which is the number of classes of a set, or the width of an interval. Each row counts
             once, however many items it has, and sample weights only where they are 0.
+        refusing: For each score of how unsure the mean is (`max_probability`: one minus the largest
+            probability; `total`, `epistemic` or `std` as in `predict_uncertainty`; with several
+            outputs, after the output's name): `aurc`, the area under the risk-coverage curve, which
+            is the mean error rate (for values, the mean squared error) of what is answered, over
+            all shares of the items, the surest first; `coverage`, the largest share that can be
+            answered at the stated `risk`; `auroc`, the probability that a row from elsewhere has a
+            higher score than a known one, and `fpr95`, the share of the known rows that are
+            refused by the threshold at which 95 % of those from elsewhere are.
+        risk_coverage: For each of these scores the curve, `(2, points)`: coverage and risk.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -64,6 +72,8 @@ class Report:
     worth: int
     notes: list[str]
     coverage: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    refusing: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    risk_coverage: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can represent."""
@@ -124,7 +134,8 @@ class Report:
             remarks.append(
                 f"The combinations have the temperature {self.temperature:.4g}, the members none."
             )
-        return remarks + sentences(self.coverage) + self.notes
+        remarks += conformal_coverage.sentences(self.coverage)
+        return remarks + refusing.sentences(self.refusing) + self.notes
 
     def __str__(self) -> str:
         return "\n".join([text_table(self._cells()), "", *self._remarks()])
@@ -164,7 +175,9 @@ def _listed(values: list[float]) -> str:
     return " ".join(f"{value:.4f}" for value in values)
 
 
-def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -> Report:
+def make_report(
+    held: HeldOut, learned: Learned, stages: Stages | None, refused: refusing.Refusals
+) -> Report:
     """Scores the members and their combinations.
 
     Args:
@@ -172,9 +185,8 @@ def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -
         learned: The member weights, the temperature of all combinations, and the members that
             predict by default.
         stages: The stages of early exit, or None.
+        refused: What was measured of refusing rows.
     """
-    weights = None if learned.weights is None else np.asarray(learned.weights)
-    temperature = learned.temperature
     members = held.members()
     matrices, losses = _alone(held)
     compiled = held.scorer()
@@ -186,13 +198,7 @@ def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -
             rows[f"member {number}"][name] = float(matrix[number].sum() / max(1, len(members) - 1))
     rows["last snapshot"] = rows[f"member {len(members) - 1}"]
     rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
-    for combine in _combinations(held, weights):
-        member_weights = weights if combine == "weighted" else None
-        plain = shown = held.combined(combine, member_weights)
-        if temperature != 1:
-            shown = held.combined(combine, member_weights, temperature)
-        logits = held.combined_logits(combine, member_weights, temperature)
-        rows[combine] = _row(held, compiled, plain, shown, logits)
+    rows |= _rows_of_combinations(held, compiled, learned)
     if stages is not None:
         rows["early exit"] = _row_of_early_exit(held, compiled, stages)
     from_last, from_first = curves_by_members(held, -1, 1)
@@ -201,7 +207,7 @@ def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -
         rows=rows,
         examples=held.rows,
         bins=_bins(held),
-        temperature=temperature,
+        temperature=learned.temperature,
         disagreement=dict(zip(held.names, matrices, strict=True)),
         added_from_last=from_last.scores,
         added_from_first=from_first.scores,
@@ -210,7 +216,9 @@ def make_report(held: HeldOut, learned: Learned, stages: Stages | None = None) -
             *_notes(losses, from_last.scores["loss"], worth, learned),
             *_notes_on_compiled(held.model),
         ],
-        coverage=coverage(held, learned),
+        coverage=conformal_coverage.coverage(held, learned),
+        refusing=refused.scores,
+        risk_coverage=refused.curves,
     )
 
 
@@ -225,6 +233,20 @@ def _alone(held: HeldOut) -> tuple[list[np.ndarray], list[float]]:
     pairs = zip(matrices, held.meanings, strict=True)
     matrices = [matrix if meaning.is_classes else np.sqrt(matrix) for matrix, meaning in pairs]
     return matrices, losses.tolist()
+
+
+def _rows_of_combinations(held: HeldOut, compiled: Any, learned: Learned) -> dict[str, Any]:
+    """The scores of each combination that is defined for all outputs."""
+    weights = None if learned.weights is None else np.asarray(learned.weights)
+    temperature, rows = learned.temperature, {}
+    for combine in _combinations(held, weights):
+        member_weights = weights if combine == "weighted" else None
+        plain = shown = held.combined(combine, member_weights)
+        if temperature != 1:
+            shown = held.combined(combine, member_weights, temperature)
+        logits = held.combined_logits(combine, member_weights, temperature)
+        rows[combine] = _row(held, compiled, plain, shown, logits)
+    return rows
 
 
 def _bins(held: HeldOut) -> int:
