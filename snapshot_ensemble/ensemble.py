@@ -15,6 +15,7 @@ from snapshot_ensemble.evaluation.calibration import calibrated
 from snapshot_ensemble.evaluation.conformal import conformalize, predict_interval, predict_set
 from snapshot_ensemble.evaluation.early_exit import check_rows_apart, learn_early_exit
 from snapshot_ensemble.evaluation.evaluating import evaluate
+from snapshot_ensemble.evaluation.extra_outputs import PREDICTION, check_outputs, extras_of
 from snapshot_ensemble.evaluation.gathering import gather
 from snapshot_ensemble.evaluation.member_weights import check_method, learn_weights
 from snapshot_ensemble.evaluation.refusing import checked_risk, refusals
@@ -24,6 +25,7 @@ from snapshot_ensemble.evaluation.uncertainty import predict_uncertainty
 from snapshot_ensemble.evaluation.weight_averaging import average_weights
 from snapshot_ensemble.export.formats import check_format, check_weights_dtype, export_members
 from snapshot_ensemble.export.merged_model import merge
+from snapshot_ensemble.export.served import Beside
 from snapshot_ensemble.inference.combining import check_weights
 from snapshot_ensemble.inference.early_exit import check_early_exit
 from snapshot_ensemble.inference.member_pool import (
@@ -1345,6 +1347,7 @@ class SnapshotEnsemble:
         combine: str = "mean",
         members: int | Sequence[int] | None = None,
         early_exit: bool = False,
+        outputs: str | Sequence[str] = "prediction",
         overwrite: bool = False,
         x: Any = None,
         weights: str | None = None,
@@ -1369,6 +1372,11 @@ class SnapshotEnsemble:
             members: As for `predict`.
             early_exit: As for `predict`; only in a SavedModel, in which members then run only for
                 the rows that reach them. Defaults to `False`.
+            outputs: What the file gives: `"prediction"`; `"total"`, `"aleatoric"`, `"epistemic"`
+                and `"std"` of `predict_uncertainty`; `"set"` of `predict_set` and `"interval"` of
+                `predict_interval`, if `conformalize` has been called for this combination. For an
+                output `digit`, these are `digit`, `digit_total`, …, `digit_set`, and `digit_lower`
+                and `digit_upper`. Defaults to `"prediction"`.
             overwrite: Whether an earlier export in this format may be replaced; nothing else ever
                 is. The old one is removed when the new one is in place. Defaults to `False`.
             x: A few rows of inputs, as for `predict`, on which the file is compared with the
@@ -1380,9 +1388,9 @@ class SnapshotEnsemble:
             **export_arguments: As for `keras.Model.export`.
 
         Raises:
-            ValueError: If there are no members, `combine`, `members`, `format` or `weights` is
-                invalid, the path exists and may not be replaced, or the exported file does not
-                reproduce the ensemble's predictions.
+            ValueError: If there are no members, `combine`, `members`, `format`, `outputs` or
+                `weights` is invalid, the model has no such output, the path exists and may not be
+                replaced, or the exported file does not reproduce the ensemble's predictions.
             ImportError: If the format needs a package that is not installed.
         """
         path = check_format(filepath, format)
@@ -1390,7 +1398,11 @@ class SnapshotEnsemble:
         pool = self._pool.now()
         check_early_exit(early_exit, combine, members)
         combiner = pool.cascade() if early_exit else pool.combiner(combine, members)
-        export_members(pool, combiner, path, format, overwrite, x, weights, export_arguments)
+        chosen = check_outputs(outputs)
+        beside = Beside(extras_of(pool, combiner, chosen), PREDICTION in chosen)
+        export_members(
+            pool, combiner, path, format, overwrite, x, weights, export_arguments, beside
+        )
 
     # Saving and loading
 

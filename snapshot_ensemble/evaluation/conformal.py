@@ -190,9 +190,15 @@ class Scored(NamedTuple):
         return cls(name, items, targets, kept, scales, has_units)
 
 
-def scale_of(method: str, members: list[Any], meaning: Output, spread: Spread | None) -> Any:
+def scale_of(
+    method: str,
+    members: list[Any],
+    meaning: Output,
+    spread: Spread | None,
+    dtype: str = "float64",
+) -> Any:
     """What the errors of values are divided by, from each member's output."""
-    parts = uncertainty(members, [meaning], [spread])
+    parts = uncertainty(members, [meaning], [spread], dtype)
     name = "std" if method == "epistemic" and "std" in parts else method
     return ops.maximum(parts[name], LEAST_SCALE)
 

@@ -73,7 +73,9 @@ def error_without_least_sure(
     return curves
 
 
-def uncertainty(members: list[Any], meanings: list[Output], spreads: Spreads = None) -> Any:
+def uncertainty(
+    members: list[Any], meanings: list[Output], spreads: Spreads = None, dtype: str = "float64"
+) -> Any:
     """The uncertainty that follows from the members' outputs, for arrays and graph tensors.
 
     With the members' probabilities `p_m` and `H(p) = -sum p log p` in nats:
@@ -86,6 +88,8 @@ def uncertainty(members: list[Any], meanings: list[Output], spreads: Spreads = N
         members: Each member's outputs, all of one structure.
         meanings: What each flat output means.
         spreads: What was learned about the spread of each flat output.
+        dtype: In which to compute. Defaults to `"float64"`, since the epistemic part is a small
+            difference of two entropies.
 
     Returns:
         A dict for each output, in the same structure: `total`, `aleatoric` and `epistemic` for
@@ -98,8 +102,7 @@ def uncertainty(members: list[Any], meanings: list[Output], spreads: Spreads = N
         if meaning.is_passed:
             parts.append({})
             continue
-        # In float64, since the epistemic part is a small difference of two entropies.
-        stack = ops.stack([ops.cast(outputs[i], "float64") for outputs in flat])
+        stack = ops.stack([ops.cast(outputs[i], dtype) for outputs in flat])
         parts.append(_parts(stack, meaning, None if spreads is None else spreads[i]))
     return keras.tree.pack_sequence_as(members[0], parts)
 

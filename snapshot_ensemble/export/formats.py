@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from snapshot_ensemble.export.file_check import QUANTIZING, TOLERANCE, advice, check_file
 from snapshot_ensemble.export.replacing import replaced
-from snapshot_ensemble.export.served import Served, served
+from snapshot_ensemble.export.served import Beside, Served, served
 from snapshot_ensemble.inference.graphs import Combiner
 from snapshot_ensemble.inference.member_pool import MemberPool
 from snapshot_ensemble.keras_compat.onnx_export import prepare_for_tf2onnx
@@ -85,6 +85,7 @@ def export_members(
     x: Any,
     weights: str | None,
     arguments: dict[str, Any],
+    beside: Beside,
 ) -> None:
     """Exports one model that combines members to a temporary folder, checks it, and moves it.
 
@@ -97,6 +98,7 @@ def export_members(
         x: A batch to check the file with, or None.
         weights: What `check_weights_dtype` has passed.
         arguments: For `keras.Model.export`.
+        beside: What is served beside the combined outputs.
 
     Raises:
         ValueError: If there is something at the path that may not be replaced, or if the runtime
@@ -108,7 +110,8 @@ def export_members(
     with replaced(filepath, files, format, overwrite=overwrite) as path:
         # The other formats have a tool of their own for it.
         halved = weights is not None and format == "tf_saved_model"
-        combined = served(pool, combiner, format, arguments.get("input_signature"), halved)
+        signature = arguments.get("input_signature")
+        combined = served(pool, combiner, format, signature, halved, beside)
         more = _LITERT_FLOAT16 if weights is not None and format == "litert" else {}
         _write(combined, path, format, arguments | more)
         if weights is not None and format == "openvino":

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -25,6 +25,19 @@ from snapshot_ensemble.storage.snapshot import Weights
 Outputs = dict[str, Any]
 # Formats that carry states on from call to call.
 _WITH_VARIABLES = ("tf_saved_model", "litert")
+
+
+class Beside(NamedTuple):
+    """What is served beside the combined outputs.
+
+    Attributes:
+        extras: Takes the members' outputs and the combined ones; returns for each flat output what
+            is served beside it, by what is added to its name. None if there is nothing.
+        has_prediction: Whether the combined outputs are served themselves.
+    """
+
+    extras: Callable[[list[Any], Any], list[dict[str, Any]]] | None = None
+    has_prediction: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +182,35 @@ def by_name(outputs: Any, names: Sequence[str] | None) -> dict[str, Any]:
     return dict(zip(names, flat, strict=True))
 
 
+def with_extras(combiner: Combiner, beside: Beside, names: Sequence[str] | None) -> Combiner:
+    """A combiner of a flat dict by name: the combined outputs and what is served beside them.
+
+    Args:
+        combiner: Combines the members' outputs.
+        beside: What is served beside these.
+        names: A name for each output, or None.
+    """
+    extras: Any = beside.extras
+
+    def combine(outputs: list[Any]) -> Outputs:
+        combined = combiner.combine(outputs)
+        own = by_name(combined, names)
+        more = {
+            f"{name}_{suffix}": part
+            for name, parts in zip(own, extras(outputs, combined), strict=True)
+            for suffix, part in parts.items()
+        }
+        if taken := sorted(own.keys() & more.keys()):
+            raise ValueError(
+                f"Two outputs would have the name {taken[0]!r}. Received: outputs {sorted(own)}. "
+                "Rename the layer."
+            )
+        return (own if beside.has_prediction else {}) | more
+
+    name = ("with extras", beside, *combiner.name)
+    return combiner._replace(name=name, combine=combine)
+
+
 def is_stateful(model: keras.Model) -> bool:
     """Whether a layer carries states of each row on to the next batch."""
     return any(getattr(layer, "stateful", False) for layer in all_layers(model))
@@ -257,6 +299,7 @@ def served(
     format: str,
     signature: Any = None,
     halved: bool = False,
+    beside: Beside = Beside(),  # noqa: B008  It is constant.
 ) -> Served:
     """The combined members for export, and the reference for the exported file.
 
@@ -266,16 +309,19 @@ def served(
         format: A Keras export format.
         signature: An `input_signature` of the user. Defaults to `None`: the model's own.
         halved: As for `ServedModel`; the reference has the weights as they are.
+        beside: What is served beside the combined outputs.
 
     Raises:
-        ValueError: If the model carries states on and the format has none, or it has no branches
-            for a cascade.
+        ValueError: If two outputs would have one name, the model carries states on and the format
+            has none, or it has no branches for a cascade.
     """
     model = pool.model
     stages = combiner.stages
     _check_supported(model, stages, format)
     signature = signature_of(model) if signature is None else given_signature(model, signature)
     members, names = pool.weights(combiner.members), output_names(model)
+    if beside.extras is not None:
+        combiner = with_extras(combiner, beside, names)
     has_states = bool(state_variables(model)) and format in _WITH_VARIABLES
 
     def states() -> list[OwnStates] | None:
@@ -290,6 +336,9 @@ def served(
         )
         predicted = reference.predict(x, verbose=0)
         outputs = predicted if has_states else outputs_of(predicted, stages)
+        if beside.extras is not None:
+            meanings.update(dict.fromkeys(outputs, Output("passthrough")))
+            return outputs
         read = keras.tree.pack_sequence_as(outputs, pool.meanings(outputs))
         meanings.update(by_name(read, names))
         return by_name(outputs, names)
