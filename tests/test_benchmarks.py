@@ -14,11 +14,13 @@ from benchmarks import (
     faults,
     memory_cost,
     prediction_cost,
+    regression,
     report_cost,
     shared_backbone,
     threads,
     training_cost,
 )
+from scipy import stats
 
 KILLS = [sys.executable, str(pathlib.Path(__file__).parent / "benchmarks" / "kills.py"), "--json"]
 
@@ -49,6 +51,36 @@ def test_the_share_that_a_student_keeps():
         [[[4.0, 0.4], [3.0, 0.1], [2.0, 0.4]], [[6.0, 0.4], [5.0, 0.3], [4.0, 0.4]]]
     )
     assert distill.kept(values) == [0.5, None]
+
+
+@pytest.mark.slow
+def test_regression(tmp_path, capsys):
+    size = ["--sets", "diabetes", "--splits", "2", "--epochs", "5", "--directory", str(tmp_path)]
+    rows = regression.main(size)["diabetes"]
+    names = {"one network", "warm snapshots", "the default", "the default, conformal"}
+    assert rows.keys() == names | {"deep ensemble", "MC dropout"}
+    # Saved runs are not run again.
+    again = regression.main(size)["diabetes"]
+    for name, values in rows.items():
+        assert values.shape == (2, 4)
+        np.testing.assert_array_equal(again[name], values)
+    assert "| deep ensemble | " in capsys.readouterr().out
+
+
+def test_scores_of_a_regression():
+    y, found = np.array([0.0, 1.0]), np.array([[0.5, 1.0], [4.0, 1.0], [-1.0, 1.5], [1.0, 2.0]])
+    rmse, nll, covered, width = regression.scores(found, y, 0.0, 10.0)
+    normal = stats.norm([5, 10], [20, 10]).logpdf([0, 10])
+    assert (covered, width) == (0.5, pytest.approx(12.5))
+    assert rmse == pytest.approx(np.sqrt(12.5))
+    assert nll == pytest.approx(-normal.mean())
+
+
+def test_a_mixture_of_samples():
+    members = np.array([[[0.0, 0.0]], [[2.0, np.log(3)]]])
+    mean, variance, low, high = regression.mixed(members)[:, 0]
+    assert (mean, variance) == (1.0, pytest.approx(3.0))
+    assert (high - low) / 2 == pytest.approx(1.6449 * np.sqrt(3), rel=1e-4)
 
 
 @pytest.mark.slow
