@@ -939,13 +939,14 @@ class SnapshotEnsemble:
 
         Members run one after another, and a row is settled as soon as they are sure of it: the
         probability of its most probable class is high enough or, for regression, the standard
-        deviation over the members is low enough. Then it gets the mean of the members so far, at a
-        temperature of its own for each stage, which this learns together with the order of the
-        members and the thresholds. Of these it takes the lowest cost at which neither the negative
-        log-likelihood nor the error (for regression, the squared error) on the held-out data is
-        more than `tolerance` standard errors of the paired difference above that of all members.
-        If a share `p_k` of the rows reaches member `k`, the cost is `sum_k p_k` members a row. What
-        was learned is saved with the ensemble and forgotten when the members change.
+        deviation over the members (for the task `"gaussian"`, the predicted one) is low enough.
+        Then it gets the mean of the members so far, at a temperature of its own for each stage,
+        which this learns together with the order of the members and the thresholds. Of these it
+        takes the lowest cost at which neither the negative log-likelihood nor the error (for
+        regression, the squared error) on the held-out data is more than `tolerance` standard errors
+        of the paired difference above that of all members. If a share `p_k` of the rows reaches
+        member `k`, the cost is `sum_k p_k` members a row. What was learned is saved with the
+        ensemble and forgotten when the members change.
 
         Rows must not depend on each other, since later members see only some of them. With several
         outputs, a row is settled when all of them are.
@@ -1024,8 +1025,8 @@ class SnapshotEnsemble:
         Training data cannot be recognised. On them the model errs less, so that sets and
         intervals become too small and cover less than they say; so give data that neither `fit`
         nor its validation has seen, and that nothing else was learned on. What was learned is
-        saved with the ensemble, checked by `report`, and forgotten when the members, their
-        `weights` or the `temperature` change.
+        saved with the ensemble and measured by `report`. It is forgotten when members are added or
+        dropped, and when their `weights`, the `temperature` or what `calibrate` learned change.
 
         Each unit of a binary, multilabel or regression output has a quantile of its own. If rows
         consist of several items, such as pixels or steps of time, then the probability is that of
@@ -1244,8 +1245,9 @@ class SnapshotEnsemble:
         It starts as the newest of the members that predict by default, and trains through one more
         cycle, from the ensemble's peak rate to its floor. Its loss is `alpha` times the compiled
         loss of the targets, plus `1 - alpha` times the cross-entropy between the ensemble's
-        probabilities and its own (for values: the compiled loss of the ensemble's values), plus
-        its own penalties. Sample weights and class weights count in both.
+        probabilities (for the task `"gaussian"`, its normal distributions) and its own (for values:
+        the compiled loss of the ensemble's values), plus its own penalties. Sample weights and
+        class weights count in both.
 
         The ensemble predicts arrays once, before training, and all other data batch by batch in
         each epoch, which costs one forward pass of all members a step. It sees the rows as the

@@ -16,7 +16,8 @@ class GaussianNLL(keras.losses.Loss):
     `y` of `(log(2 pi) + log s2 + (y - mu)^2 / s2) / 2`.
 
     An ensemble of such a model reads the task `"gaussian"` off this loss. Its members form a
-    mixture, and its predictions are the mean and the log-variance of that mixture.
+    mixture, and its predictions are the mean and the log-variance of that mixture. A model that is
+    compiled with it is loaded where this package is not imported with `compile=False`.
 
     Example:
 

@@ -31,8 +31,9 @@ class Report:
             without a temperature; `nll_calibrated`, the same with a temperature that was fitted
             on one half of the rows and scored on the other; `brier`, the Brier score; `ece`, the
             expected calibration error of the most probable class. For regression:
-            `squared_error`. For members also `disagreement`, the mean over all other members.
-            With several outputs, the name of the output comes first. After `fit_early_exit`,
+            `squared_error`, and for the task `"gaussian"` also `nll` and `nll_calibrated`. For
+            members also `disagreement`, the mean over all other members. With several outputs, the
+            name of the output comes first. After `fit_early_exit`,
             `"early exit"` with its own temperatures in all columns, and `members_run`, the mean
             number of members that run for a row.
         examples: Number of rows of data.

@@ -207,6 +207,17 @@ def test_a_forged_manifest_is_refused(forged, tmp_path):
         SnapshotEnsemble.load(tmp_path / "saved")
 
 
+def test_a_forged_spread_is_refused(tmp_path):
+    ens = ensemble("regression")
+    ens.calibrate(one_batch(X, targets("regression")), **RUN)
+    ens.save(tmp_path / "saved")
+    manifest = manifest_of(tmp_path / "saved")
+    manifest["ensemble"]["spreads"][0]["floors"][0] = -1.0
+    write_manifest(tmp_path / "saved", manifest)
+    with pytest.raises(SnapshotError, match="`spreads` must be at least 0"):
+        SnapshotEnsemble.load(tmp_path / "saved")
+
+
 # Refusals
 
 

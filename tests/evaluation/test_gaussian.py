@@ -224,6 +224,9 @@ def test_one_file_and_early_exit(ens, own, tmp_path):
     ens.export(tmp_path / "served")
     served = tf.saved_model.load(tmp_path / "served").signatures["serving_default"]
     np.testing.assert_allclose(served(features=X)["answer"], expected, rtol=1e-4, atol=1e-4)
+    ens.save(tmp_path / "saved")
+    loaded = SnapshotEnsemble.load(tmp_path / "saved")
+    np.testing.assert_allclose(loaded.predict(X, **RUN), expected, rtol=1e-4, atol=1e-4)
     cost = ens.fit_early_exit(X, Y, tolerance=3.0, **RUN)
     p, counts = ens.predict(X, early_exit=True, return_counts=True, **RUN)
     assert 1 <= cost < 3
