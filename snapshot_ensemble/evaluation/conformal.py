@@ -210,13 +210,12 @@ def _learned_rule(scored: Scored, method: str, levels: Sequence[float]) -> Confo
         tuning = np.zeros(len(kept), bool)
         tuning[chosen] = True
         kept = kept & ~tuning[:, None, None]
-    rows, units = int(kept.any(axis=(1, 2)).sum()), kept.shape[-1]
-    least = least_rows(max(levels))
-    if rows < least:
+    units, least = kept.shape[-1], least_rows(max(levels))
+    if _rows_of_units(kept) < least:
         least = least if tuning is None else math.ceil(least / (1 - _TUNING))
         raise ValueError(
             f"A confidence level of {max(levels):g} needs at least {least} rows. Received: "
-            f"{len(kept)} rows for output '{scored.name}' with method={method!r}"
+            f"{_rows_of_units(scored.kept)} rows for output '{scored.name}' with method={method!r}"
         )
     if method not in ("aps", "raps"):
         scores = (
@@ -231,6 +230,11 @@ def _learned_rule(scored: Scored, method: str, levels: Sequence[float]) -> Confo
     found = _quantiles([ranked.aps + ranked.penalties(*pair) for pair in pairs], kept, levels)
     penalties, free = zip(*pairs, strict=True)
     return ConformalRule(method, found, list(penalties), list(free))
+
+
+def _rows_of_units(kept: np.ndarray) -> int:
+    """How many rows count, for the unit for which they are fewest."""
+    return int(kept.any(axis=1).sum(axis=0).min())
 
 
 def _residuals(scored: Scored, method: str) -> np.ndarray:

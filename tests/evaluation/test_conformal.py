@@ -82,6 +82,15 @@ def test_the_quantile_has_the_rank_of_the_paper():
         assert least_rows(level) == least
 
 
+def test_each_unit_needs_enough_rows():
+    kept = np.ones((20, 1, 2), bool)
+    kept[5:, 0, 1] = False
+    of = Scored("amounts", np.zeros(40), np.arange(40.0), kept, lambda _: None, False)
+    with pytest.raises(ValueError, match=r"needs at least 9 rows\. Received: 5 rows for output"):
+        _learned_rule(of, "absolute", [0.9])
+    assert _learned_rule(of, "absolute", [0.8]).quantiles == [[32.0, 9.0]]
+
+
 def test_several_items_count_as_one_row():
     """By definition: the least score that enough of the rows' shares lie at or below."""
     scores = RNG.integers(0, 9, (12, 4)).astype("float64")  # With ties.
