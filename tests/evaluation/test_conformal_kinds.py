@@ -1,5 +1,7 @@
 """Conformal prediction of every task and structure; what is refused, saved and forgotten."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from scipy import special
 from storage_cases import manifest_of, write_manifest
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
+from snapshot_ensemble.storage.manifest import describe, read_record
+from snapshot_ensemble.storage.record import Conformal, ConformalRule, Learned, Record
 
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(60, 4)).astype("float32")
@@ -24,9 +28,9 @@ def targets(task):
     return RNG.normal(size=(60, units)) if task == "regression" else RNG.integers(0, 2, (60, units))
 
 
-def ensemble(task, count=3):
+def ensemble(task, count=3, **arguments):
     loss, units, activation = TASKS[task]
-    return ensemble_of(eager(dense(loss, units, activation), loss), count)
+    return ensemble_of(eager(dense(loss, units, activation), loss), count, **arguments)
 
 
 def probabilities(ens, task, data):
@@ -168,12 +172,12 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("change", ["weights", "temperature", "fit"])
 def test_it_is_forgotten_when_predictions_change(change):
-    ens = ensemble("softmax")
+    ens = ensemble("softmax", cycles=1)
     ens.conformalize(one_batch(X, KIND), **RUN)
     ens.members, ens.temperature = 2, 1.0  # It has members of its own, and this is no change.
     ens.predict_set(one_batch(X), **RUN)
     if change == "fit":
-        ens.fit(X, KIND, epochs=5, **RUN)
+        ens.fit(X, KIND, epochs=1, **RUN)
     else:
         setattr(ens, change, [0.2, 0.3, 0.5] if change == "weights" else 2.0)
     with pytest.raises(ValueError, match="`predict_set` needs quantiles, and none are learned"):
@@ -196,15 +200,13 @@ def test_it_is_forgotten_when_predictions_change(change):
     ],
     ids=str,
 )
-def test_a_forged_manifest_is_refused(forged, tmp_path):
-    ens = ensemble("softmax")
-    ens.conformalize(one_batch(X, KIND), **RUN)
-    ens.save(tmp_path / "saved")
-    manifest = manifest_of(tmp_path / "saved")
-    manifest["ensemble"]["conformal"].update(forged)
-    write_manifest(tmp_path / "saved", manifest)
-    with pytest.raises(SnapshotError, match="conformal|combine"):
-        SnapshotEnsemble.load(tmp_path / "saved")
+def test_a_forged_rule_is_refused(forged):
+    rule = ConformalRule("lac", [[0.5]])
+    ensemble = describe(Record(learned=Learned(conformal=Conformal(0.9, "mean", [0, 2], [rule]))))
+    read_record(ensemble).learned.check_for(3)
+    ensemble["conformal"].update(forged)
+    with pytest.raises(ValueError, match="conformal|combine"):
+        read_record(ensemble).learned.check_for(3)
 
 
 def test_a_forged_spread_is_refused(tmp_path):
@@ -221,13 +223,23 @@ def test_a_forged_spread_is_refused(tmp_path):
 # Refusals
 
 
-def check_refused(message, task="softmax", y=None, error=ValueError, count=3, **arguments):
-    ens, y = ensemble(task, count), targets(task) if y is None else y
+@functools.cache
+def conformalized(task, count):
+    """An ensemble, and its sets or intervals."""
+    ens = ensemble(task, count)
     ens.conformalize(one_batch(X, targets(task)), confidence_level=0.5, **RUN)
     predict = ens.predict_interval if task == "regression" else ens.predict_set
-    before = predict(one_batch(X), **RUN)
+    return ens, predict(one_batch(X), **RUN)
+
+
+def check_refused(
+    message, task="softmax", y=None, error=ValueError, count=3, weights=(), **arguments
+):
+    ens, before = conformalized(task, count)
+    predict = ens.predict_interval if task == "regression" else ens.predict_set
+    data = [X, targets(task) if y is None else y, *weights]
     with pytest.raises(error) as caught:
-        ens.conformalize(X, y, **arguments, **RUN)
+        ens.conformalize(one_batch(*data), **arguments, **RUN)
     assert message in str(caught.value)
     np.testing.assert_array_equal(predict(one_batch(X), **RUN), before)
 
@@ -257,7 +269,7 @@ def test_too_few_rows_for_a_level(method, least):
 
 
 def test_weights_and_shares_of_classes_are_refused():
-    check_refused("has no sample weights: all rows must come from", sample_weight=np.ones(60))
+    check_refused("has no sample weights: all rows must come from", weights=[np.ones(60)])
     check_refused(
         "each target must be one class. Received: `y` of output 'answer'",
         "multilabel",
