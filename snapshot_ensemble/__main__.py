@@ -60,13 +60,16 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(contents))
     else:
-        rows = [("file", "bytes", "cycle", "epoch", "metrics")]
+        columns = ["cycle", "epoch"]
+        if any(entry["chain"] is not None for entry in contents["files"]):
+            columns.insert(0, "chain")
+        rows = [("file", "bytes", *columns, "metrics")]
         for entry in contents["files"]:
-            numbers = ("" if entry[n] is None else str(entry[n]) for n in ("cycle", "epoch"))
+            numbers = ("" if entry[n] is None else str(entry[n]) for n in columns)
             metrics = [f"{name}={value:.4g}" for name, value in (entry["metrics"] or {}).items()]
             metrics += [] if entry["intact"] else ["DAMAGED"]
             rows.append((entry["name"], str(entry["bytes"]), *numbers, " ".join(metrics)))
-        print(text_table(rows, "lrrrl"))
+        print(text_table(rows, f"lr{'r' * len(columns)}l"))
         print(
             f"weights: {contents['weights']}  temperature: {contents['temperature']:.4g}  "
             f"members: {contents['members'] or 'all'}"

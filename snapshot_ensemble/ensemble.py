@@ -33,6 +33,7 @@ from snapshot_ensemble.inference.member_pool import (
     MemberPool,
     PredictArguments,
 )
+from snapshot_ensemble.inference.merging import Merger, check_sources
 from snapshot_ensemble.inference.model_checks import check_built, check_model
 from snapshot_ensemble.keras_compat.random_seed import generators_restored
 from snapshot_ensemble.schedules import (
@@ -45,13 +46,19 @@ from snapshot_ensemble.storage.copying import copy_snapshots
 from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.file_names import directory_path
 from snapshot_ensemble.storage.memory import MemoryStore
+from snapshot_ensemble.storage.merging import write_merged
 from snapshot_ensemble.storage.record import Decision
 from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
 from snapshot_ensemble.storage.store import SnapshotStore
+from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_files import load_weights
 from snapshot_ensemble.training.distilling import distill
 from snapshot_ensemble.training.exclusive import is_training, only_training
-from snapshot_ensemble.training.fit_arguments import check_fit_arguments, validation_of
+from snapshot_ensemble.training.fit_arguments import (
+    check_fit_arguments,
+    check_not_merged,
+    validation_of,
+)
 from snapshot_ensemble.training.learning_rate import AnnealedRate
 from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
 from snapshot_ensemble.training.member_checks import warn_of_stragglers
@@ -407,9 +414,9 @@ class SnapshotEnsemble:
 
         Raises:
             ValueError: If the plan is impossible, a callback sets the learning rate, the model
-                has several optimizers, a metric has the name of a column that is added, the
-                directory holds something, or an interrupted run had another plan, model or size
-                of data. All before training.
+                has several optimizers or is trained over several machines, a metric has the name
+                of a column that is added, the ensemble was merged, the directory holds something,
+                or an interrupted run had another plan, model or size of data. All before training.
             TypeError: If `model.fit` has no such argument.
             RuntimeError: If the model is being trained already, in this or another thread, or
                 the first epoch has trained it without its compiled optimizer.
@@ -417,6 +424,7 @@ class SnapshotEnsemble:
             SnapshotError: If a file to resume from is not as it was saved.
         """
         check_fit_arguments(self.model, fit_arguments)
+        check_not_merged(self.snapshots, overwrite)
         with only_training(self.model):
             return self._fit(x, y, epochs, resume, overwrite, save_every, keep_going, fit_arguments)
 
@@ -1139,6 +1147,9 @@ class SnapshotEnsemble:
     ) -> Report:
         """Scores each member and each combination, from one pass over the data.
 
+        For a merged ensemble it also scores the mean of each chain, and tells the disagreement
+        within chains from that between them.
+
         Example:
 
         >>> report = ens.report(x_val, y_val, verbose=0)
@@ -1173,7 +1184,8 @@ class SnapshotEnsemble:
         held = gather(pool, x, y, sample_weight, arguments, with_logits=True)
         stages = None if pool.learned.early_exit is None else pool.cascade().stages
         refused = refusals(pool, held, ood, risk, arguments)
-        return make_report(held, pool.learned, stages, refused)
+        chains = [snapshot.chain for snapshot in pool.view.snapshots]
+        return make_report(held, pool.learned, stages, refused, chains)
 
     def average_weights(
         self,
@@ -1537,6 +1549,87 @@ class SnapshotEnsemble:
             store.add_weights(load_weights(model, path), Snapshot(index))
         ensemble._use(store, MemberPool(model, ensemble.task, store, ensemble.memory_limit))
         return ensemble
+
+    @classmethod
+    def merge(
+        cls,
+        ensembles: Sequence[Any],
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        overwrite: bool = False,
+        custom_objects: dict[str, Any] | None = None,
+        model: keras.Model | None = None,
+        memory_limit: int | None = None,
+    ) -> Self:
+        """Makes one ensemble of the members of several runs, wherever they were trained.
+
+        The runs, called chains, must have models of the same architecture whose outputs mean the
+        same. Each `Snapshot` says its `chain`, numbered in the order given; ensembles that were
+        merged before keep their chains apart. The last members are the last snapshots of each
+        chain, then come those before them, so `members=3` of three chains combines their last
+        snapshots. What was learned about the members (`weights`, `temperature`, `members`) is not
+        taken over: learn it anew, on held-out data. `history` has the epochs of all chains, one
+        after another.
+
+        A merged ensemble does everything but train further: train a chain by itself and merge
+        again. The ensembles stay as they are.
+
+        Example:
+
+        >>> other = SnapshotEnsemble(model, cycles=2)
+        >>> history = other.fit(x, y, epochs=2, verbose=0)
+        >>> both = SnapshotEnsemble.merge([ens, other])
+        >>> [(snapshot.chain, snapshot.cycle) for snapshot in both.snapshots]
+        [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+        Args:
+            ensembles: A list of ensembles, of directories that `fit` or `save` wrote, or of both.
+            directory: Where the merged ensemble is written, completely or not at all. Weight files
+                on the same file system are not copied but linked, if they are your own: each has
+                two names, and stays until the last one is removed. Defaults to `None`: in memory.
+            overwrite: Whether the contents of `directory` may be replaced. Defaults to `False`.
+            custom_objects: As for `load`, for the directories.
+            model: As for `load`, for the directories. Defaults to `None`: each has its own.
+            memory_limit: As for `SnapshotEnsemble`. Defaults to `None`: that of the first one.
+
+        Returns:
+            A `SnapshotEnsemble` with the first one's model and settings.
+
+        Raises:
+            ValueError: If there is nothing to merge, an ensemble has no members, another
+                architecture or another task, members occur twice, or `directory` holds something.
+            TypeError: If `ensembles` is no list of ensembles and directories.
+            SnapshotError: If a directory holds no ensemble, or a file is not as it was saved;
+                the message names it.
+        """
+        merger = Merger()
+        first: Any = None
+        for number, given in enumerate(check_sources(ensembles, directory)):
+            name, own = f"ensembles[{number}]", given
+            if loads := not isinstance(given, SnapshotEnsemble):
+                name = f"'{directory_path(given)}'"
+                own = cls.load(given, custom_objects=custom_objects, model=model)
+            merger.add(name, own._pool.now(), is_loaded=loads)
+            first = own if first is None else first
+        merged = cls(
+            first.model,
+            shrink=first.shrink,
+            task=first.task,
+            memory_limit=first.memory_limit if memory_limit is None else memory_limit,
+        )
+        merged.schedule = first.schedule
+        merged._take(merger.views, directory, overwrite, first._pool.sample)
+        return merged
+
+    def _take(self, views: list[View], directory: Any, overwrite: bool, sample: Any) -> None:
+        """Fills this ensemble, which is empty, with the snapshots of others."""
+        store: Any = MemoryStore() if directory is None else DirectoryStore(directory)
+        self.directory = getattr(store, "directory", None)
+        self._use(store, MemberPool(self.model, self.task, store, self.memory_limit))
+        self._pool.sample = sample
+        with self._rate.lifted():
+            write_merged(store, self.model, views, self._settings(), overwrite)
+        self._next_run = store.record.progress.done.runs
 
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments that a directory keeps."""

@@ -290,6 +290,8 @@ def plot_landscape(
 def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> "Axes":
     """Plots the snapshots in the plane of the first two principal components of their weights.
 
+    A line leads through the snapshots of each chain.
+
     Args:
         ensemble: An ensemble of at least three members.
         ax: Defaults to `None`, a new figure.
@@ -307,7 +309,9 @@ def plot_trajectory(ensemble: SnapshotEnsemble, *, ax: "Axes | None" = None) -> 
         )
     points, shares = principal_components(ensemble._pool.now())
     ax = axes(ax)
-    ax.plot(points[:, 0], points[:, 1], color=GREY, linewidth=1, zorder=1)
+    chains = np.asarray([snapshot.chain or 0 for snapshot in ensemble.snapshots])
+    for chain in range(chains.max() + 1):
+        ax.plot(*points[chains == chain].T, color=GREY, linewidth=1, zorder=1)
     ax.scatter(points[:, 0], points[:, 1], c=range(len(points)), cmap="cividis", zorder=2)
     for index, point in enumerate(points):
         ax.annotate(str(index), point, xytext=(5, 5), textcoords="offset points")

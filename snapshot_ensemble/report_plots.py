@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from snapshot_ensemble.drawing import BLUE, GREEN, GREY, ORANGE, axes, labelled, use_integer_ticks
+from snapshot_ensemble.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    axes,
+    labelled,
+    show_pairs,
+    use_integer_ticks,
+)
 from snapshot_ensemble.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -57,20 +66,15 @@ def plot_diversity(
 
     Returns:
         The `Axes`, with the share of rows for which a pair predicts different classes; for
-        regression, the root of their mean squared difference.
+        regression, the root of their mean squared difference. The members of a merged ensemble
+        are shown chain by chain, with lines between the chains.
 
     Raises:
         ValueError: If there is no such output.
     """
     matrix = report.disagreement[_chosen(report, output)]
     ax = axes(ax)
-    image = ax.imshow(matrix, cmap="cividis", vmin=0)
-    if len(matrix) <= 12:
-        for (i, j), value in np.ndenumerate(matrix):
-            color = "black" if value > matrix.max() / 2 else "white"
-            ax.text(j, i, f"{value:.2g}", ha="center", va="center", color=color, fontsize=8)
-    for axis in (ax.xaxis, ax.yaxis):
-        use_integer_ticks(axis)
+    image = show_pairs(ax, matrix, report.chains)
     ax.figure.colorbar(image, ax=ax, label="disagreement")
     ax.set_xlabel("member")
     ax.set_ylabel("member")

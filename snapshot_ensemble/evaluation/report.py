@@ -3,17 +3,22 @@
 import dataclasses
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation import conformal_coverage, metrics, refusing
 from snapshot_ensemble.evaluation.calibration import learn_temperature, tempered_loss
+from snapshot_ensemble.evaluation.chains import (
+    chains_told_apart,
+    of_chains,
+    within_and_between,
+)
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
+from snapshot_ensemble.evaluation.report_notes import notes_on_compiled, notes_on_members
 from snapshot_ensemble.evaluation.targets import of_rows
 from snapshot_ensemble.inference.early_exit import COUNTS, Stages, outputs_of
 from snapshot_ensemble.storage.record import Learned
@@ -26,14 +31,15 @@ class Report:
 
     Attributes:
         rows: Scores by name, for `"member 0"` …, `"last snapshot"`, `"best member"` (chosen on
-            these data) and each combination. The compiled loss and metrics have the values that
-            `evaluate` returns. For classes: `nll`, the mean negative log-likelihood in nats
-            without a temperature; `nll_calibrated`, the same with a temperature that was fitted
-            on one half of the rows and scored on the other; `brier`, the Brier score; `ece`, the
-            expected calibration error of the most probable class. For regression:
-            `squared_error`, and for the task `"gaussian"` also `nll` and `nll_calibrated`. For
-            members also `disagreement`, the mean over all other members. With several outputs, the
-            name of the output comes first. After `fit_early_exit`,
+            these data), in a merged ensemble the mean of `"chain 0"` …, and each combination. The
+            compiled loss and metrics have the values that `evaluate` returns. For classes: `nll`,
+            the mean negative log-likelihood in nats without a temperature; `nll_calibrated`, the
+            same with a temperature that was fitted on one half of the rows and scored on the
+            other; `brier`, the Brier score; `ece`, the expected calibration error of the most
+            probable class. For regression: `squared_error`, and for the task `"gaussian"` also
+            `nll` and `nll_calibrated`. For members also `disagreement`, the mean over all other
+            members. With several outputs, the name of the output comes first. After
+            `fit_early_exit`,
             `"early exit"` with its own temperatures in all columns, and `members_run`, the mean
             number of members that run for a row.
         examples: Number of rows of data.
@@ -61,6 +67,7 @@ class Report:
             higher score than a known one, and `fpr95`, the share of the known rows that are
             refused by the threshold at which 95 % of those from elsewhere are.
         risk_coverage: For each of these scores the curve, `(2, points)`: coverage and risk.
+        chains: The chain of each member of a merged ensemble; empty for any other.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -75,6 +82,7 @@ class Report:
     coverage: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     refusing: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     risk_coverage: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    chains: list[int] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as values that JSON can represent."""
@@ -83,6 +91,9 @@ class Report:
         content["disagreement"] = {name: matrix.tolist() for name, matrix in pairs}
         means = {name: metrics.mean_of_pairs(matrix) for name, matrix in pairs}
         content["mean_disagreement"] = means
+        for name, matrix in pairs if self.chains else ():
+            of_pairs = within_and_between(matrix, self.chains)
+            content.setdefault("mean_disagreement_of_chains", {})[name] = of_pairs
         return keras.tree.map_structure(_for_json, content)
 
     def to_frame(self) -> Any:
@@ -119,6 +130,7 @@ class Report:
     def _remarks(self) -> list[str]:
         pairs = (
             f"{metrics.mean_of_pairs(matrix):.4f}"
+            + chains_told_apart(matrix, self.chains)
             + (f" ({name})" if len(self.disagreement) > 1 else "")
             for name, matrix in self.disagreement.items()
         )
@@ -177,7 +189,11 @@ def _listed(values: list[float]) -> str:
 
 
 def make_report(
-    held: HeldOut, learned: Learned, stages: Stages | None, refused: refusing.Refusals
+    held: HeldOut,
+    learned: Learned,
+    stages: Stages | None,
+    refused: refusing.Refusals,
+    chains: Sequence[int | None] = (),
 ) -> Report:
     """Scores the members and their combinations.
 
@@ -187,18 +203,16 @@ def make_report(
             predict by default.
         stages: The stages of early exit, or None.
         refused: What was measured of refusing rows.
+        chains: The chain of each member; None where it was not merged.
     """
-    members = held.members()
     matrices, losses = _alone(held)
     compiled = held.scorer()
-    rows = {}
-    for number, outputs in enumerate(members):
-        logits = held.logits_of_member(number)
-        rows[f"member {number}"] = _row(held, compiled, outputs, outputs, logits)
-        for name, matrix in zip(_columns(held, "disagreement"), matrices, strict=True):
-            rows[f"member {number}"][name] = float(matrix[number].sum() / max(1, len(members) - 1))
-    rows["last snapshot"] = rows[f"member {len(members) - 1}"]
+    rows = _rows_of_members(held, compiled, matrices)
+    rows["last snapshot"] = rows[f"member {len(rows) - 1}"]
     rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
+    numbers = [chain for chain in chains if chain is not None]
+    for name, chain in of_chains(held, numbers):
+        rows[name] = _combined(chain, compiled, "mean", None, learned.temperature)
     rows |= _rows_of_combinations(held, compiled, learned)
     if stages is not None:
         rows["early exit"] = _row_of_early_exit(held, compiled, stages)
@@ -214,13 +228,27 @@ def make_report(
         added_from_first=from_first.scores,
         worth=worth,
         notes=[
-            *_notes(losses, from_last.scores["loss"], worth, learned),
-            *_notes_on_compiled(held.model),
+            *notes_on_members(losses, from_last.scores["loss"], worth, learned),
+            *notes_on_compiled(held.model),
         ],
         coverage=conformal_coverage.coverage(held, learned),
         refusing=refused.scores,
         risk_coverage=refused.curves,
+        chains=numbers,
     )
+
+
+def _rows_of_members(
+    held: HeldOut, compiled: Any, matrices: list[np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    rows = {}
+    members = held.members()
+    for number, outputs in enumerate(members):
+        logits = held.logits_of_member(number)
+        row = rows[f"member {number}"] = _row(held, compiled, outputs, outputs, logits)
+        for name, matrix in zip(_columns(held, "disagreement"), matrices, strict=True):
+            row[name] = float(matrix[number].sum() / max(1, len(members) - 1))
+    return rows
 
 
 def _alone(held: HeldOut) -> tuple[list[np.ndarray], list[float]]:
@@ -239,14 +267,10 @@ def _alone(held: HeldOut) -> tuple[list[np.ndarray], list[float]]:
 def _rows_of_combinations(held: HeldOut, compiled: Any, learned: Learned) -> dict[str, Any]:
     """The scores of each combination that is defined for all outputs."""
     weights = None if learned.weights is None else np.asarray(learned.weights)
-    temperature, rows = learned.temperature, {}
+    rows = {}
     for combine in _combinations(held, weights):
-        member_weights = weights if combine == "weighted" else None
-        plain = shown = held.combined(combine, member_weights)
-        if temperature != 1:
-            shown = held.combined(combine, member_weights, temperature)
-        logits = held.combined_logits(combine, member_weights, temperature)
-        rows[combine] = _row(held, compiled, plain, shown, logits)
+        own = weights if combine == "weighted" else None
+        rows[combine] = _combined(held, compiled, combine, own, learned.temperature)
     return rows
 
 
@@ -308,6 +332,17 @@ def _row(
     return row
 
 
+def _combined(
+    held: HeldOut, compiled: Any, combine: str, weights: np.ndarray | None, temperature: float
+) -> dict[str, Any]:
+    """The scores of a combination."""
+    plain = shown = held.combined(combine, weights)
+    if temperature != 1:
+        shown = held.combined(combine, weights, temperature)
+    logits = held.combined_logits(combine, weights, temperature)
+    return _row(held, compiled, plain, shown, logits)
+
+
 def _row_of_early_exit(held: HeldOut, compiled: Any, stages: Stages) -> dict[str, Any]:
     members = held.members()
     result = stages.choose([members[index] for index in stages.early_exit.order])
@@ -336,44 +371,3 @@ def _calibrated(held: HeldOut, items: list[np.ndarray]) -> list[float]:
         for i, half, truth in zip(chosen, logs[scored], truths[scored], strict=True):
             totals[i] += tempered_loss(half, truth, temperature)
     return totals
-
-
-def _notes(alone: list[float], from_last: list[float], worth: int, learned: Learned) -> list[str]:
-    count, best = len(alone), int(np.argmin(alone))
-    notes = [
-        f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
-        "one standard error of the best such mean."
-    ]
-    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # Worse by more than rounding.
-        k = int(np.argmin(from_last)) + 1
-        advice = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
-        is_weighted = learned.weights is not None
-        advice.append("combine='weighted'" if is_weighted else "fit_weights on held-out data")
-        notes.append(
-            f"The mean of all members (loss {from_last[-1]:.4f}) is worse than member {best} "
-            f"alone ({alone[best]:.4f}). Try {' or '.join(advice)}."
-        )
-    if learned.members is not None:
-        notes.append(_note_on_default(learned.members))
-    return notes
-
-
-def _note_on_default(members: int | list[int]) -> str:
-    """Which members predict by default, and what is left of uncertainty if it is one."""
-    chosen = members if isinstance(members, list) else [-1] * members
-    if len(chosen) == 1:
-        which = "the last member" if chosen == [-1] else f"member {chosen[0]}"
-        return (
-            f"By default, {which} predicts alone, so there is no disagreement and `epistemic` (or "
-            "`std`) is 0. Pass `members=` to combine more, or train with a number for `cycles`."
-        )
-    which = f"members {members}" if isinstance(members, list) else f"the last {members} members"
-    return f"By default, predictions combine {which}."
-
-
-def _notes_on_compiled(model: keras.Model) -> list[str]:
-    """Remarks on the columns of the compiled loss and metrics."""
-    if (why := why_not_compiled(model)) is not None:
-        return [f"There are no columns for the compiled loss and metrics, since {why}."]
-    sentence = left_out(model)
-    return [] if sentence is None else [sentence]

@@ -18,6 +18,7 @@ from snapshot_ensemble.inference.member_pool import MemberPool
 from snapshot_ensemble.keras_compat.onnx_export import prepare_for_tf2onnx
 from snapshot_ensemble.keras_compat.saved_model import optimizers_left_out
 from snapshot_ensemble.keras_compat.stateless_call import losses_left_alone
+from snapshot_ensemble.storage.file_names import check_is_local
 
 _ENDINGS = {"onnx": ".onnx", "litert": ".tflite", "openvino": ".xml"}
 _LITERT_FLOAT16 = {
@@ -29,6 +30,7 @@ _PACKAGES = {"onnx": ("tf2onnx", "onnx"), "openvino": ("openvino",)}
 
 def check_format(filepath: Any, format: str) -> pathlib.Path:
     """The path; raises `ValueError` or `ImportError` if the format cannot be exported to it."""
+    check_is_local(filepath, "filepath")
     path = pathlib.Path(filepath)
     if format not in TOLERANCE:
         raise ValueError(f"`format` must be one of {tuple(TOLERANCE)}. Received: format={format!r}")

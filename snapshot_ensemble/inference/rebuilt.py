@@ -37,14 +37,26 @@ def computes_the_same(
     Returns:
         False also if there is no batch that the user's model can predict.
     """
+    own = [v.numpy() for v in rebuilt.weights]
+    return compute_the_same(model, weights, rebuilt, own, sample) or False
+
+
+def compute_the_same(
+    model: keras.Model,
+    weights: Sequence[Any],
+    other: keras.Model,
+    weights_of_other: Sequence[Any],
+    sample: Any = None,
+) -> bool | None:
+    """Like `computes_the_same`, with weights for both models; None if there is no such batch."""
     states = [state.numpy() for state in state_variables(model)]
     # What a model trains on need not be what it predicts, if it has a training step of its own.
     for batch in (sample, made_up_batch(model)):
         expected = outputs_on(model, weights, batch, states)
         if expected is not None:
-            actual = outputs_on(rebuilt, [v.numpy() for v in rebuilt.weights], batch, states)
+            actual = outputs_on(other, weights_of_other, batch, states)
             return actual is not None and are_close(expected, actual)
-    return False
+    return None
 
 
 def outputs_on(

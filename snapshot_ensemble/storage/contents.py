@@ -6,6 +6,7 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.storage import history_blocks
@@ -19,7 +20,7 @@ from snapshot_ensemble.storage.manifest import (
     read_record,
 )
 from snapshot_ensemble.storage.record import Counts, History, Learned, Record
-from snapshot_ensemble.storage.snapshot import SnapshotError
+from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, renumbered
 
 # Versions are not used twice, even after an error: something may have been built for them.
 _versions = itertools.count(1)
@@ -104,6 +105,17 @@ class Contents:
             history=self.kept.history[: done.epochs // history_blocks.EPOCHS],
         )
 
+    def leave_out(self, indices: set[int]) -> None:
+        """Drops snapshots, and the state of training, from memory but not from the directory."""
+        left = [i for i in range(len(self.kept.files)) if i not in indices]
+        self.kept = self.saved = dataclasses.replace(
+            self.kept,
+            snapshots=tuple(renumbered([self.kept.snapshots[i] for i in left])),
+            files=tuple(self.kept.files[i] for i in left),
+            state=None,
+        )
+        self.members_changed()
+
     @contextlib.contextmanager
     def explained(self, directory: pathlib.Path) -> Iterator[None]:
         """Adds to an error of the operating system what it means for the ensemble."""
@@ -143,6 +155,30 @@ def read_contents(directory: pathlib.Path) -> Contents:
             raise SnapshotError(f"'{directory / MANIFEST}' is damaged: {error}") from error
         now.columns = frozenset(record.progress.history)
     return now
+
+
+def inspected(directory: pathlib.Path, now: Contents) -> dict[str, Any]:
+    """The contents of a directory as JSON values, and whether each file is intact."""
+    kept = now.kept
+    files: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
+    files += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
+    files += [(file, None) for file in kept.history]
+    if kept.base is not None and kept.base not in {file for file, _ in files}:
+        files.append((kept.base, None))
+    entries = [_entry(directory, file, snapshot) for file, snapshot in files if file is not None]
+    learned = dataclasses.asdict(now.record.learned)
+    return {"files": entries, **learned, "settings": now.record.settings}
+
+
+def _entry(directory: pathlib.Path, file: Any, snapshot: Snapshot | None) -> dict[str, Any]:
+    try:
+        file.checked(directory)
+        intact = True
+    except SnapshotError:
+        intact = False
+    names = ("index", "chain", "cycle", "epoch", "step", "learning_rate", "metrics")
+    values = {name: getattr(snapshot, name, None) for name in names}
+    return {"name": file.name, "bytes": file.size, "intact": intact, **values}
 
 
 def whole_history(directory: pathlib.Path, manifest: Manifest, rest: History) -> History:

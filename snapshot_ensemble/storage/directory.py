@@ -14,8 +14,9 @@ import keras
 
 from snapshot_ensemble.keras_compat.optimizers import optimizers_hidden
 from snapshot_ensemble.keras_compat.stateless_call import assignments_sent
-from snapshot_ensemble.storage.atomic_file import Draft
-from snapshot_ensemble.storage.contents import whole_history
+from snapshot_ensemble.storage.atomic_file import Draft, File
+from snapshot_ensemble.storage.contents import inspected, whole_history
+from snapshot_ensemble.storage.copying_files import link_or_copy
 from snapshot_ensemble.storage.file_names import MANIFEST
 from snapshot_ensemble.storage.interrupts import interrupts_deferred
 from snapshot_ensemble.storage.manifest import Manifest, read_record
@@ -94,6 +95,25 @@ class DirectoryStore(ManifestDirectory):
                 )
                 if commit:
                     self.commit()
+
+    def take(self, source: pathlib.Path, expected: File, snapshot: Snapshot) -> bool:
+        """Adds a snapshot by another directory's weight file of the same model; does not commit.
+
+        Returns:
+            Whether it was added: only if files of Keras give this model's weights back, which the
+            first `add` finds out.
+        """
+        if not self._is_exact:
+            return False
+        with self._change(), self._guard:
+            begun, number = self._begun()
+            link = functools.partial(link_or_copy, source, expected)
+            self._add(
+                begun=begun,
+                snapshots=tuple(renumbered([*begun.snapshots, snapshot])),
+                files=(*begun.files, self._draft("snapshot", number, "weights.h5", link).write()),
+            )
+        return True
 
     def _read_back(self, model: keras.Model, file: Draft, weights: Weights) -> str:
         """Why the file of the model cannot stand for it; empty if it can, or nobody can tell."""
@@ -199,25 +219,7 @@ class DirectoryStore(ManifestDirectory):
     def inspect(self) -> dict[str, Any]:
         """The manifest's contents, and whether each file is intact."""
         self.settle()
-        kept = self._now.kept
-        files: list[tuple[Any, Snapshot | None]] = [(kept.model, None)]
-        files += [*zip(kept.files, kept.snapshots, strict=True), (kept.state, None)]
-        files += [(file, None) for file in kept.history]
-        if kept.base is not None and kept.base not in {file for file, _ in files}:
-            files.append((kept.base, None))
-        entries = [self._entry(file, snapshot) for file, snapshot in files if file is not None]
-        learned = dataclasses.asdict(self.record.learned)
-        return {"files": entries, **learned, "settings": self.record.settings}
-
-    def _entry(self, file: Any, snapshot: Snapshot | None) -> dict[str, Any]:
-        try:
-            self._path(file)
-            intact = True
-        except SnapshotError:
-            intact = False
-        names = ("index", "cycle", "epoch", "step", "learning_rate", "metrics")
-        values = {name: getattr(snapshot, name, None) for name in names}
-        return {"name": file.name, "bytes": file.size, "intact": intact, **values}
+        return inspected(self.directory, self._now)
 
     @contextlib.contextmanager
     def settings_checked(self) -> Iterator[dict[str, Any]]:
@@ -250,7 +252,7 @@ class DirectoryStore(ManifestDirectory):
         if damaged:
             listed = "; ".join(f"snapshot {i}: {error}" for i, error in damaged.items())
             warnings.warn(f"Loaded without damaged snapshots: {listed}", stacklevel=4)
-            self._leave_out(set(damaged))
+            self._now.leave_out(set(damaged))
 
     def _damaged(self, model: keras.Model | None) -> dict[int, SnapshotError]:
         """The errors of snapshots, by index; with a model, also of those that do not fit it."""
@@ -266,16 +268,6 @@ class DirectoryStore(ManifestDirectory):
             except SnapshotError as error:
                 errors[index] = error
         return errors
-
-    def _leave_out(self, indices: set[int]) -> None:
-        kept = [i for i in range(len(self._now.kept.files)) if i not in indices]
-        self._now.kept = self._now.saved = dataclasses.replace(
-            self._now.kept,
-            snapshots=tuple(renumbered([self._now.kept.snapshots[i] for i in kept])),
-            files=tuple(self._now.kept.files[i] for i in kept),
-            state=None,
-        )
-        self._now.members_changed()
 
     def learn(self, version: int, **changes: Any) -> None:
         with interrupts_deferred(), self._guard:
@@ -319,6 +311,7 @@ class DirectoryStore(ManifestDirectory):
                     weights=functools.partial(self._weights, kept),
                     put=functools.partial(self._put, kept),
                     files=frozenset(kept.names()),
+                    whole_file=functools.partial(self._whole_file, kept),
                 )
             )
 
@@ -339,6 +332,14 @@ class DirectoryStore(ManifestDirectory):
             is_base = kept.base is not None and kept.base.name == file.name
             return base if is_base else read_difference(path, base)
         return load_weights(model, path, foreign=False)
+
+    def _whole_file(self, kept: Manifest, index: int) -> tuple[pathlib.Path, File] | None:
+        self.wait_for_writes()
+        file = kept.files[index]
+        if _is_difference(file):
+            return None
+        finished = file.finish() if isinstance(file, Draft) else file
+        return self.directory / file.name, finished
 
     def _put(self, kept: Manifest, member: Any, model: keras.Model, index: int) -> None:
         file, in_order = kept.files[index], getattr(member, "in_model_order", None)

@@ -64,7 +64,7 @@ def directory_path(directory: Any) -> pathlib.Path:
 
     Raises:
         TypeError: If it is no path.
-        ValueError: If it is empty.
+        ValueError: If it is empty, or remote.
     """
     try:
         text = os.fsdecode(directory)
@@ -75,4 +75,19 @@ def directory_path(directory: Any) -> pathlib.Path:
             f"`directory` must be a path. Received: directory={directory!r}. Pass '.' for the "
             "working directory."
         )
+    check_is_local(text, "directory")
     return pathlib.Path(text).absolute()
+
+
+def check_is_local(path: Any, argument: str) -> None:
+    """Raises `ValueError` for an address such as `gs://bucket/run`.
+
+    As a path, it would silently be a local folder `gs:`.
+    """
+    text = os.fsdecode(path)
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/+", text):
+        raise ValueError(
+            f"`{argument}` must be on a local file system, or one that is mounted, since files are "
+            f"renamed, locked and flushed there. Received: {argument}={text!r}. Use a local path, "
+            f"and copy the finished files to {scheme.group()} with the tools of that storage."
+        )

@@ -75,6 +75,8 @@ class Manifest:
         for snapshot, file in zip(self.snapshots, self.files, strict=True):
             entries.append({"file": file, **dataclasses.asdict(snapshot)})
             del entries[-1]["index"]
+            if snapshot.chain is None:  # As in all manifests before there were merged ones.
+                del entries[-1]["chain"]
         content = encode(
             {
                 "format": FORMAT,
@@ -104,9 +106,12 @@ class _Entry:
     step: Count | None
     learning_rate: float | None
     metrics: dict[str, float]
+    chain: Count | None = None
 
     def snapshot(self, index: int) -> Snapshot:
-        return Snapshot(index, self.cycle, self.epoch, self.step, self.learning_rate, self.metrics)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["file"]
+        return Snapshot(index, **values)
 
 
 @dataclasses.dataclass

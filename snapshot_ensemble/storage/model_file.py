@@ -23,6 +23,11 @@ from snapshot_ensemble.storage.weight_files import get_weights, set_weights
 # Takes the model, the weights of a member, and a model that was made from a file and has them.
 ComputesTheSame = Callable[[keras.Model, Weights, keras.Model], bool]
 
+OTHER_OUTPUTS = (
+    "when it was saved, it was loaded again and did not give the model's outputs, because "
+    "something of the model is neither in its config nor in its weights."
+)
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -95,11 +100,7 @@ def fault_of(
             is_right = False
     if is_right:
         return "", is_exact or None
-    return (
-        "when it was saved, it was loaded again and did not give the model's outputs, because "
-        "something of the model is neither in its config nor in its weights.",
-        is_exact or None,
-    )
+    return OTHER_OUTPUTS, is_exact or None
 
 
 def custom_objects_of(model: keras.Model) -> dict[str, Any]:

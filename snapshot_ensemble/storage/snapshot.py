@@ -25,6 +25,8 @@ class Snapshot:
         step: Training steps (batches) taken when it was saved.
         learning_rate: The learning rate of the last of these steps.
         metrics: The training and validation metrics of its epoch, by name.
+        chain: In an ensemble that was merged of several runs, the number of its run, from 0.
+            `cycle`, `epoch` and `step` are counted within that run.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Snapshot:
     step: int | None = None
     learning_rate: float | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    chain: int | None = None
 
 
 def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

@@ -85,6 +85,11 @@ class ManifestDirectory:
         """Whether a run has begun that will replace the existing contents."""
         return self._now.kept.replacing
 
+    @property
+    def needs_model(self) -> str:
+        """Why the file of the model cannot stand for it; empty if it can."""
+        return self._now.kept.needs_model
+
     def read(self) -> None:
         """Reads the contents of the directory.
 

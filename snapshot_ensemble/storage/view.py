@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from snapshot_ensemble.storage.atomic_file import File
 from snapshot_ensemble.storage.record import Learned, Progress
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights
 
@@ -27,6 +28,8 @@ class View:
         put: Gives a model of the same architecture, or what has variables `in_model_order`, the
             weights of one snapshot; called with it, the model of the ensemble and the index.
         files: The names of the files that are needed.
+        whole_file: Returns the path and the `File` of a snapshot that is one of Keras's weight
+            files, called with its index; None if it is kept in another form.
     """
 
     snapshots: Sequence[Snapshot]
@@ -36,6 +39,7 @@ class View:
     weights: Callable[[keras.Model, int], Weights]
     put: Callable[[Any, keras.Model, int], None]
     files: frozenset[str] = frozenset()
+    whole_file: Callable[[int], tuple[pathlib.Path, File] | None] = lambda index: None
 
 
 class FilesInUse:

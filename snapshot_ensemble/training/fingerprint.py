@@ -1,14 +1,13 @@
 """Checks that a resumed run has the plan, model and data size of the interrupted one."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from snapshot_ensemble.cycles import Plan
+from snapshot_ensemble.inference.architecture import digest_of
 from snapshot_ensemble.training.epoch_steps import dataset_batches
 
 
@@ -24,7 +23,7 @@ def fingerprint(
         "number of cycles": None if plan.is_decided else "auto",
         "shrink": dict(shrink) if isinstance(shrink, Mapping) else shrink,
         "first epoch": arguments.get("initial_epoch") or 0,
-        "layers": _digest(model),
+        "layers": digest_of(model),
         "optimizer": type(model.optimizer).__name__,
         "rows or batches of data": _size(x),
         **{name: None if value is None else int(value) for name, value in sizes.items()},
@@ -38,38 +37,6 @@ def _size(x: Any) -> int | None:
         return x.num_batches
     leaves = keras.tree.flatten(x)
     return int(leaves[0].shape[0]) if leaves and getattr(leaves[0], "shape", None) else None
-
-
-def _digest(model: keras.Model) -> str:
-    """A hash of the layers' classes and settings, without names, which depend on the process."""
-    name = type(model).__name__
-    try:
-        config = _without_names(model.get_config())
-        text = json.dumps([name, config], sort_keys=True, default=_described)
-    except Exception:  # Optional for a subclass; variable shapes are compared anyway.
-        text = json.dumps([name, None])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _described(value: Any) -> Any:
-    """What identifies a setting that JSON cannot represent: an array's contents, or a class."""
-    if keras.ops.is_tensor(value):
-        value = keras.ops.convert_to_numpy(value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        # The bytes of an array of objects would be addresses.
-        has_bytes = value.dtype != object
-        content = hashlib.sha256(value.tobytes()).hexdigest() if has_bytes else value.tolist()
-        return [str(value.dtype), list(value.shape), content]
-    return value.hex() if isinstance(value, bytes) else type(value).__name__
-
-
-def _without_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        skipped = ("name", "inbound_nodes", "input_layers", "output_layers", "build_config")
-        return {str(k): _without_names(v) for k, v in value.items() if k not in skipped}
-    if isinstance(value, (list, tuple)):
-        return [_without_names(item) for item in value]
-    return value
 
 
 def check_same(saved: dict[str, Any], current: dict[str, Any], directory: Any) -> None:

@@ -2,13 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from snapshot_ensemble.checks import counted
 from snapshot_ensemble.keras_compat.compile_arguments import compile_arguments
+from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.training.optimizer_checks import check_one_optimizer
 
 # What `fit` adds to the history.
@@ -34,12 +36,36 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
+def check_not_merged(snapshots: Sequence[Snapshot], overwrite: bool) -> None:
+    """Raises `ValueError` if training would go on with members of several chains."""
+    chains = {snapshot.chain for snapshot in snapshots} - {None}
+    if chains and not overwrite:
+        raise ValueError(
+            "A merged ensemble does not train further: no single run has come to its members. "
+            f"Received: an ensemble with {counted(len(chains), 'chain')}. Train a chain by itself "
+            "and merge again, or replace all members with `overwrite=True`."
+        )
+
+
+def _check_strategy(model: keras.Model) -> None:
+    strategy = model.distribute_strategy
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise ValueError(
+            "Keras cannot train with `fit` over several machines: `MultiWorkerMirroredStrategy` "
+            "fails there (keras-team/keras, issue 20585). Received: "
+            f"model={model.name!r}, made in the scope of {type(strategy).__name__}. Train "
+            "independent chains instead, one a machine or more, with "
+            "`snapshot_ensemble.ray.fit_chains`, and on each machine `MirroredStrategy` for "
+            "several devices."
+        )
+
+
 def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
     """Checks all that is known before training.
 
     Raises:
         ValueError: For callbacks that set the learning rate or restore the model, several
-            optimizers, and metrics whose names are taken.
+            machines or optimizers, and metrics whose names are taken.
         TypeError: For an argument that `model.fit` lacks.
     """
     parameters = inspect.signature(model.fit).parameters
@@ -52,6 +78,7 @@ def check_fit_arguments(model: keras.Model, arguments: dict[str, Any]) -> None:
                 f"Besides x, y and epochs it takes: {known}"
             )
     check_callbacks(arguments.get("callbacks"))
+    _check_strategy(model)
     check_one_optimizer(model)
     check_names(_metric_names(model))
 

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import pathlib
 import re
 
 import numpy as np
 import pytest
-from models import assert_same, member_weights
+from models import assert_same, classifier, ensemble_of, member_weights
 from storage_cases import X, Y, ensemble, fit
 
 from snapshot_ensemble import SnapshotEnsemble, SnapshotError
@@ -37,6 +38,27 @@ def test_what_is_no_path_is_refused(make, directory):
     message = rf"`directory` must be a path. Received: directory={re.escape(repr(directory))}"
     with pytest.raises(ValueError, match=message):
         make(directory)
+
+
+@pytest.mark.parametrize(
+    "directory",
+    ["gs://bucket/run", b"s3://bucket/run", pathlib.Path("hdfs://run"), "abfss://a@b/run"],
+)
+def test_remote_directories_are_refused_at_once(directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scheme = os.fsdecode(directory).split("/")[0]
+    message = (
+        f"`directory` must be on a local file system.*Received: directory='{scheme}/.*Use a local "
+        f"path, and copy the finished files to {scheme}/"
+    )
+    ens = ensemble_of(classifier(), 1)
+    uses = (ensemble, SnapshotEnsemble.load, ens.save, lambda d: SnapshotEnsemble.merge([ens], d))
+    for use in uses:
+        with pytest.raises(ValueError, match=message):
+            use(directory)
+    with pytest.raises(ValueError, match=message.replace("directory", "filepath")):
+        ens.export(os.fsdecode(directory))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("directory", [3, True, ["run"]])

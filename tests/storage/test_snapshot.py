@@ -15,6 +15,7 @@ def test_only_the_index_of_a_snapshot_is_required():
         "step": None,
         "learning_rate": None,
         "metrics": {},
+        "chain": None,
     }
 
 

@@ -1,0 +1,51 @@
+"""What a report remarks on its scores, in sentences."""
+
+import keras
+import numpy as np
+
+from snapshot_ensemble.checks import counted
+from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
+from snapshot_ensemble.storage.record import Learned
+
+
+def notes_on_members(
+    alone: list[float], from_last: list[float], worth: int, learned: Learned
+) -> list[str]:
+    count, best = len(alone), int(np.argmin(alone))
+    notes = [
+        f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
+        "one standard error of the best such mean."
+    ]
+    if from_last[-1] > alone[best] * (1 + 1e-9) + 1e-12:  # Worse by more than rounding.
+        k = int(np.argmin(from_last)) + 1
+        advice = [] if k == count else [f"members={k} (the last {k}: {from_last[k - 1]:.4f})"]
+        is_weighted = learned.weights is not None
+        advice.append("combine='weighted'" if is_weighted else "fit_weights on held-out data")
+        notes.append(
+            f"The mean of all members (loss {from_last[-1]:.4f}) is worse than member {best} "
+            f"alone ({alone[best]:.4f}). Try {' or '.join(advice)}."
+        )
+    if learned.members is not None:
+        notes.append(_note_on_default(learned.members))
+    return notes
+
+
+def _note_on_default(members: int | list[int]) -> str:
+    """Which members predict by default, and what is left of uncertainty if it is one."""
+    chosen = members if isinstance(members, list) else [-1] * members
+    if len(chosen) == 1:
+        which = "the last member" if chosen == [-1] else f"member {chosen[0]}"
+        return (
+            f"By default, {which} predicts alone, so there is no disagreement and `epistemic` (or "
+            "`std`) is 0. Pass `members=` to combine more, or train with a number for `cycles`."
+        )
+    which = f"members {members}" if isinstance(members, list) else f"the last {members} members"
+    return f"By default, predictions combine {which}."
+
+
+def notes_on_compiled(model: keras.Model) -> list[str]:
+    """Remarks on the columns of the compiled loss and metrics."""
+    if (why := why_not_compiled(model)) is not None:
+        return [f"There are no columns for the compiled loss and metrics, since {why}."]
+    sentence = left_out(model)
+    return [] if sentence is None else [sentence]
