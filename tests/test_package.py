@@ -22,6 +22,7 @@ from snapshot_ensemble import (
     plots,
 )
 from snapshot_ensemble.losses import GaussianNLL
+from snapshot_ensemble.ray import BatchPredictor, fit_chains
 from snapshot_ensemble.sklearn import SnapshotEnsembleClassifier, SnapshotEnsembleRegressor
 
 
@@ -32,7 +33,7 @@ def test_all_public_names_have_docstrings():
 
 WITHOUT = """
 import sys
-for name in ("matplotlib", "scipy", "sklearn", "pandas", "tf2onnx", "openvino"):
+for name in ("matplotlib", "scipy", "sklearn", "pandas", "tf2onnx", "openvino", "ray", "pyarrow"):
     sys.modules[name] = None  # From now on, importing it is an error.
 import snapshot_ensemble
 assert snapshot_ensemble.SnapshotEnsemble
@@ -43,6 +44,7 @@ except ImportError as error:
     assert "pip install 'snapshot-ensemble[sklearn]'" in str(error)
 else:
     raise AssertionError
+from snapshot_ensemble.ray import BatchPredictor, fit_chains  # Ray is imported where it is used.
 """
 
 
@@ -60,6 +62,8 @@ EXAMPLES = [
         SnapshotEnsembleCallback,
         GenerateSnapshotCallbacks,
         VisualizeLR,
+        fit_chains,
+        BatchPredictor,
         plots.plot_early_exit,
         plots.plot_risk_coverage,
         plots.plot_schedule,
@@ -87,6 +91,8 @@ def test_examples_do_what_they_show(example, capsys, tmp_path, monkeypatch):
         plot_early_exit=plots.plot_early_exit,
         plot_risk_coverage=plots.plot_risk_coverage,
         plot_schedule=plots.plot_schedule,
+        fit_chains=fit_chains,
+        BatchPredictor=BatchPredictor,
         keras=keras,
         np=np,
         model=classifier(),

@@ -11,6 +11,14 @@ from snapshot_ensemble.storage.record import Learned
 def notes_on_members(
     alone: list[float], from_last: list[float], worth: int, learned: Learned
 ) -> list[str]:
+    """Whether the members are worth it, and what to do if some make the mean worse.
+
+    Args:
+        alone: The loss of each member.
+        from_last: The losses of the means of the last 1, 2, … members.
+        worth: The smallest number of last members whose mean is as good as the best one.
+        learned: What was learned about the members.
+    """
     count, best = len(alone), int(np.argmin(alone))
     notes = [
         f"Worth it: {worth} of {counted(count, 'member')}. The mean of the last {worth} is within "
