@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from benchmarks import (
     accuracy,
+    chains,
     distill,
     early_exit,
     faults,
@@ -44,6 +45,20 @@ def test_distill(tmp_path, capsys):
     # Saved runs are not run again.
     np.testing.assert_array_equal(distill.main(size)["digits"]["scores"], row["scores"])
     assert "| digits | 2 | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_chains(tmp_path, capsys):
+    size = ["--tasks", "digits", "--seeds", "1", "--epochs", "2", "--cycles", "2", "--chains", "2"]
+    size += ["--directory", str(tmp_path)]
+    result = chains.main([*size, "--plan", "1000"])
+    rows = {method: row for method, [row] in result["digits"].items()}
+    assert set(rows) == {"chains", "kept", "one chain", "full runs"}
+    assert all(0 <= error <= 100 and nll > 0 for error, nll, _ in rows.values())
+    assert dict(result["digits", "plan"])["members in all"] == "2000"
+    # Saved runs are not run again.
+    assert chains.main(size)["digits"] == result["digits"]
+    assert "| digits | " in capsys.readouterr().out
 
 
 def test_the_share_that_a_student_keeps():
