@@ -71,7 +71,10 @@ class Job:
             callbacks = [*keras.tree.flatten(arguments.pop("callbacks", None)), _Reporter(report)]
             callbacks = [callback for callback in callbacks if callback is not None]
             ens = SnapshotEnsemble(model, directory=directory, **self.settings)
-            ens.fit(**data, resume=True, callbacks=callbacks, verbose=0, **arguments)
+            with warnings.catch_warnings():
+                # The merged ensemble says it, once.
+                warnings.filterwarnings("ignore", "The (saved copy of the )?model cannot be ")
+                ens.fit(**data, resume=True, callbacks=callbacks, verbose=0, **arguments)
 
     def data(self) -> dict[str, Any]:
         """The data for `fit`, made by functions where it was given such."""

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import types
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ from storage_cases import contents
 
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.keras_compat.random_seed import seeded
-from snapshot_ensemble.ray import fit_chains
+from snapshot_ensemble.ray import _connected, fit_chains
 
 X, Y = three_classes(24)
 ARGUMENTS = {"cycles": 2, "lr_init": 0.5, "epochs": 2, "verbose": 0}
@@ -210,6 +211,40 @@ def test_progress_of_all_chains_is_shown(capsys):
         "Chain 0 has ended after 2 epochs",
         "Chain 1 has ended after 2 epochs",
     ]
+
+
+class Doubled(layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+    def get_config(self):
+        raise NotImplementedError("no config")
+
+
+def without_config():
+    return classifier(inside=[Doubled()])
+
+
+def test_a_model_that_no_file_can_hold_is_spoken_of_once(tmp_path):
+    assert len(chains(make_model=without_config, chains=1)) == 2
+    with pytest.warns(UserWarning, match="The model cannot be saved, only its snapshots") as told:
+        made = chains(make_model=without_config, chains=1, directory=tmp_path)
+    assert sum("cannot be saved" in str(warning.message) for warning in told) == 1
+    loaded = SnapshotEnsemble.load(tmp_path / "merged", model=without_config())
+    np.testing.assert_array_equal(loaded.predict(X, verbose=0), made.predict(X, verbose=0))
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_only_a_ray_that_was_started_here_is_stopped(runs):
+    called = []
+    ray = types.SimpleNamespace(
+        is_initialized=lambda: runs,
+        init=lambda: called.append("init"),
+        shutdown=lambda: called.append("shutdown"),
+    )
+    with pytest.raises(KeyboardInterrupt), _connected(ray):
+        raise KeyboardInterrupt
+    assert called == ([] if runs else ["init", "shutdown"])
 
 
 # What is refused

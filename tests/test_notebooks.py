@@ -25,6 +25,7 @@ NAMES = [
     "calibration_and_weights",
     "image_classification",
     "keep_going",
+    "many_machines",
     "quickstart",
     "regression_uncertainty",
     "serving",
