@@ -42,11 +42,16 @@ def test_the_export_has_what_was_learned_until_then(readme):
 
 
 @pytest.mark.slow
-def test_weight_files_of_other_machines_make_an_ensemble(readme):
+def test_runs_from_elsewhere_make_an_ensemble(readme):
     names, _ = readme
-    members = names["ens"].predict_members(names["x_test"], verbose=0)
-    pair = names["pair"].predict(names["x_test"], verbose=0)
-    np.testing.assert_allclose(pair, members[3:].mean(0), atol=1e-6)
+    x = names["x_test"]
+    parts = [names["ens"], names["run"]]
+    members = np.concatenate(
+        [part.predict_members(x, members=len(part), verbose=0) for part in parts]
+    )
+    both = names["both"].predict(x, verbose=0)
+    np.testing.assert_allclose(both, members.mean(axis=0), atol=1e-6)
+    assert {snapshot.chain for snapshot in names["chains"].snapshots} == {0, 1, 2}
 
 
 def test_links_lead_somewhere():
