@@ -60,6 +60,7 @@ from snapshot_ensemble.training.fit_arguments import (
     validation_of,
 )
 from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.loss_ratios import scale_of
 from snapshot_ensemble.training.lr_range_test import RangeTest, range_test
 from snapshot_ensemble.training.member_checks import warn_of_stragglers
 from snapshot_ensemble.training.session import FitSession
@@ -458,7 +459,7 @@ class SnapshotEnsemble:
         history = session.run(x, y, fit_arguments)
         self._next_run = session.next_run
         if session.has_trained:
-            warn_of_stragglers(self.snapshots, self.history)
+            warn_of_stragglers(self.snapshots, self.history, scale_of(self.model))
             self._choose_members_by(x, y, fit_arguments)
         return history
 

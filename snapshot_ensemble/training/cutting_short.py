@@ -12,6 +12,7 @@ from typing import Any
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.storage.record import Decision
+from snapshot_ensemble.training.loss_ratios import Scale, plain
 
 # A network has begun to memorise if its training loss is further than this below the lowest
 # validation loss so far, as a fraction of that.
@@ -22,20 +23,23 @@ MAX_LEFT = 0.05
 EPOCHS = 2
 
 
-def decide(history: Mapping[str, list[Any]], first: int, last: int) -> Decision:
+def decide(
+    history: Mapping[str, list[Any]], first: int, last: int, scale: Scale = plain
+) -> Decision:
     """Decides from the epochs of a run so far.
 
     Args:
         history: Columns `loss` and `val_loss`, one value per epoch.
         first: The first epoch of the run.
         last: The epoch after its last one so far.
+        scale: Turns losses into numbers whose ratios mean something.
     """
     losses, val_losses = (history.get(name, [])[first:last] for name in ("loss", "val_loss"))
     known = [value if _is_known(value) else math.inf for value in val_losses]
     lowest = list(itertools.accumulate(known, min)) or [math.inf] * len(losses)
     first_loss = losses[0] if losses and _is_known(losses[0]) else None
     recent = list(zip(losses, lowest, strict=True))[-EPOCHS:]
-    memorised = [_has_memorised(first_loss, *losses) for losses in recent]
+    memorised = [_has_memorised(first_loss, *losses, scale) for losses in recent]
     loss, val_loss = (
         value if _is_known(value) else None for value in (recent or [(None,) * 2])[-1]
     )
@@ -56,9 +60,11 @@ def described(decision: Decision) -> str:
     return f"It is still learning: one cycle to the end ({why})"
 
 
-def _has_memorised(first_loss: float | None, loss: float, val_loss: float) -> bool:
+def _has_memorised(first_loss: float | None, loss: float, val_loss: float, scale: Scale) -> bool:
     if not _is_known(loss):
         return False
+    loss, val_loss = scale(loss), scale(val_loss)
+    first_loss = None if first_loss is None else scale(first_loss)
     if math.isfinite(val_loss):
         return val_loss - loss > MIN_GAP * abs(val_loss)
     return first_loss is not None and first_loss > 0 and loss <= MAX_LEFT * first_loss

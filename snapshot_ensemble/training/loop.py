@@ -19,6 +19,7 @@ from snapshot_ensemble.training.dataset_passes import Passes
 from snapshot_ensemble.training.epoch_steps import EpochSteps, epoch_steps
 from snapshot_ensemble.training.fit_arguments import OWN_COLUMNS, check_names, flat_callbacks
 from snapshot_ensemble.training.last_good import LastGood
+from snapshot_ensemble.training.loss_ratios import scale_of
 from snapshot_ensemble.training.member_checks import not_finite
 from snapshot_ensemble.training.optimizer_checks import OptimizerSteps
 from snapshot_ensemble.training.run import Run
@@ -76,7 +77,7 @@ class CycleCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._log()
         run = self._run
-        if (decision := run.decide(epoch)) is not None:
+        if (decision := run.decide(epoch, scale_of(self.model))) is not None:
             self._message = described(decision)
             self._log()
         cycle = run.cycle_of(epoch)

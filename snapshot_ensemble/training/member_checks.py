@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from snapshot_ensemble.storage.snapshot import Snapshot
+from snapshot_ensemble.training.loss_ratios import Scale, plain
 
 
 def not_finite(model: keras.Model, metrics: dict[str, float]) -> str:
@@ -23,24 +24,29 @@ def not_finite(model: keras.Model, metrics: dict[str, float]) -> str:
     return ""
 
 
-def warn_of_stragglers(snapshots: Sequence[Snapshot], history: dict[str, list[Any]]) -> None:
+def warn_of_stragglers(
+    snapshots: Sequence[Snapshot], history: dict[str, list[Any]], scale: Scale = plain
+) -> None:
     """Warns of members that are far worse than the others on the validation data.
 
     Far worse means that the validation loss is not finite, or that it is more than twice the
     median of at least two others and closer to that of the first epoch than to that median.
     """
     losses = {s.index: s.metrics["val_loss"] for s in snapshots if "val_loss" in s.metrics}
-    finite = {index: loss for index, loss in losses.items() if math.isfinite(loss)}
+    finite = {index: scale(loss) for index, loss in losses.items() if math.isfinite(loss)}
     column = history.get("val_loss", ())
-    first = next((loss for loss in column if loss is not None and math.isfinite(loss)), math.inf)
+    known = (scale(loss) for loss in column if loss is not None and math.isfinite(loss))
+    first = next(known, math.inf)
     can_compare = len(finite) >= 3 and min(finite.values()) > 0
     stragglers = []
     for index, loss in losses.items() if finite else ():
-        others = float(np.median([other for i, other in finite.items() if i != index] or [loss]))
-        is_worse = can_compare and loss > max(2 * others, (others + first) / 2)
+        others = [i for i in finite if i != index] or [index]
+        median = float(np.median([finite[i] for i in others if i in finite]))
+        is_worse = can_compare and scale(loss) > max(2 * median, (median + first) / 2)
         if index not in finite or is_worse:
+            usual = float(np.median([losses[i] for i in others]))
             stragglers.append(
-                f"member {index} (val_loss {loss:.4g}, median of the others {others:.4g})"
+                f"member {index} (val_loss {loss:.4g}, median of the others {usual:.4g})"
             )
     if stragglers:
         warnings.warn(

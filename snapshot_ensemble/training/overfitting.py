@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from snapshot_ensemble.training.loss_ratios import Scale, plain
+
 # All thresholds are fractions of the loss that they are compared with.
 # The training loss is at least this far below the validation loss.
 MIN_GAP = 0.5
@@ -17,7 +19,7 @@ MIN_FALL = 0.1
 MAX_FIRST_CYCLE_GAP = 0.3
 
 
-def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
+def has_overfitted(history: Mapping[str, list[Any]], scale: Scale = plain) -> bool:
     """Whether a cycle has ended with a validation loss that training no longer lowers.
 
     It must also be far above the training loss: otherwise noise or the restarts themselves may
@@ -25,9 +27,14 @@ def has_overfitted(history: Mapping[str, list[Any]]) -> bool:
 
     Args:
         history: Columns `cycle`, `loss` and `val_loss`, one value per epoch.
+        scale: Turns losses into numbers whose ratios mean something.
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
-    epochs = [row for row in zip(*columns, strict=False) if row[-1] is not None]
+    epochs = [
+        (cycle, *(scale(loss) for loss in losses))
+        for cycle, *losses in zip(*columns, strict=False)
+        if losses[-1] is not None
+    ]
     are_finite = [all(map(math.isfinite, losses)) for _, *losses in epochs]
     last = {cycle: epoch for epoch, (cycle, *_) in enumerate(epochs)}.values()
     ends = [epoch for epoch in last if are_finite[epoch]]

@@ -14,6 +14,7 @@ from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.training.cutting_short import decide
 from snapshot_ensemble.training.epoch_steps import EpochSteps
 from snapshot_ensemble.training.learning_rate import AnnealedRate
+from snapshot_ensemble.training.loss_ratios import Scale, plain
 from snapshot_ensemble.training.shrink_perturb import Restarter
 from snapshot_ensemble.training.state import RunPosition, TrainingState
 
@@ -75,7 +76,7 @@ class Run:
             steps.nominal = self.state.position.steps
         self.steps = steps
 
-    def decide(self, epoch: int) -> Decision | None:
+    def decide(self, epoch: int, scale: Scale = plain) -> Decision | None:
         """Decides the plan, if that is due at the start of an epoch, given by Keras's number.
 
         It depends on the epochs before alone, so a resumed run decides as the interrupted one did.
@@ -86,7 +87,7 @@ class Run:
         for due in plan.due:
             if due > epoch - self.first_epoch:
                 return None
-            decision = decide(progress.history, before, before + due)
+            decision = decide(progress.history, before, before + due, scale)
             if decision.is_cut:
                 self.plan = plan.cut_short(due)
                 break

@@ -11,6 +11,7 @@ from snapshot_ensemble.checks import real_number
 from snapshot_ensemble.keras_compat.initializers import random_initializers_replaced
 from snapshot_ensemble.keras_compat.layer_graph import direct_layers, own_trainable_variables
 from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.training.loss_ratios import scale_of
 from snapshot_ensemble.training.overfitting import has_overfitted
 
 Shrink = float | Literal["auto"] | Mapping[str, float]
@@ -205,7 +206,9 @@ class Restarter:
     def restart(self, model: keras.Model, progress: Progress) -> float:
         """Changes the weights; returns the share carried over, the lowest if there are several."""
         self.share = 1.0
-        if self.is_warm or (self.shrink == "auto" and not has_overfitted(progress.history)):
+        if self.is_warm:
+            return self.share
+        if self.shrink == "auto" and not has_overfitted(progress.history, scale_of(model)):
             return self.share
         # What is still to be changed: layers may share a variable, which changes only once.
         left = {id(variable) for variable in model.trainable_variables}
