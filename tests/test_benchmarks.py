@@ -367,6 +367,7 @@ def test_variants_that_are_not_in_the_library(tmp_path):
         with np.load(tmp_path / f"digits-5-2-{name}-0.npz") as actual:
             members[name] = actual["members"]
         np.testing.assert_allclose(members[name].sum(-1), 1, rtol=1e-5)
+    assert 1 <= len(members.pop("tail")) <= 3  # After 3, 4 and 5 epochs.
     assert {name: len(array) for name, array in members.items()} == {
         "averaged": 2,
         "late": 4,

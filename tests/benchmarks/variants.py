@@ -11,6 +11,8 @@ Methods of `accuracy.py`, with `shrink="auto"` by default:
 - `early`: a cycle ends when the validation loss has not improved for two epochs, with its best
   weights; the epochs left over are used for more cycles, with warm restarts
 - `star`: each cycle but the first starts from the end of the first one (StarSSE), without shrinking
+- `tail`: no restarts: one run, with snapshots after 60, 70, 80, 90 and 100 % of its epochs, of
+  which as many of the last ones predict as have the lowest loss on the validation data
 - `taught`, `taught_by_all`: the last member, or the mean of all so far, teaches the next cycle:
   its targets are 0.55 times the labels and 0.45 times the teacher's probabilities, which are
   computed once before the cycle, so not for tasks with augmentation
@@ -133,6 +135,30 @@ def star(task, parts, epochs, cycles):
     return list(ens.predict_members(x_test, members=list(range(len(ens))), verbose=0))
 
 
+class TailRecorder(keras.callbacks.Callback):
+    """Records predictions of some data after each of the given epochs."""
+
+    def __init__(self, ends, data):
+        super().__init__()
+        self.ends, self.data, self.members = ends, data, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch + 1 in self.ends:
+            self.members.append([self.model.predict(x, verbose=0) for x in self.data])
+
+
+def tail(task, parts, epochs, cycles):
+    (x, y), (x_val, y_val), (x_test, _) = parts
+    ends = {round(epochs * tenths / 10) for tenths in range(6, 11)}
+    recorder = TailRecorder(ends, (x_val, x_test))
+    ens = SnapshotEnsemble(task.model(), cycles=1, lr_init=task.peak)
+    ens.fit(x, y, epochs=epochs, batch_size=task.batch, callbacks=[recorder], verbose=0)
+    held_out, members = (np.asarray(part) for part in zip(*recorder.members, strict=True))
+    loss = keras.losses.get(task.loss)
+    losses = [np.mean(loss(y_val, held_out[-n:].mean(0))) for n in range(1, len(members) + 1)]
+    return list(members[-1 - int(np.argmin(losses)) :])
+
+
 def _taught(members):
     def run(task, parts, epochs, cycles):
         (x, y), (x_val, y_val), (x_test, _) = parts
@@ -187,4 +213,4 @@ def early(task, parts, epochs, cycles):
 
 VARIANTS = {"averaged": averaged, "late": late, "growing": growing, "floor": floor, "early": early}
 VARIANTS |= {"statistics": _with_reset(_statistics), "slots": _with_reset(_slots)}
-VARIANTS |= {"star": star, "taught": _taught(1), "taught_by_all": _taught(None)}
+VARIANTS |= {"star": star, "tail": tail, "taught": _taught(1), "taught_by_all": _taught(None)}
