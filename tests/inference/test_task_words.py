@@ -15,12 +15,14 @@ from snapshot_ensemble.inference.task_words import WORDS, Output
 
 ROWS = np.random.default_rng(0).normal(size=(7, 4)).astype("float32")
 EXPLICIT = [word for word, (_, logits) in WORDS.items() if logits is not None]
+UNITS = 4  # An even number, for means and log-variances.
 
 
 @pytest.mark.parametrize("word", EXPLICIT)
 def test_an_explicit_word_overrides_everything(word):
     task, logits = WORDS[word]
-    for last in (layers.Dense(3), layers.Dense(3, "softmax"), lambda x: layers.Dense(3)(x) / 2):
+    halved = lambda x: layers.Dense(UNITS)(x) / 2  # noqa: E731
+    for last in (layers.Dense(UNITS), layers.Dense(UNITS, "softmax"), halved):
         assert meaning(last, custom_loss, word) == Output(task, logits)
 
 
@@ -99,7 +101,7 @@ def test_a_word_for_integers_must_be_passthrough():
 
 @pytest.mark.parametrize("word", EXPLICIT)
 def test_words_are_saved(word, tmp_path):
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(UNITS)])
     model.compile("sgd", "mse")
     ens = ensemble_of(model, 1, task=word)
     ens.save(tmp_path / "run")
