@@ -39,6 +39,7 @@ def pair():
     return chains()
 
 
+@pytest.mark.slow
 def test_each_chain_is_a_run_from_its_own_seed(pair):
     assert [(s.chain, s.cycle) for s in pair.snapshots] == [(0, 0), (1, 0), (0, 1), (1, 1)]
     for number, child in enumerate(np.random.SeedSequence(0).spawn(2)):
@@ -74,6 +75,7 @@ def as_dataset():
     return tf.data.Dataset.from_tensor_slices((X, Y)).batch(32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "x",
     [lambda: (X, Y), as_dataset],
@@ -96,6 +98,7 @@ def test_sample_weights_of_a_function_are_used():
     assert_same_members(made, chains(sample_weight=weights))
 
 
+@pytest.mark.slow
 def test_validation_data_choose_members_anew(pair):
     by_arrays = chains(validation_data=(X, Y))
     count = by_arrays.members
@@ -200,6 +203,7 @@ def test_ctrl_c_ends_it_and_the_same_call_goes_on(tmp_path):
     assert_same_members(again, chains())
 
 
+@pytest.mark.slow
 def test_progress_of_all_chains_is_shown(capsys):
     chains(verbose=1)
     shown = capsys.readouterr().out
@@ -225,6 +229,7 @@ def without_config():
     return classifier(inside=[Doubled()])
 
 
+@pytest.mark.slow
 def test_a_model_that_no_file_can_hold_is_spoken_of_once(tmp_path):
     assert len(chains(make_model=without_config, chains=1)) == 2
     with pytest.warns(UserWarning, match="The model cannot be saved, only its snapshots") as told:

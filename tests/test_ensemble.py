@@ -169,6 +169,7 @@ def test_repr_shows_the_model_and_the_number_of_members(tmp_path):
     assert f"0 members in '{tmp_path}'" in repr(SnapshotEnsemble(classifier(), directory=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_callback_can_use_the_members_so_far():
     ens, seen = SnapshotEnsemble(classifier(), cycles=4, lr_init=0.5, max_snapshots=2), []
 

@@ -118,6 +118,7 @@ def test_keep_going_continues_from_the_last_good_cycle(bad):
     assert np.isfinite(ens.predict_members(X, verbose=0)).all()
 
 
+@pytest.mark.slow
 def test_a_straggler_gives_a_warning():
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
 
@@ -140,12 +141,14 @@ def test_a_straggler_gives_a_warning():
     assert losses[2] > 2 * np.median(np.delete(losses, 2))
 
 
+@pytest.mark.slow
 def test_similar_members_give_no_warning():
     ens = SnapshotEnsemble(dense(), cycles=4, lr_init=1e-3)
     fit(ens, validation_data=(X, Y))  # A warning would be an error.
     assert len(ens) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interrupted_run_keeps_finished_cycles(tmp_path, error):
     def stop(model):

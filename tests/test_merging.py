@@ -404,6 +404,7 @@ def test_the_report_tells_chains_apart(runs, merged):
     assert runs[0].report(X, Y, verbose=0).chains == []
 
 
+@pytest.mark.slow
 def test_plots_and_exports_work(merged, tmp_path):
     report = merged.report(X, Y, verbose=0)
     ax = plots.plot_diversity(report)

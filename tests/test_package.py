@@ -48,6 +48,7 @@ from snapshot_ensemble.ray import BatchPredictor, fit_chains  # Ray is imported 
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_optional_dependencies(tmp_path):
     # Blocked rather than checked afterwards, since Keras imports some of them if installed.
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}

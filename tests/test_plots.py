@@ -184,6 +184,7 @@ def test_uncertainty_shows_the_error_when_the_least_certain_are_set_aside(traine
     check_shown(ax, "set aside", "error rate")
 
 
+@pytest.mark.slow
 def test_landscape_shows_the_loss_between_snapshots(trained):
     ens, x, y = trained
     ax = plots.plot_landscape(ens, x, y, points=2)
@@ -201,6 +202,7 @@ def test_landscape_shows_the_loss_between_snapshots(trained):
     check_shown(ax, "member", "loss")
 
 
+@pytest.mark.slow
 def test_early_exit_shows_the_cost_and_the_loss():
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10, "softmax")])
     model.compile("sgd", "sparse_categorical_crossentropy")

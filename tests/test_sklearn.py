@@ -54,6 +54,7 @@ def fitted():
 # Training and predicting
 
 
+@pytest.mark.slow
 def test_it_trains_the_ensemble_that_one_would_train_by_hand():
     actual = classifier(batch_size=20, cycles=3, epochs=4, lr_min=0.01, random_state=None)
     keras.utils.set_random_seed(1)
@@ -155,6 +156,7 @@ def test_sigmoids_that_all_vanish_give_even_probabilities():
     assert_close(estimator.predict_proba(X), np.full((60, 3), 1 / 3))
 
 
+@pytest.mark.slow
 def test_a_regressor_predicts_values():
     estimator = regressor(**LEARNING).fit(X, SUMS)
     predicted = estimator.predict(X)
@@ -285,6 +287,7 @@ def test_validation_data_of_a_regressor():
     assert_close(estimator.history_["val_loss"][-1], np.square(last - SUMS[40:]).mean(), 1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_rows_count():
     weights = np.where(CODES == 2, 0.0, 1.0)
     estimator = classifier(**LEARNING).fit(X, LABELS, weights)
@@ -308,6 +311,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
 # Random generators
 
 
+@pytest.mark.slow
 def test_a_random_state_reproduces_and_leaves_the_generators_as_they_were():
     def draws():
         numpy = np.random.rand()  # noqa: NPY002
@@ -411,6 +415,7 @@ def test_an_unknown_class_in_a_pickle_is_explained():
 # Where scikit-learn uses estimators
 
 
+@pytest.mark.slow
 def test_a_grid_search_finds_the_number_of_cycles():
     folds = StratifiedKFold(2)
     search = GridSearchCV(classifier(), {"cycles": [1, 2]}, cv=folds).fit(X, LABELS)
@@ -468,6 +473,7 @@ def test_a_model_goes_to_several_processes_and_ensembles_come_back():
         assert_same(member_weights(one.ensemble_), member_weights(other.ensemble_))
 
 
+@pytest.mark.slow
 def test_it_is_a_step_of_a_pipeline():
     pipeline = make_pipeline(StandardScaler(), classifier(**LEARNING))
     scores = cross_val_score(pipeline, 100 * X + 50, LABELS, cv=2)

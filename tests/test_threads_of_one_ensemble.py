@@ -73,7 +73,7 @@ def assert_undisturbed(actual, expected):
         assert same(actual[name], value), name
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_another_thread_that_looks_changes_nothing(undisturbed, tmp_path):
     kind, make, expected = undisturbed
     ens = make("looked at")
@@ -86,7 +86,7 @@ def test_another_thread_that_looks_changes_nothing(undisturbed, tmp_path):
     assert seen.looks >= 8
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_a_callback_that_looks_changes_nothing(undisturbed, tmp_path):
     kind, make, expected = undisturbed
     ens = make("looked at")
@@ -98,6 +98,7 @@ def test_a_callback_that_looks_changes_nothing(undisturbed, tmp_path):
     assert seen.looks == 9
 
 
+@pytest.mark.slow
 def test_restarts_that_draw_weights_draw_the_same(tmp_path):
     expected = fit(ensemble(shrink=0.5, eager=True))
     ens = ensemble(shrink=0.5, eager=True)
@@ -151,7 +152,7 @@ class Calling(keras.callbacks.Callback):
             self.errors.append(error)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("in_thread", [True, False], ids=["another thread", "a callback"])
 @pytest.mark.parametrize("method", ["fit", "find_lr", "fit of another ensemble"])
 def test_a_second_training_of_the_same_model_is_refused(method, in_thread):
@@ -209,7 +210,7 @@ def at_once(*calls):
     return results
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("memory_limit", [2**28, 0])
 def test_threads_that_predict_for_the_first_time_at_once(kind, memory_limit):

@@ -73,6 +73,7 @@ def test_a_csv_file_has_the_columns(tmp_path):
     np.testing.assert_allclose(rates, last_rates(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_named_after_its_cycle(tmp_path):
     path = str(tmp_path / "cycle{cycle}_epoch{epoch}.weights.h5")
     trained([keras.callbacks.ModelCheckpoint(path, save_weights_only=True)])

@@ -44,7 +44,7 @@ def learned(ens, x, y, weights):
     return values
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["softmax", "log-odds", "multilabel", "regression", "pixels", "two outputs"]
 )

@@ -39,7 +39,7 @@ def by_hand(losses):
     return max(counts)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise", [(2, 1, 0.1, 0.1), (0.1, 0.1, 0.1, 0.1), (3, 2, 1, 0), (0, 1, 2, 3), (0.6, 0.4, 0.3)]
 )
@@ -53,11 +53,13 @@ def test_it_chooses_the_most_members_within_a_standard_error_of_the_best(noise):
     np.testing.assert_allclose(ens.predict(X, verbose=0), means[expected - 1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_poor_early_members_are_left_out_and_identical_ones_are_kept():
     assert ensemble_around((3, 3, 0, 0)).choose_members(X, Y, verbose=0) == 2
     assert ensemble_around((0, 0, 0, 0)).choose_members(X, Y, verbose=0) == 4
 
 
+@pytest.mark.slow
 def test_regression_is_judged_by_the_squared_error():
     ens = ensemble_around((3, 0.2, 0.1), dense("mse", 2, None))
     members = ens.predict_members(X, verbose=0).astype("float64")
@@ -66,6 +68,7 @@ def test_regression_is_judged_by_the_squared_error():
     assert ens.choose_members(X, VALUES, verbose=0) == expected < 3
 
 
+@pytest.mark.slow
 def test_methods_that_use_the_chosen_members_and_those_that_do_not():
     ens = ensemble_around((3, 0.1, 0.1))
     everyone = ens.predict_members(X, verbose=0)
@@ -91,7 +94,7 @@ def test_methods_that_use_the_chosen_members_and_those_that_do_not():
     np.testing.assert_allclose(ens.predict(X, verbose=0), everyone.mean(0), atol=1e-6)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [2, [0, 2], None])
 def test_it_is_saved_and_reset_when_the_members_change(members, tmp_path):
     ens = ensemble_around((1, 0.1, 0.1))
@@ -105,6 +108,7 @@ def test_it_is_saved_and_reset_when_the_members_change(members, tmp_path):
     assert len(again) == 8
 
 
+@pytest.mark.slow
 def test_all_remaining_members_predict_if_one_is_damaged(tmp_path):
     ens = ensemble_around((1, 0.1, 0.1))
     ens.members = 3
@@ -168,6 +172,7 @@ def test_fit_keeps_all_members_without_usable_validation_data(monkeypatch):
     assert len(ens) == 6
 
 
+@pytest.mark.slow
 def test_invalid_choices_are_refused():
     ens = ensemble_around((1, 1))
     with pytest.raises(ValueError, match=r"at most 2"):

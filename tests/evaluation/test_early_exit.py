@@ -38,7 +38,7 @@ def losses(p, y):
     return np.stack([-np.log(p[rows, y]), p.argmax(-1) != y]).astype("float64")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("tolerance", [0.0, 0.5, 1.0, 3.0])
 def test_loss_and_error_are_within_the_tolerance(data, tolerance):
     x, y = data
@@ -84,6 +84,7 @@ def test_the_order_lowers_the_tempered_loss_the_most_at_each_stage(data):
     assert learned.order[:3] == order
 
 
+@pytest.mark.slow
 def test_regression_needs_two_members_at_least():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(1)])
     model.compile("sgd", "mse")
@@ -96,6 +97,7 @@ def test_regression_needs_two_members_at_least():
     assert differences.mean() <= differences.std(ddof=1) / np.sqrt(500) + 1e-6
 
 
+@pytest.mark.slow
 def test_it_is_a_row_of_the_report(data):
     x, y = data
     ens = classifier()

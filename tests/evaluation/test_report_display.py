@@ -12,6 +12,7 @@ from report_cases import NAME, assert_aligned, cells_of, table_of, through_json
 from snapshot_ensemble.evaluation.report import Report
 
 
+@pytest.mark.slow
 def test_it_prints_as_an_aligned_table(digits_report):
     for report in (digits_report.plain, digits_report.shown):
         assert_aligned(report)

@@ -77,6 +77,7 @@ def test_several_outputs_with_loss_weights_and_a_batch_of_weight_0():
     assert ens.choose_members(data, verbose=0) == expected
 
 
+@pytest.mark.slow
 def test_its_memory_does_not_grow_with_the_rows(monkeypatch):
     inputs = keras.Input((64, 64, 2))
     model = compiled(keras.Model(inputs, layers.Conv2D(4, 1, activation="softmax")(inputs)))
@@ -93,7 +94,7 @@ def test_its_memory_does_not_grow_with_the_rows(monkeypatch):
     assert peak < of_all
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["softmax", "regression"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_members_one_after_another_give_the_same_choice_in_parts(task, weighted, monkeypatch):

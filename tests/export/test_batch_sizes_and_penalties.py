@@ -60,7 +60,7 @@ PENALTIES = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_the_loss_is_that_of_the_combined_outputs(kind, tmp_path):
     model = keras.Sequential([keras.Input((4,)), *PENALTIES[kind](), layers.Dense(3, "softmax")])

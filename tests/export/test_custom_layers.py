@@ -150,6 +150,7 @@ def test_the_other_formats_pass_their_check(format, name, tmp_path):
     assert (tmp_path / name).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*np.object:FutureWarning")
 def test_a_vocabulary_of_a_layer_that_has_no_config_is_in_the_file(tmp_path):
     """Text classification with `TextVectorization(standardize=f)`."""

@@ -27,6 +27,7 @@ def ensemble(thresholds):
     return ens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholds", [[0.4, 0.5], [-1.0, -1.0], [9.0, 9.0]])
 def test_a_saved_model_predicts_the_same(thresholds, tmp_path):
     ens = ensemble(thresholds)
@@ -40,6 +41,7 @@ def test_a_saved_model_predicts_the_same(thresholds, tmp_path):
         np.testing.assert_allclose(actual["size"], size[rows], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_settled_runs_no_further_member(tmp_path):
     """Members that would fail for a row must not see it."""
     ens = ensemble([0.4, 0.5])

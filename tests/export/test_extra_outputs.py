@@ -101,6 +101,7 @@ def test_pixels_and_labels(tmp_path):
     np.testing.assert_array_equal(actual["mask_set"], sets)
 
 
+@pytest.mark.slow
 def test_float16_weights_may_change_a_few_sets(tmp_path):
     ens = ensemble_of(dense(), 3)
     ens.conformalize(X, TARGETS[0], **RUN)

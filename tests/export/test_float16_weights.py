@@ -65,6 +65,7 @@ def batch_of(model, rows=16):
     return np.random.default_rng(3).normal(size=shape).astype(model.inputs[0].dtype)
 
 
+@pytest.mark.slow
 def test_the_file_has_half_the_size_and_the_outputs_of_rounded_weights(format, tmp_path):
     ens = ensemble_of(wide(), 2)
     batch = batch_of(ens.model)
@@ -124,6 +125,7 @@ def wide_policy(policy):
     return model
 
 
+@pytest.mark.slow
 def test_what_members_share_is_stored_once(tmp_path):
     model, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(model, 3, shared=in_backbone)

@@ -88,7 +88,7 @@ def test_every_task_combination_and_format_agrees_with_predict(name, task, combi
     np.testing.assert_allclose(actual["answer"], expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_any_batch_size_in_inference_mode_with_a_shared_backbone(format):
     name, path, tolerance = format
     source, in_backbone = with_backbone(nested=True)
@@ -211,6 +211,7 @@ def test_mixed_precision(policy, tmp_path):
     np.testing.assert_allclose(actual, ens.predict(x, verbose=0), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lookup", "vectorization"])
 def test_string_inputs(kind, tmp_path):
     words = np.array([["red green"], ["blue never"], ["green green"]], dtype=object)
@@ -244,6 +245,7 @@ class Subclassed(keras.Model):
         return self.head(self.drop(self.norm(inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["mean", "vote"])
 def test_a_subclass_that_cannot_be_cloned_exports_too(combine, tmp_path):
     model = Subclassed(object())  # An argument that no config can store.
@@ -305,7 +307,7 @@ def test_tensorflow_logs_where_it_writes_only_if_verbose(verbose, tmp_path, monk
     assert logger.level == logging.INFO
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_only_an_earlier_export_is_replaced_and_only_with_overwrite(format):
     name, path, _ = format
     path.write_text("somebody's")

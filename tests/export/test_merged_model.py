@@ -273,6 +273,7 @@ np.save(sys.argv[1] + "/y.npy", model.predict(x, verbose=0))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "combine",
     ["mean", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vote", "weighted", "geometric"))],

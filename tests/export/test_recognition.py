@@ -106,6 +106,7 @@ def test_a_folder_of_variables_alone_is_no_saved_model(exports, description, tmp
         replace(exports, "tf_saved_model", path)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_is_part_of_a_saved_model(tmp_path):
     table = keras.layers.StringLookup()
     table.adapt([["red", "green"]])

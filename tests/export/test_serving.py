@@ -68,6 +68,7 @@ def served(tmp_path):
     return tmp_path, ens.predict(x, verbose=0)
 
 
+@pytest.mark.slow
 def test_in_tensorflow_without_keras_and_without_this_package(served):
     folder, expected = served
     command = [sys.executable, "-c", PLAIN_TENSORFLOW, str(folder)]

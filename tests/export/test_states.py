@@ -52,6 +52,7 @@ def test_a_model_that_samples_draws_anew_in_each_call(tmp_path):
     np.testing.assert_allclose(second, again.predict(x, verbose=0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stateful_model_carries_its_state_on_as_in_predict(tmp_path):
     ens = ensemble_of(stateful(), 2)
     x = np.random.default_rng(1).normal(size=(2, 3, 2)).astype("float32")

@@ -42,6 +42,7 @@ def as_lists(outputs, names):
     return [np.asarray(outputs[name]) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_output_has_a_name_of_its_own(name, tmp_path):
     make, names = CASES[name]

@@ -163,6 +163,7 @@ def test_how_many_batches_are_read_at_once():
     assert batches_at_once(OTHERS["a custom layer"](), x, batch_size=8) == 1
 
 
+@pytest.mark.slow
 def test_batches_of_a_given_size_are_predicted_as_by_keras():
     inputs = keras.Input((8,), name="x")
     hidden = layers.Dense(16, "relu")(inputs)
@@ -192,6 +193,7 @@ def test_large_and_small_batches_predict_the_same():
     assert large.rows["mean"]["nll"] == pytest.approx(small.rows["mean"]["nll"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_few_rows_in_many_combinations_cause_no_retracing_warning(caplog):
     ens = two_members(net(layers.Dense(64, "relu")))
     x = np.random.default_rng(1).normal(size=(300, 8)).astype("float32")

@@ -106,7 +106,7 @@ THRESHOLDS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("task", HEADS)
 def test_each_row_gets_the_mean_of_the_members_that_ran(task):
     learned = EarlyExit([2, 0, 3, 1], [0.8, 1.2, 1.1], THRESHOLDS[task], [1.0])
@@ -116,6 +116,7 @@ def test_each_row_gets_the_mean_of_the_members_that_ran(task):
     np.testing.assert_allclose(actual[counts == 4], full[counts == 4], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_several_outputs_must_all_be_sure():
     learned = EarlyExit([1, 0, 2], [0.8, 1.2], [1.1, 1.3], [0.4, 0.0, 0.5])
     _, _, counts = check(["multiclass", "regression", "multilabel"], learned)
@@ -134,6 +135,7 @@ def test_any_tasks_orders_and_thresholds(tasks, order, numbers):
     check(tasks, EarlyExit(list(order), numbers[:2], [n / 3 for n in numbers[2:4]], scales))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "ran"), [(-1.0, 4), (9.0, 1)])
 def test_thresholds_of_never_and_always(threshold, ran):
     learned = EarlyExit([2, 0, 3, 1], [1.0] * 3, [threshold] * 3, [1.0])
@@ -174,6 +176,7 @@ def classifier(**arguments):
 CASCADE = EarlyExit([2, 0, 3, 1], [0.8, 1.2, 1.1], THRESHOLDS["multiclass"], [1.0])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_by_xla():
     """XLA pads what has as many rows as a branch finds; a batch that is not the first showed it."""
     model = classifier()
@@ -189,6 +192,7 @@ def test_a_model_that_is_compiled_by_xla():
         np.testing.assert_allclose(actual, expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_call_in_a_function_and_its_gradient():
     model = classifier()
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -215,6 +219,7 @@ def test_a_call_in_a_function_and_its_gradient():
     np.testing.assert_allclose(actual, tape.gradient(loss, x), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sparse_inputs():
     model = classifier(sparse=True)
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -263,6 +268,7 @@ class Counted(layers.Dense):
         return keras.KerasTensor((*inputs.shape[:-1], self.units))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wide", "pixels", "narrow"])
 def test_rows_that_layers_see(kind):
     """A large part that members share runs once for a row; else, only members that a row needs."""

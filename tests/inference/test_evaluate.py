@@ -131,6 +131,7 @@ def test_regularization_penalties_are_not_in_the_loss():
     )
 
 
+@pytest.mark.slow
 def test_masked_steps_are_not_scored():
     tokens = np.array([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0], [1, 1, 1, 1, 0]])
     tags = np.random.default_rng(3).integers(0, 2, tokens.shape)
@@ -168,6 +169,7 @@ def always_seven(y_true, y_pred):
     return ops.zeros_like(y_pred[:, 0]) + 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_limit", [2**28, 0])
 def test_scores_of_graphs_that_xla_compiles(memory_limit):
     """XLA refuses metrics whose variables depend on the batch at which they are made."""

@@ -73,6 +73,7 @@ def test_uncertainty_has_no_more_than_the_value_of_them(ens):
     assert "epistemic" in uncertainty["kind"]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_other_outputs(ens):
     y = {"kind": LABELS}
     mean = ens.predict(DATA, verbose=0)["kind"]
@@ -103,6 +104,7 @@ def labelling(members=2):
 REFUSAL = "Output 'label' differs between members. Received: an output that is passed through"
 
 
+@pytest.mark.slow
 def test_labels_that_differ_are_refused_by_name():
     ens = labelling()
     for call in (

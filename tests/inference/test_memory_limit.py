@@ -148,6 +148,7 @@ def test_its_gradient_is_that_of_the_members_mean():
     np.testing.assert_allclose(gradient(ens), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_runs_inside_a_function():
     ens = ensemble("softmax")
 

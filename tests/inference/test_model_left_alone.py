@@ -141,6 +141,7 @@ def test_the_model_is_unchanged(action, trained):
     assert_all_close(ens.predict_members(ROWS, verbose=0), expected)
 
 
+@pytest.mark.slow
 def test_the_model_continues_training_after_its_ensemble_predicted(tmp_path):
     y, losses = np.ones((10, 3)), []
     for interrupted in (False, True):

@@ -177,7 +177,7 @@ def numbers(result):
     return result
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_methods_give_the_same(kind, monkeypatch):
     expected = dict(results(ensemble(kind), kind))
@@ -198,6 +198,7 @@ def test_all_methods_give_the_same(kind, monkeypatch):
     assert seen == list(expected)
 
 
+@pytest.mark.slow
 def test_names_and_their_order_are_those_of_keras():
     ens = ensemble("probabilities")
     ens.memory_limit = 0
@@ -238,6 +239,7 @@ def test_ids_that_differ_are_refused():
             run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("early_exit", [False, True])
 def test_gradients_of_a_call_are_those_of_all_members_at_once(early_exit):
     ens = ensemble("probabilities")
@@ -267,6 +269,7 @@ def test_inside_a_function_all_members_are_in_its_graph():
     np.testing.assert_allclose(called(X), 2 * expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_call_traces_nothing():
     traced = []
 
@@ -305,6 +308,7 @@ def test_members_that_change_are_read_again():
 # Memory
 
 
+@pytest.mark.slow
 def test_what_was_built_for_other_members_is_dropped_if_it_would_be_too_much():
     ens = ensemble_of(dense(), 5)
     of_one = sum(array.nbytes for array in ens.model.get_weights())

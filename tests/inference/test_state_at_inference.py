@@ -106,7 +106,7 @@ def by_keras(model, ens, values, times):
     return np.asarray(outputs, "float64")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_members_predict_as_the_model_does_batch_for_batch(kind):
     model = KINDS[kind]()

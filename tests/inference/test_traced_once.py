@@ -133,6 +133,7 @@ def test_states_are_each_members_own(ways):
     assert ways == [False]
 
 
+@pytest.mark.slow
 def test_masks_and_logits_are_attached_again(ways):
     model = texts()
     ens = random_ensemble(model, COUNT)

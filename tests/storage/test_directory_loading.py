@@ -59,6 +59,7 @@ np.savez(out, members=ens.predict_members(np.load(data), verbose=0), **combined)
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_predicts_the_same_bit_for_bit(tmp_path, model):
     ens = fitted(tmp_path / "ensemble", model=model)
     np.save(tmp_path / "x.npy", X)

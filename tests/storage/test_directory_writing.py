@@ -113,6 +113,7 @@ def test_max_snapshots_removes_the_files_of_the_others(tmp_path):
     assert_same(member_weights(loaded), member_weights(ens))
 
 
+@pytest.mark.slow
 def test_disk_equals_memory(tmp_path):
     actual = []
     for directory in (None, tmp_path / "ensemble"):

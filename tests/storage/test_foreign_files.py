@@ -26,6 +26,7 @@ def assert_untouched(directory, names=NAMES):
         assert (directory / name).read_bytes() == b"not yours: " + name.encode()
 
 
+@pytest.mark.slow
 def test_fitting_resuming_and_overwriting_leave_them(tmp_path):
     directory = tmp_path / "run"
     fit(ensemble(directory))
@@ -73,6 +74,7 @@ def test_no_other_name_counts_as_left_over(tmp_path, name):
     assert not is_free(directory)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_keras_in_the_same_directory(tmp_path):
     directory = tmp_path / "run"
     kept = {}

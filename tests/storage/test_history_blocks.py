@@ -76,6 +76,7 @@ def test_a_resumed_history_is_that_of_an_uninterrupted_run(tmp_path, stop, every
     assert loaded.history == expected.history
 
 
+@pytest.mark.slow
 def test_a_new_column_is_in_all_blocks(tmp_path):
     ens = ensemble(tmp_path / "run")
     fit(ens)
@@ -102,6 +103,7 @@ def test_inspect_lists_blocks(tmp_path):
     assert sorted(names) == sorted(name for name in contents(tmp_path / "run") if name != MANIFEST)
 
 
+@pytest.mark.slow
 def test_what_an_epoch_writes_does_not_grow(tmp_path, monkeypatch):
     """Counted in bytes of the manifests: a time would be noise."""
     monkeypatch.setattr(history_blocks, "EPOCHS", 5)

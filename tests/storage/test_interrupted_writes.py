@@ -73,6 +73,7 @@ def reference(made_once):
 LASTING = pytest.mark.parametrize("lasting", [False, True], ids=["once", "permanently"])
 
 
+@pytest.mark.slow
 @LASTING
 def test_a_failing_write_keeps_finished_members(tmp_path, reference, lasting):
     # Writing a file calls `fsync` twice, for the file and its directory. The empty manifest, the

@@ -74,6 +74,7 @@ def test_in_another_thread_nothing_changes():
 
 
 # Python may drop an exception, also Ctrl-C, in the callback of a weak reference.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("share", [pytest.param(6, marks=pytest.mark.slow), 28])
 def test_ctrl_c_at_each_step(tmp_path, share):

@@ -47,6 +47,7 @@ def held(interrupted_run):
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_at_once_and_a_dead_one_does_not_block(held):
     directory, process = held
     ens = SnapshotEnsemble.load(directory)  # Reading is allowed.
@@ -174,6 +175,7 @@ def test_threads_exclude_each_other(tmp_path):
     assert refused
 
 
+@pytest.mark.slow
 def test_without_a_lock_the_manifest_of_another_writer_is_not_replaced(tmp_path, monkeypatch):
     """Some network file systems have no locks."""
     directory = tmp_path / "run"
@@ -221,7 +223,7 @@ print("parent", len(ens), os.waitpid(forks.child, 0)[1] >> 8, flush=True)
 """
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "ValueError"])
 def test_a_child_forked_during_a_run_neither_hangs_nor_writes(tmp_path, error):
     done = subprocess.run(

@@ -77,6 +77,7 @@ def test_a_file_as_directory_is_refused(tmp_path, made_once, overwrite):
     assert path.read_text() == "something"
 
 
+@pytest.mark.slow
 def test_overwriting_waits_for_the_end_of_the_first_epoch(made):
     old, seen = contents(made.directory), []
 

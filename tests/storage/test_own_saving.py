@@ -75,7 +75,7 @@ def crash_in_the_last_epoch(epoch, logs):
         raise SimulatedCrashError
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_saved_is_what_is_loaded(name, tmp_path):
     expected = ensemble(name, None)

@@ -49,6 +49,7 @@ def bytes_of(arrays):
     return sum(array.nbytes for array in arrays)
 
 
+@pytest.mark.slow
 def test_a_directory_stores_a_frozen_backbone_once(tmp_path):
     ens = trained(tmp_path / "run")
     backbone = bytes_of(ens.model.get_layer("backbone").get_weights())
@@ -101,6 +102,7 @@ def test_resuming_restores_the_saved_backbone(tmp_path):
     assert_same([other.get_weights()], [expected.model.get_weights()])
 
 
+@pytest.mark.slow
 def test_the_base_is_kept_when_its_snapshot_is_dropped(tmp_path):
     expected = trained(None, model=NoConfig(frozen()))
     # A model that cannot be saved: the first snapshot is the base.
@@ -129,6 +131,7 @@ class NoConfig(keras.Model):
         raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_weights_that_are_unfrozen_later_are_written(tmp_path):
     trained(tmp_path / "run")
     ens = SnapshotEnsemble.load(tmp_path / "run")
@@ -144,6 +147,7 @@ def test_weights_that_are_unfrozen_later_are_written(tmp_path):
     assert not np.array_equal(loaded[5].get_weights()[0], before[0])
 
 
+@pytest.mark.slow
 def test_a_model_without_frozen_weights_is_saved_in_plain_keras_files(tmp_path):
     trained(tmp_path / "run", model=frozen(trainable=True))
     assert len(list((tmp_path / "run").glob("snapshot-*.weights.h5"))) == 3
@@ -177,6 +181,7 @@ def test_a_manifest_without_its_base_is_refused(tmp_path):
         SnapshotEnsemble.load(tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_optimizer_of_a_pretrained_backbone_is_not_saved(tmp_path):
     model = frozen()
     backbone = model.get_layer("backbone")

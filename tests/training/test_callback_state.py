@@ -269,6 +269,7 @@ def test_without_a_saved_state_anything_goes(tmp_path):
     run(tmp_path / "run", callbacks=[Holding(object())], epochs=3, save_every=None)
 
 
+@pytest.mark.slow
 def test_a_changed_patience_counts_in_a_resumed_run(tmp_path):
     def stopping(patience):
         return callbacks.EarlyStopping("loss", patience=patience, min_delta=100.0)

@@ -174,6 +174,7 @@ def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates, members):
     assert SnapshotEnsemble.load(tmp_path / "ensemble").decisions == [decision]
 
 
+@pytest.mark.slow
 def test_a_network_that_is_still_learning_gets_what_one_ordinary_run_gives(tmp_path):
     actual, history_of_auto = auto(None)
     expected, history_of_one = run(None, dense, arrays, cycles=1, epochs=10)
@@ -186,6 +187,7 @@ def whole_run(request, tmp_path_factory):
     return request.param, outcome(*auto(directory, data=request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 2, 4])
 def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
     data, expected = whole_run
@@ -216,6 +218,7 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
     assert (resumed.plan, resumed.progress.decisions) == (asked.plan, progress.decisions)
 
 
+@pytest.mark.slow
 def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
     ens.fit(X, Y, batch_size=BATCH, epochs=20, initial_epoch=10, verbose=0)
@@ -223,6 +226,7 @@ def test_each_fit_decides_for_itself():
     assert ens.history["cycle"][10:] == [5] * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_cycle_that_is_cut_short_goes_on_without_a_restart(restarts):
     arguments = {"cycles": "auto", "lr_init": 0.1, "shrink": 0.0}
@@ -256,6 +260,7 @@ def test_overwriting_forgets_decisions():
     assert ens.decisions == []
 
 
+@pytest.mark.slow
 def test_a_callback_sees_the_whole_budget():
     seen = []
     callback = keras.callbacks.LambdaCallback(
@@ -286,6 +291,7 @@ def test_steps_per_epoch_and_datasets(is_known):
     assert len(ens) == 5
 
 
+@pytest.mark.slow
 def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(X, Y, batch_size=BATCH, epochs=10, verbose=2)
@@ -318,6 +324,7 @@ def test_other_words_are_refused(cycles):
         SnapshotEnsemble(dense(), cycles=cycles)
 
 
+@pytest.mark.slow
 def test_one_member_that_predicts_alone_is_said_in_the_report():
     ens, _ = auto(None, data=memorising)
     ens.members = 1

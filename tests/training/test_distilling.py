@@ -148,6 +148,7 @@ def test_everything_else_stays_as_it_is():
     assert not np.array_equal(student.get_weights()[0], member_weights(ens)[-1][0])
 
 
+@pytest.mark.slow
 def test_the_student_is_compiled_like_the_model_and_saved_by_keras_alone(tmp_path):
     model = dense(metrics=["accuracy"])
     model.optimizer.learning_rate = 0.25

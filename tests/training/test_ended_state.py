@@ -19,6 +19,7 @@ def state_of(directory):
         return {name for name in file.files if name.startswith("variable")}, facts
 
 
+@pytest.mark.slow
 def test_an_ended_run_leaves_out_the_weights_of_its_last_snapshot(tmp_path):
     with pytest.raises(SimulatedCrashError):
         run(tmp_path / "interrupted", callbacks=[crash_in_epoch(5)])
@@ -33,7 +34,7 @@ def test_an_ended_run_leaves_out_the_weights_of_its_last_snapshot(tmp_path):
     assert len(in_the_middle) == len(held) + weights
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("max_snapshots", [1, None])
 def test_a_second_fit_after_it_is_resumed_like_an_uninterrupted_one(tmp_path, max_snapshots):
     def twice(directory, resume=False, callbacks=()):
@@ -49,6 +50,7 @@ def test_a_second_fit_after_it_is_resumed_like_an_uninterrupted_one(tmp_path, ma
     assert_same_outcome(outcome(*twice(tmp_path / "interrupted", resume=True)), expected)
 
 
+@pytest.mark.slow
 def test_weights_that_a_callback_sets_in_the_end_are_kept(tmp_path):
     class Zero(keras.callbacks.Callback):
         def on_train_end(self, logs=None):
@@ -63,6 +65,7 @@ def test_weights_that_a_callback_sets_in_the_end_are_kept(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_missing_snapshot_is_named(tmp_path):
     run(tmp_path / "run")
     store = DirectoryStore.open(tmp_path / "run")

@@ -191,6 +191,7 @@ def test_another_models_state_is_refused_before_anything_changes(state):
     assert everything(model) == before
 
 
+@pytest.mark.slow
 def test_no_forged_state_gives_any_other_error(state):
     held, facts = read(state)
 

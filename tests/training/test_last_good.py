@@ -134,6 +134,7 @@ def test_after_two_cycles_in_a_row_too():
     assert_members(ens, trained_by_keras(network(o.Adam), ens.plan(3), [2]))
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_back_to_its_own_start():
     ens = ensemble(network(o.Adam))
     fit(ens)
@@ -163,7 +164,7 @@ class CrashIn(keras.callbacks.Callback):
 
 
 # Cycles of two epochs.
-@pytest.mark.sampled(6)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Cycle . gives no member:UserWarning")
 @pytest.mark.parametrize(
     ("name", "spoiled", "crashed"),

@@ -296,6 +296,7 @@ def test_optimizer_variables_are_not_replaced(kind):
     assert list(map(id, model.optimizer.variables)) == list(map(id, before))
 
 
+@pytest.mark.slow
 def test_an_optimizer_with_a_schedule_has_the_variables_that_keras_gives_it():
     names = []
     for fit in (fitted, lambda model: model.fit(**arrays(), verbose=0)):

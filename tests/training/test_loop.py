@@ -239,6 +239,7 @@ def no_interactive_logging():
     keras.config.enable_interactive_logging()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_interactive_logging")
 def test_without_interactive_logging_lines_go_to_a_logger(capsys, caplog):
     caplog.set_level(logging.INFO, logger="snapshot_ensemble")

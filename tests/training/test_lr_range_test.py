@@ -37,6 +37,7 @@ def classifier(optimizer="sgd"):
     return model
 
 
+@pytest.mark.slow
 def test_losses_match_gradient_descent_in_numpy():
     model = linear()
     w, b = (array.astype("float64") for array in model.get_weights())
@@ -64,7 +65,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "trained"), [*((name, True) for name in OPTIMIZERS), ("Adam", False)]
 )
@@ -110,6 +111,7 @@ def test_the_model_is_restored_after_an_exception():
     assert float(model.optimizer.learning_rate) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_the_test_ends_when_the_loss_diverges():
     actual = SnapshotEnsemble(linear()).find_lr(X, Y, batch_size=64, lr_max=1e4, steps=200)
     assert len(actual.rates) < 200

@@ -42,6 +42,7 @@ def test_a_metric_with_such_a_name_is_refused_before_training(way, name):
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.slow
 def test_names_with_the_name_of_an_output_are_accepted():
     inputs = keras.Input((1,))
     outputs = {"a": OneWeight(name="a")(inputs), "b": OneWeight(name="b")(inputs)}

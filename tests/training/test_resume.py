@@ -214,6 +214,7 @@ def test_the_dataset_shuffles_differently_in_each_epoch():
     assert not np.array_equal(*orders)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_resumed_by_the_same_object(tmp_path):
     expected = outcome(*run(tmp_path / "uninterrupted"))
     keras.utils.set_random_seed(3)
@@ -225,6 +226,7 @@ def test_a_run_can_be_resumed_by_the_same_object(tmp_path):
     assert_same_outcome(outcome(ens, history), expected)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_resumed_after_loading(tmp_path):
     expected = outcome(*run(tmp_path / "uninterrupted"))
     with pytest.raises(SimulatedCrashError):
@@ -267,6 +269,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert len(ens) == 4
 
 
+@pytest.mark.slow
 def test_a_fit_without_resume_after_an_interruption_adds_cycles(tmp_path):
     with pytest.raises(SimulatedCrashError):
         run(tmp_path / "interrupted", callbacks=[crash_in_epoch(3)])
@@ -276,6 +279,7 @@ def test_a_fit_without_resume_after_an_interruption_adds_cycles(tmp_path):
     assert [snapshot.cycle for snapshot in ens.snapshots] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_resuming_an_overwrite_killed_at_its_start_does_not_resume_the_old_run(tmp_path):
     run(tmp_path / "kept", cycles=2, epochs=2)
     expected = outcome(*run(tmp_path / "uninterrupted"))

@@ -144,6 +144,7 @@ def backbone():
     return inside
 
 
+@pytest.mark.slow
 def test_layers_that_were_trained_before_are_carried_over():
     model = compiled(keras.Sequential([backbone(), layers.Dense(3, "softmax", name="head")]))
     parts = parts_of(model)
@@ -301,7 +302,7 @@ def test_auto_shrinks_once_the_run_has_overfitted(monkeypatch):
     assert [cycle.shrink for cycle in SnapshotEnsemble(net(), shrink="auto").plan(5)][1] == "auto"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("labels", "expected"), [(RNG.permutation(Y), [1, 0.5]), (Y, [1, 1])])
 def test_auto_shrinks_when_the_validation_labels_are_random(labels, expected):
     # With random validation labels, the model fits its training data and does not generalise.

@@ -16,6 +16,7 @@ from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.storage.directory import DirectoryStore
 
 
+@pytest.mark.slow
 def test_snapshots_newer_than_the_state_are_taken_again(tmp_path, monkeypatch):
     expected = outcome(*run(tmp_path / "uninterrupted"))
     keep_state = DirectoryStore.keep_state
@@ -39,6 +40,7 @@ def state_files(directory):
     return sorted(path.name for path in directory.glob("state-*"))
 
 
+@pytest.mark.slow
 def test_save_every_sets_how_often_the_state_is_saved(tmp_path):
     seen = []
     record = keras.callbacks.LambdaCallback(
