@@ -31,16 +31,16 @@ def case(name):
 
 def learned(ens, x, y, weights):
     """Everything that the held-out data say."""
+    options, values = {"sample_weight": weights, "verbose": 0}, {}
+    # First, since reports use what it learns about values.
+    values["calibrate"] = ens.calibrate(x, y, **options)
     ens.weights, ens.temperature, ens.members = [0.5, 0.2, 0.3], 1.3, None
-    options = {"sample_weight": weights, "verbose": 0}
-    values = {"report": ens.report(x, y, **options).to_dict()}
+    values["report"] = ens.report(x, y, **options).to_dict()
     # Rounding in float32 splits tempered votes of equal confidence.
     values["report"]["rows"].get("vote", {}).pop("ece", None)
     values["choose_members"] = ens.choose_members(x, y, **options)
     for method in ("likelihood", "greedy"):
         values[method] = ens.fit_weights(x, y, method=method, **options)
-    if any(meaning.is_classes for meaning in gathered(ens, x, y).meanings):
-        values["calibrate"] = ens.calibrate(x, y, **options)
     return values
 
 
