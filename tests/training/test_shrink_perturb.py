@@ -289,7 +289,7 @@ def test_unknown_layer_names_are_an_error_before_training():
 def test_auto_shrinks_once_the_run_has_overfitted(monkeypatch):
     checked = []
 
-    def overfitted_after_two_cycles(history):
+    def overfitted_after_two_cycles(history, scale):
         checked.append(len(history["cycle"]))
         return len(checked) > 1
 
