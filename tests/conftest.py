@@ -21,16 +21,30 @@ gc.freeze()
 tf.get_logger().setLevel("ERROR")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-cases", action="store_true", help="also run the cases that `sampled` tests leave out"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks the cases of a `sampled(n)` test as slow, except for every n-th."""
-    seen = collections.Counter()
+def pytest_collection_modifyitems(config, items):
+    """Marks cases of `sampled(n, m)` tests as slow or leaves them out, evenly over each grid."""
+    seen, left_out = collections.Counter(), []
     for item in items:
-        if (marker := item.get_closest_marker("sampled")) is not None:
-            test = (item.path, item.originalname)
-            if seen[test] % marker.args[0]:
-                item.add_marker(pytest.mark.slow)
-            seen[test] += 1
+        if (marker := item.get_closest_marker("sampled")) is None:
+            continue
+        test = (item.path, item.originalname)
+        everyday, slow = (*marker.args, 1)[:2]
+        if seen[test] % everyday or item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.slow)
+            if seen[test, "slow"] % slow and not config.getoption("all_cases"):
+                left_out.append(item)
+            seen[test, "slow"] += 1
+        seen[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(autouse=True)

@@ -69,8 +69,8 @@ def ensemble_with(model, *members, **arguments):
 
 
 def member_weights(ens):
-    """The weights of each member, in the order of `model.weights`."""
-    return [member.get_weights() for member in ens]
+    """The weights of each member, in the order of `model.weights`; no model is built."""
+    return pool_of(ens).now().weights(range(len(ens)))
 
 
 def ensemble_of(model, count=3, *, shared=lambda variable: False, **arguments):

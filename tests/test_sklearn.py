@@ -113,7 +113,7 @@ FORMS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("form", FORMS)
 def test_targets_have_the_form_that_the_loss_takes(form):
     loss, activation, targets = FORMS[form]

@@ -6,7 +6,7 @@ from sklearn_cases import Named, net, values
 
 from snapshot_ensemble.sklearn import SnapshotEnsembleClassifier, SnapshotEnsembleRegressor
 
-SETTINGS = {"cycles": 2, "epochs": 8, "lr_init": 0.1, "batch_size": 16}
+SETTINGS = {"cycles": 2, "epochs": 8, "lr_init": 0.2, "batch_size": 32}
 # The names of the tests must be the same in all of pytest's processes.
 ESTIMATORS = [
     SnapshotEnsembleClassifier(Named(net), **SETTINGS),
@@ -21,7 +21,7 @@ EXPECTED_FAILURES = {
 
 
 # Most of them train an ensemble several times.
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(12, 2)
 @parametrize_with_checks(
     ESTIMATORS, expected_failed_checks=lambda _: EXPECTED_FAILURES, xfail_strict=True
 )

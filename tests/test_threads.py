@@ -4,6 +4,7 @@ import threading
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from snapshot_ensemble import SnapshotEnsemble
@@ -49,6 +50,7 @@ def work(model, directory):
     }
 
 
+@pytest.mark.slow
 def test_two_ensembles_in_two_threads(tmp_path):
     before = patched()
     models = [compiled(seed) for seed in (1, 2)]

@@ -284,12 +284,12 @@ def main():
     parser.add_argument("--others", type=int, default=10, help="runs of each other ending")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rows = [survive(k, arguments.kills, arguments.seed, arguments.longest) for k in arguments.kinds]
-    others = [
-        row
-        for kind in arguments.kinds
-        for row in survive_others(kind, arguments.others, arguments.seed)
-    ]
+    rows, others = [], []
+    for kind in arguments.kinds:
+        if arguments.kills:
+            rows.append(survive(kind, arguments.kills, arguments.seed, arguments.longest))
+        if arguments.others:
+            others += survive_others(kind, arguments.others, arguments.seed)
     if arguments.json:
         print(json.dumps(rows + others))
         return

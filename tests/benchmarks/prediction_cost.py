@@ -153,13 +153,13 @@ def first_prediction(members, rounds, scratch):
 
 def import_time(rounds):
     """Seconds to import the package after Keras, with compiled bytecode as `pip` installs it."""
-    code = "import keras, time; t = time.perf_counter(); import snapshot_ensemble; "
-    command = [sys.executable, "-c", code + "print(time.perf_counter() - t)"]
+    # Keras has its own bytecode already.
+    code = "import keras, sys, time; sys.dont_write_bytecode, sys.pycache_prefix = 0, sys.argv[1]; "
+    code += "t = time.perf_counter(); import snapshot_ensemble; print(time.perf_counter() - t)"
     with tempfile.TemporaryDirectory() as compiled:
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        env["PYTHONPYCACHEPREFIX"] = compiled
+        command = [sys.executable, "-c", code, compiled]
         seconds = [
-            float(subprocess.run(command, capture_output=True, check=True, env=env).stdout)
+            float(subprocess.run(command, capture_output=True, check=True).stdout)
             for _ in range(rounds + 1)
         ]
     return float(np.median(seconds[1:]))

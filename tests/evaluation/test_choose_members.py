@@ -137,7 +137,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fit_chooses_by_its_validation_data(kind, monkeypatch):
     counts = []

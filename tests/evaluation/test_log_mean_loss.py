@@ -106,7 +106,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8, 3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_members_scores_are_those_of_its_model(kind):
     model, x, y = KINDS[kind]()
@@ -131,7 +131,7 @@ def written_out(own, combine, weights, temperature, task):
     return mean_logits(own, task, weights) / temperature
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("combine", ["mean", "geometric", "weighted"])
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])

@@ -64,7 +64,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("left_out", KINDS)
 def test_the_scores_are_the_compiled_ones_and_say_what_they_leave_out(left_out):
     ens = ensemble_of(KINDS[left_out](), 2, task="regression")

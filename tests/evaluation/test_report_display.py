@@ -39,6 +39,7 @@ class Tags(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_what_is_printed(digits_report):
     actual = digits_report.shown._repr_html_()
     tags = Tags()

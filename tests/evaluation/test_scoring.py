@@ -82,7 +82,7 @@ def test_a_metric_over_batches_depends_on_the_batch_size_as_in_evaluate():
         assert (row["batches"], row["twice"]) == (count, 2 * count)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(2, 2)
 @pytest.mark.parametrize("size", [None, 20])
 @pytest.mark.parametrize("structure", [list, dict])
 def test_scores_of_several_outputs_are_those_of_evaluate(structure, size):

@@ -32,6 +32,7 @@ def served(path):
     return tf.saved_model.load(str(path)).signatures["serving_default"](tf.constant(X))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_model_and_the_ensemble_are_exported_and_saved(kind, tmp_path):
     ens = trained(OPTIMIZERS[kind]())

@@ -107,7 +107,7 @@ def mean_of_members(model, ens, x):
     return np.mean(outputs, axis=0)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8, 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_has_the_models_names_and_the_members_mean(kind, tmp_path):
     model = model_with(KINDS[kind]())

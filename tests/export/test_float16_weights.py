@@ -81,7 +81,7 @@ def test_the_file_has_half_the_size_and_the_outputs_of_rounded_weights(format, t
     np.testing.assert_allclose(actual, reference, atol=tolerance)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("task", TASKS)
 def test_each_task(task, tmp_path, capsys):
     ens = ensemble_of(dense(*TASKS[task]), 3)
@@ -100,7 +100,7 @@ def test_each_task(task, tmp_path, capsys):
     assert (f"the class in 0 of {items} predictions" in printed) == (items is not None)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "mixed_bfloat16"])
 def test_each_dtype(dtype, tmp_path):
     model = wide(dtype, units=30) if dtype == "float64" else wide_policy(dtype)

@@ -74,7 +74,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(7, 2)
 @pytest.mark.parametrize(("name", "task", "combine"), sorted(CASES))
 def test_every_task_combination_and_format_agrees_with_predict(name, task, combine, tmp_path):
     path, tolerance = tmp_path / FORMATS[name][0], FORMATS[name][1]
@@ -121,7 +121,7 @@ def with_dicts():
     return model
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("build", [two_headed, with_dicts])
 def test_the_signature_has_the_models_own_names(build, format):
     name, path, tolerance = format
@@ -159,10 +159,8 @@ def sequence_model(layer):
     ids=["gru", "lstm", "attention", "convolution"],
 )
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "format_name",
-    ["tf_saved_model", "onnx", "openvino"],
-)
+@pytest.mark.sampled(1, 3)
+@pytest.mark.parametrize("format_name", ["tf_saved_model", "onnx", "openvino"])
 def test_recurrent_attention_and_convolutional_layers(layer, format_name, tmp_path):
     path, tolerance = tmp_path / FORMATS[format_name][0], FORMATS[format_name][1]
     ens = ensemble_of(sequence_model(layer))

@@ -157,7 +157,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("traced_before", [False, True])
 @pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS.keys())
 def test_each_member_has_its_own_weights_in_tensorflow_functions(make, traced_before, tmp_path):

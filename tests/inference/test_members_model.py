@@ -47,33 +47,33 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp("members"))
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 3)
 def test_all_members_in_one_pass(case):
     actual = case.ens.predict_members(case.x, verbose=0)
     assert_all_close(actual, case.expected, case.tolerance)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 3)
 def test_a_member_as_a_model(case):
     member = case.ens[1]
     assert isinstance(member, keras.Model)
     assert_all_close(member.predict(case.x, verbose=0), case.expected_of(1), case.tolerance)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 3)
 def test_each_member_has_the_weights_of_its_file(case):
     for member, weights in zip(case.ens, case.weights, strict=True):
         for actual, expected in zip(member.get_weights(), weights, strict=True):
             np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 3)
 def test_the_model_keeps_its_own_weights(case):
     for actual, expected in zip(case.model.get_weights(), case.own, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 3)
 def test_the_model_predicts_with_the_weights_that_are_set(case):
     # Also after the ensemble has traced it.
     assert_all_close(outputs_with(case.model, case.weights, case.x), case.expected, case.tolerance)

@@ -32,7 +32,7 @@ def ensemble(task):
     return ens
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(8, 3)
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
 def test_predictions_are_the_same_one_after_another(task, combine, monkeypatch):
     ens = ensemble(task)
@@ -49,7 +49,7 @@ def test_predictions_are_the_same_one_after_another(task, combine, monkeypatch):
         np.testing.assert_array_equal(now, then)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("task", TASKS)
 def test_member_outputs_and_uncertainty_are_the_same_one_after_another(task, monkeypatch):
     ens = ensemble(task)
@@ -117,7 +117,7 @@ def test_invalid_limits_are_refused(value):
 # One batch
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(8, 3)
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
 def test_a_call_and_predict_agree(task, combine):
     ens = ensemble(task)

@@ -178,7 +178,7 @@ def numbers(result):
 
 
 # Each takes twenty seconds; every method meets the other kinds in the matrix of kinds.
-MOST_DIFFERENT = ["values", "several outputs", "masks", "a state", "draws", "frozen", "subclass"]
+MOST_DIFFERENT = ["several outputs", "masks", "a state", "draws", "frozen", "subclass"]
 
 
 @pytest.mark.slow
@@ -263,6 +263,7 @@ def test_gradients_of_a_call_are_those_of_all_members_at_once(early_exit):
     np.testing.assert_allclose(gradient(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_inside_a_function_all_members_are_in_its_graph():
     ens = ensemble("probabilities")
     expected = ens.predict(X, verbose=0)

@@ -39,6 +39,7 @@ def test_mean(name, cases):
     assert_close(actual, mean_by_hand(stack, task, logits))
 
 
+@pytest.mark.sampled(2, 2)
 @pytest.mark.parametrize("name", KINDS)
 def test_weighted(name, cases):
     ens, stack = cases(name)

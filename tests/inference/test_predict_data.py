@@ -137,6 +137,7 @@ def test_callbacks_use_attributes_of_the_users_own_model():
         _ = callback.model.inputs
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [

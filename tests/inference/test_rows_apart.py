@@ -139,7 +139,7 @@ def assert_rows_apart(model, shape):
         np.testing.assert_allclose(one, np.concatenate(others), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(5, 3)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("part", range(6))
 def test_each_of_keras_layers_and_axes(part, shape):

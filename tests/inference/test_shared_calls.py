@@ -54,7 +54,7 @@ def by_another_name(x, convert):
 CONVERT = {"numpy": lambda array: array, "tensorflow": tf.constant}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("kind", CONVERT)
 @pytest.mark.parametrize(
     "calls", [added, in_keywords, of_two_shapes, by_another_name], ids=lambda calls: calls.__name__

@@ -130,7 +130,7 @@ def test_members_predict_as_the_model_does_batch_for_batch(kind):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("kind", ["recurrent", "both ways"])
 @pytest.mark.parametrize("memory_limit", [2**28, 0])
 def test_recurrent_states_are_reset(kind, memory_limit):
@@ -171,7 +171,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize(
     ("kind", "call"),
     [

@@ -171,7 +171,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("saved", ["by fit", "in a callback"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_loaded_model_has_the_rate_that_it_was_compiled_with(tmp_path, optimizer, saved):

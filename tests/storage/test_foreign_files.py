@@ -46,7 +46,7 @@ def test_fitting_resuming_and_overwriting_leave_them(tmp_path):
     assert len(SnapshotEnsemble.load(directory.parent / "copy")) == 1
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_directory_with_one_is_not_free(tmp_path, name):
     add_foreign(tmp_path / "run", [name])
@@ -103,7 +103,7 @@ def test_another_programs_manifest_is_not_replaced(tmp_path, content):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {MANIFEST: content}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(2, 2)
 @pytest.mark.parametrize("name", ["notes.txt", "writing-notes.txt", "weights.h5", "a.keras"])
 def test_a_manifest_cannot_claim_other_files(tmp_path, name):
     directory = tmp_path / "run"

@@ -61,7 +61,7 @@ def test_a_loaded_history_is_the_same(tmp_path):
     assert manifest_of(tmp_path / "run")["version"] == 1
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize(("stop", "every"), [(3, 1), (4, 1), (5, 1), (8, 1), (5, 3), (9, 3)])
 def test_a_resumed_history_is_that_of_an_uninterrupted_run(tmp_path, stop, every):
     expected = ensemble(None)

@@ -129,6 +129,7 @@ class OwnError(Exception):
 RESULTS = {e.__name__: e("no config") for e in (KeyError, AttributeError, RuntimeError, OwnError)}
 
 
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("way", ["fit", "save"])
 @pytest.mark.parametrize("result", RESULTS)
 def test_a_config_that_fails_costs_only_the_copy_of_the_model(result, way, tmp_path):
@@ -168,7 +169,7 @@ def refuse(self, *arguments, one_of_its_own):
     raise AssertionError
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["save", "save_weights", "load_weights", "get_weights", "set_weights"]
 )

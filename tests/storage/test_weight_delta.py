@@ -75,7 +75,7 @@ def test_a_saved_ensemble_stores_a_frozen_backbone_once(tmp_path):
     assert_same(member_weights(SnapshotEnsemble.load(tmp_path / "saved")), member_weights(ens))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path, dtype):
     expected = trained(tmp_path / "whole", model=frozen(dtype=dtype))
@@ -213,7 +213,7 @@ def counting(layer, calls):
     object.__setattr__(layer, "call", counted)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("kind", ["nested", "flat", "sequential", "cast"])
 def test_shared_layers_run_once(kind):
     model = made(kind)

@@ -64,7 +64,7 @@ def written_out(task, ens, y, alpha, temperature, weight=1.0):
     return np.mean(weight * (alpha * hard + (1 - alpha) * soft))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_written_out(task, temperature):

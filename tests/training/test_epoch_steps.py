@@ -43,7 +43,7 @@ def of_keras(kind, steps_per_epoch, per_execution, epochs=4):
 
 
 @out_of_data
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 3)
 @pytest.mark.parametrize(("steps_per_epoch", "per_execution"), CASES)
 @pytest.mark.parametrize("kind", ["arrays", "tf.data"])
 def test_rates_are_exact_and_end_at_the_floor(kind, steps_per_epoch, per_execution):
@@ -80,6 +80,7 @@ def test_a_resumed_run_counts_from_the_beginning_of_the_data(tmp_path):
     assert ens.history["learning_rate"] == expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["distribute_dataset", "from_function"])
 @pytest.mark.parametrize("steps_per_epoch", [None, 4])

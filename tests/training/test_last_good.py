@@ -103,7 +103,7 @@ def check_after_the_first_cycle(make, **arguments):
     assert_members(ens, trained_by_keras(network(make), ens.plan(2), [1]))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8, 3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_after_the_first_cycle_training_starts_anew(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=False)
@@ -114,7 +114,7 @@ def test_so_it_does_with_a_built_model(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=True)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize("name", ["Adam", "loss scale", "accumulation"])
 def test_so_it_does_in_a_graph(name):
     check_after_the_first_cycle(OPTIMIZERS[name], built=False, eager=False)
@@ -143,6 +143,7 @@ def test_a_second_fit_goes_back_to_its_own_start():
     assert_members(ens, trained_by_keras(network(o.Adam), ens.plan(3), [0, 1, 2, 1, 2]))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
 def test_alone_it_changes_nothing(built):
     ends = []

@@ -54,7 +54,7 @@ def test_unequal_cycles_are_each_exact():
     assert members(ens) == descend(cosine(16), cosine(24))
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize(
     ("kind", "steps_per_execution"),
     [*((kind, 7) for kind in DATA), *((kind, 1) for kind in DATA if "all steps" not in kind)],

@@ -71,6 +71,7 @@ def test_which_losses_are_densities(loss, expected):
 
 
 # The first member is: the values are far away from those it has seen.
+@pytest.mark.sampled(3, 2)
 @pytest.mark.filterwarnings("ignore:Far worse than the others")
 @pytest.mark.parametrize("unit", [1.0, 1000.0, 0.001])
 def test_a_run_is_cut_short_in_any_unit(unit):

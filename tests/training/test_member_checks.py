@@ -20,7 +20,7 @@ def named(losses, first=3.0):
     return [i for i in range(len(losses)) if f"member {i} (" in text], text
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(3, 2)
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [

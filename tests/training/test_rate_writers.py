@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(16, 3)
 @pytest.mark.parametrize(("hook", "write", "schedule"), CASES)
 def test_a_callback_that_sets_the_rate_is_named_once(hook, write, schedule):
     own = keras.optimizers.schedules.ExponentialDecay(OWN, 10, 0.5) if schedule else OWN

@@ -163,12 +163,7 @@ CASES = {
     "restarts with shrink=auto": {"shrink": "auto", "validation_data": (X, Y)},
 }
 
-FAST = {
-    "a dataset of unknown length",
-    "a subclass",
-    "recurrent states",
-    "restarts with shrink=0.5",
-}
+FAST = {"a subclass", "restarts with shrink=0.5"}
 
 
 def arguments_of(case):

@@ -110,7 +110,7 @@ def setup(request, tmp_path):
     return ensemble(directory), directory, {"overwrite": True}
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12, 3)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_fit_that_ends_early_changes_nothing(ending, setup):
     ens, directory, options = setup

@@ -72,6 +72,7 @@ def test_a_warm_restart_changes_nothing_and_draws_nothing():
     assert "shrink" not in ens.history
 
 
+@pytest.mark.sampled(2, 2)
 @pytest.mark.parametrize("shrink", [0.0, 0.25, 0.5, np.float32(0.5)])
 def test_each_weight_is_mixed_with_a_new_draw_of_its_own_initializer(shrink):
     _, restarts = watched(net(), shrink=shrink)
@@ -169,6 +170,7 @@ def test_a_second_fit_begins_with_a_restart():
     assert not np.array_equal(before[0], recorder.at_begin[0][0])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "shrink", [{"head": 0.5}, {"backbone": 0.5}, {"backbone": 0.5, "dense": 1.0}]
 )
