@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 from chains_cases import ARGUMENTS, X, Y, assert_same_outcome, callback_that, maker
-from models import ensemble_of
+from models import assert_same, ensemble_of, member_weights
 
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.ray import BatchPredictor, fit_chains
@@ -66,11 +66,10 @@ def once(act, epoch, marker):
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("is_kept", [True, False], ids=["in a directory", "in memory"])
 def test_two_workers_give_what_one_process_gives_also_if_one_is_killed(
-    is_kept, one_after_another, tmp_path, capsys
+    one_after_another, tmp_path, capsys
 ):
-    directory = tmp_path / "run" if is_kept else None
+    directory = tmp_path / "run"
     made = chains(directory=directory, verbose=2, **once("die", 2, tmp_path / "killed"))
     assert (tmp_path / "killed").exists()
     assert_same_outcome(made, one_after_another)
@@ -83,7 +82,9 @@ def test_two_workers_give_what_one_process_gives_also_if_one_is_killed(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_chains_that_fail_for_good_are_named_and_the_others_merged(tmp_path):
+def test_chains_that_fail_for_good_are_named_and_the_others_merged_in_memory(
+    one_after_another, tmp_path
+):
     callbacks = [
         *once("fail", 1, tmp_path / "failed")["callbacks"],
         *once("die", 3, tmp_path / "killed")["callbacks"],
@@ -92,8 +93,13 @@ def test_chains_that_fail_for_good_are_named_and_the_others_merged(tmp_path):
         made = chains(callbacks=callbacks, retries=0)
     assert [(s.chain, s.cycle) for s in made.snapshots] == [(0, 0), (0, 1)]
     (message,) = (str(one.message) for one in warned if "chains failed" in str(one.message))
-    assert re.search(r"chain \d \(RuntimeError: no luck\)", message)
-    assert re.search(r"chain \d \(WorkerCrashedError: ", message)
+    failed = re.search(r"chain (\d) \(RuntimeError: no luck\)", message)[1]
+    killed = re.search(r"chain (\d) \(WorkerCrashedError: ", message)[1]
+    (left,) = {0, 1, 2} - {int(failed), int(killed)}
+    expected = zip(one_after_another.snapshots, member_weights(one_after_another), strict=True)
+    assert_same(
+        member_weights(made), [weights for snapshot, weights in expected if snapshot.chain == left]
+    )
 
 
 @pytest.mark.usefixtures("cluster")

@@ -18,6 +18,7 @@ over. For runs that are killed, see `kills.py`.
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -331,7 +332,7 @@ class Faults:
                 self.count(f"hostile: {kind}", in_bounds(lambda name=name: self.refused(name)))
                 self.restore()
 
-    def add_foreign_files(self):
+    def add_foreign_files(self, every):
         uses = (
             lambda: fit(self.directory, make_model(), overwrite=True),
             lambda: fit(self.directory, make_model(), resume=True),
@@ -340,15 +341,14 @@ class Faults:
             ),
             lambda: SnapshotEnsemble.load(self.spare).save(self.directory, overwrite=True),
         )
-        for name in FOREIGN:
-            for use in uses:
-                path = self.directory / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(b"of another program")
-                use()
-                is_left = path.read_bytes() == b"of another program"
-                self.count("foreign file", is_left and len(SnapshotEnsemble.load(self.directory)))
-                self.restore()
+        for name, use in list(itertools.product(FOREIGN, uses))[::every]:
+            path = self.directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"of another program")
+            use()
+            is_left = path.read_bytes() == b"of another program"
+            self.count("foreign file", is_left and len(SnapshotEnsemble.load(self.directory)))
+            self.restore()
 
     def refused(self, name):
         try:
@@ -361,7 +361,7 @@ class Faults:
         return False
 
 
-def try_all(flips, mutations, states, seed):
+def try_all(flips, mutations, states, every, seed):
     """The numbers of faults tried and survived, by kind."""
     with tempfile.TemporaryDirectory() as scratch:
         faults = Faults(pathlib.Path(scratch), seed)
@@ -369,7 +369,7 @@ def try_all(flips, mutations, states, seed):
         faults.alter_manifests(mutations)
         faults.alter_states(states)
         faults.replace_files()
-        faults.add_foreign_files()
+        faults.add_foreign_files(every)
         assert faults.loaded(None)
     return faults.counts
 
@@ -381,9 +381,13 @@ def main(arguments=None):
         "--mutations", type=int, default=1000, help="replaced values of the manifest"
     )
     parser.add_argument("--states", type=int, default=800, help="replaced values of the state")
+    parser.add_argument(
+        "--every", type=int, default=1, help="of foreign files and uses, only every n-th pair"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(arguments)
-    counts = try_all(arguments.flips, arguments.mutations, arguments.states, arguments.seed)
+    given = arguments.flips, arguments.mutations, arguments.states, arguments.every
+    counts = try_all(*given, arguments.seed)
     print(f"{'fault':24}{'tried':>8}{'survived':>10}")
     for kind, (tried, good) in counts.items():
         print(f"{kind:24}{tried:8}{good:10}")

@@ -54,6 +54,7 @@ CASES = {
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(1, 3)
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("name", CASES)

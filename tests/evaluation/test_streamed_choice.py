@@ -39,7 +39,7 @@ def as_unstreamed(ens, x, y=None, weight=None):
     return expected
 
 
-@pytest.mark.sampled(4, 3)
+@pytest.mark.sampled(5, 2)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("task", TASKS)
 def test_it_is_the_choice_from_all_outputs_at_once(task, weighted):

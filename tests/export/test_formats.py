@@ -121,7 +121,7 @@ def with_dicts():
     return model
 
 
-@pytest.mark.sampled(4, 2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("build", [two_headed, with_dicts])
 def test_the_signature_has_the_models_own_names(build, format):
     name, path, tolerance = format
