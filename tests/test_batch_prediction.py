@@ -55,6 +55,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_columns_of_any_layout_are_predicted_and_kept(form, digits):
     ens, directory = digits

@@ -66,6 +66,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_peak_is_the_compiled_rate(optimizer):
     model = classifier(OPTIMIZERS[optimizer]())

@@ -125,6 +125,7 @@ def test_files_rotate_and_load_into_an_ensemble():
             np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("epochs", "ends"), [(1, [0]), (3, [2]), (5, [1, 4]), (7, [1, 3, 6])])
 def test_the_cycle_that_ends_with_training_is_saved_too(epochs, ends):
     model, rates = dense(), Rates()
@@ -178,6 +179,7 @@ def test_the_optimizers_own_rate_is_restored(rate):
     assert own is SCHEDULE or float(own) == 0.25
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("again", ["fit", "train_on_batch", "the same callback"])
 @pytest.mark.parametrize("rate", [0.25, SCHEDULE], ids=["number", "schedule"])
 def test_after_an_exception_the_rate_is_restored_at_the_next_training(rate, again):

@@ -359,6 +359,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_predicts_the_same(fitted, way, tmp_path):
     copied = WAYS[way](WAYS[way](fitted, tmp_path), tmp_path)

@@ -235,6 +235,7 @@ def test_threads_share_what_was_built():
     assert all(model is first for model in others)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_what_is_learned_is_forgotten_if_the_members_have_changed(on_disk, tmp_path):
     ens = small(directory=place(tmp_path, "run", on_disk))

@@ -50,6 +50,7 @@ def events(directory):
     return curves
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("is_first", [True, False])
 def test_tensorboard_shows_the_rate_and_the_cycle_of_each_epoch(is_first, tmp_path):
     callbacks = [keras.callbacks.TensorBoard(tmp_path, write_graph=False), Watching()]
@@ -81,6 +82,7 @@ def test_a_checkpoint_can_be_named_after_its_cycle(tmp_path):
     assert names == {f"cycle{epoch // 2}_epoch{epoch + 1}.weights.h5" for epoch in range(EPOCHS)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wrap", [list, keras.callbacks.CallbackList])
 def test_every_callback_sees_them_wherever_it_stands(wrap):
     callbacks = [Watching(), keras.callbacks.History(), Watching()]

@@ -196,6 +196,7 @@ def test_a_recurrent_layer_that_litert_does_not_support_is_an_error_with_advice(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy, tmp_path):
     inputs = keras.Input((4,), name="features")

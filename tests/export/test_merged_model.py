@@ -30,7 +30,7 @@ def assert_alike(actual, expected, atol=1e-6):
     )
 
 
-@pytest.mark.sampled(4, 3)
+@pytest.mark.sampled(8, 3)
 @pytest.mark.parametrize(("task", "combine"), COMBINATIONS)
 def test_every_task_and_combination_agrees_with_predict(task, combine):
     loss, units, activation = TASKS[task]
@@ -170,6 +170,7 @@ def test_members_may_normalise_differently():
     np.testing.assert_allclose(ens.predict(x, verbose=0), expected, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_frozen_backbone_is_stored_once(nested, count):

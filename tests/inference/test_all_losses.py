@@ -30,6 +30,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled(3, 4)
 @pytest.mark.parametrize("loss", FORMS.values(), ids=FORMS.keys())
 def test_each_is_taken_for_probabilities(loss):
     """`meanings` are read without an error, for a model that ends in a softmax."""
@@ -40,6 +41,7 @@ def test_each_is_taken_for_probabilities(loss):
     assert ens.task is None
 
 
+@pytest.mark.sampled(3, 4)
 @pytest.mark.parametrize("loss", FORMS.values(), ids=FORMS.keys())
 def test_each_is_taken_with_a_word(loss):
     SnapshotEnsemble(ending_in(layers.Dense(3), loss), task="multiclass_logits")
@@ -52,7 +54,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_members_loss_is_its_models(kind):
     shape = (5, 4) if kind is keras.losses.CTC else (4,)
@@ -64,6 +66,7 @@ def test_one_members_loss_is_its_models(kind):
     assert_close(ens.evaluate(x, y, members=1, verbose=0), expected, 1e-4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("units", [1, 3])
 @pytest.mark.parametrize("loss", ["ce", "crossentropy"])
 def test_a_cross_entropy_by_shape(loss, units):
@@ -97,6 +100,7 @@ def test_structures_of_losses(given, outputs, names, expected):
     assert per_output(given, outputs, names) == expected
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", [{"a": ["mse"]}, ["mse"], {"a": "mse"}, [["mse"]]])
 def test_losses_in_lists_are_those_that_keras_uses(loss):
     inputs = keras.Input((4,))

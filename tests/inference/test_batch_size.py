@@ -114,6 +114,7 @@ def test_sequences_of_any_length():
     assert rows_at_once(model) == 32
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["a custom layer", "a raw operation", "training mode"])
 def test_rows_that_depend_on_their_batch_are_predicted_as_by_keras(kind):
     ens = two_members(OTHERS[kind]())

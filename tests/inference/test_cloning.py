@@ -30,6 +30,7 @@ def test_a_member_has_the_models_class_if_possible(kind):
     assert [v.name for v in member.weights] == [v.name for v in model.weights]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [sequential, subclassed_without_config, with_lambda])
 def test_a_member_has_its_own_weights(kind, tmp_path):
     model, x = kind()

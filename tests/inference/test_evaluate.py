@@ -43,6 +43,7 @@ def test_loss_and_metrics_of_chosen_weighted_members(ensemble):
     assert_close(actual, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["softmax logits", "log-odds", "log-odds of labels"])
 def test_the_loss_of_logits_is_that_of_the_mean_probability(name, cases):
     ens, stack = cases(name)
@@ -57,6 +58,7 @@ def test_the_loss_of_logits_is_that_of_the_mean_probability(name, cases):
     assert_close(ens.evaluate(ROWS, y, verbose=0), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch_size", [5, 32])
 def test_sample_weights(batch_size):
     model = dense("mse", 2, None, metrics=["mae"], weighted_metrics=["mse"])

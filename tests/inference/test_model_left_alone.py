@@ -111,7 +111,7 @@ def trained(tmp_path_factory):
     return model, ens, outputs_with(model, weights, ROWS)
 
 
-@pytest.mark.sampled(3, 2)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize(
     "action",
     [

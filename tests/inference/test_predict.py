@@ -28,7 +28,7 @@ def shares_by_hand(stack, task, logits):
     return np.mean(np.asarray(stack) > (0 if logits else 0.5), axis=0)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("name", KINDS)
 def test_mean(name, cases):
     ens, stack = cases(name)
@@ -218,7 +218,7 @@ STRUCTURES = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4, 2)
 @pytest.mark.parametrize("make", STRUCTURES)
 def test_outputs_have_the_models_structure_and_their_own_meanings(make):
     model, x, meanings = make()

@@ -36,6 +36,7 @@ DATA = {
 ends = pytest.mark.filterwarnings("ignore:Your input ran out of data")
 
 
+@pytest.mark.sampled(2)
 @ends
 @pytest.mark.parametrize("make", DATA.values(), ids=DATA.keys())
 def test_predict_accepts_all_kinds_of_data(make, cases):

@@ -40,7 +40,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sampled(3, 2)
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_sample_is_the_first_rows_and_training_is_unchanged(kind, steps_per_execution):

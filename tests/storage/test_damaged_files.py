@@ -36,6 +36,7 @@ def replace_by_a_directory(path):
     path.mkdir()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "damage", [truncate, empty, alter, lengthen, pathlib.Path.unlink, replace_by_a_directory]
 )

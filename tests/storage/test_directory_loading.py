@@ -85,6 +85,7 @@ def test_the_model_has_the_weights_of_the_last_snapshot(made):
     assert_same(loaded.model.get_weights(), made.weights[-1])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -74,6 +74,7 @@ def test_history_has_none_for_a_fit_without_validation():
     assert known == [True, True, False, False]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -78,6 +78,7 @@ def from_generator():
     return tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=(row, row))
 
 
+@pytest.mark.sampled(3)
 @ran_out_of_data
 @pytest.mark.parametrize("steps_per_execution", [1, 7])
 @pytest.mark.parametrize("data", [filtered, from_generator])
@@ -315,6 +316,7 @@ def slots(optimizer):
     return [v.numpy() for v in optimizer.variables if v.name != "learning_rate"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["number", "schedule"])
 def test_a_checkpoint_during_training_has_an_ordinary_optimizer(tmp_path, data, kind):
     x, y = data

@@ -174,6 +174,7 @@ STOOD_STILL = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", STOOD_STILL)
 def test_a_rate_that_does_not_train_is_noticed_after_the_first_epoch(kind, tmp_path):
     make, received = STOOD_STILL[kind]
@@ -209,6 +210,7 @@ class Recording(Own):
         super().apply_with(gradients)
 
 
+@pytest.mark.sampled(2, 2)
 @pytest.mark.parametrize("kind", ["plain", "accumulation", "loss scale", "eager"])
 def test_the_rate_inside_a_training_step_of_its_own_is_that_of_the_plan(kind):
     model = made(Recording)

@@ -123,6 +123,7 @@ def test_a_fit_that_ends_early_changes_nothing(ending, setup):
     assert len(ens) == 2 + len(before[0]["snapshots"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ending", ["exception in a batch", "Ctrl-C in a batch"])
 def test_overwriting_in_memory_is_undone_as_well(ending):
     ens = ensemble()
