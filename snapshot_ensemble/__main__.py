@@ -41,7 +41,8 @@ def plan(arguments: argparse.Namespace) -> None:
             arguments.warmup,
         )
     cycles = schedule.plan(arguments.epochs)
-    names = ("index", "first_epoch", "last_epoch", "lr_max", "lr_min", "warmup", "is_decided")
+    names = ["index", "first_epoch", "last_epoch", "lr_max", "lr_min", "warmup", "is_decided"]
+    names += ["span", "offset"]
     rows = [{name: getattr(cycle, name) for name in names} for cycle in cycles]
     print(json.dumps(rows) if arguments.json else cycles)
     if arguments.plot:

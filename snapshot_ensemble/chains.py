@@ -283,7 +283,7 @@ def merge_chains(
     except Exception as error:  # Training has succeeded, so whatever fails here must not raise.
         warnings.warn(
             "Members could not be chosen by the validation data: "
-            f"{type(error).__name__}: {error}. All members predict.",
+            f"{type(error).__name__}: {error}. All annealed members predict.",
             stacklevel=3,
         )
     return merged

@@ -1,6 +1,7 @@
 """Cycles of a plan, and the learning rate of each of their steps."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,15 +43,17 @@ class Cycle:
     Attributes:
         index: Number of the cycle, from 0.
         first_epoch: Its first epoch, from 0.
-        last_epoch: Its last epoch, inclusive. A snapshot is taken when it ends.
+        last_epoch: Its last epoch, inclusive.
         lr_max: The learning rate at its first step (after `warmup`).
         lr_min: The floor that it anneals to.
         warmup: Epochs of linear warmup from `lr_min` to `lr_max` at its start.
         shrink: The share of the weights that is carried over into it, as passed by the user.
         is_decided: Whether it will be run like this. If not, it may be cut short after one of the
             epochs `Plan.due`, and other cycles follow.
-        span: The epochs that its cosine is made for; more than its length if it was cut short.
-            Then there is no snapshot at its end. Defaults to its length.
+        span: The epochs that its cosine is made for; more than its length if it is only a part of
+            it. Defaults to its length.
+        offset: The epochs of its cosine that came before it. Defaults to `0`.
+        is_kept: Whether a snapshot is taken when it ends. Defaults to `True`.
     """
 
     index: int
@@ -63,6 +66,8 @@ class Cycle:
     shrink: float | str = dataclasses.field(default=1.0, compare=False)
     is_decided: bool = dataclasses.field(default=True, compare=False)
     span: int = 0
+    offset: int = 0
+    is_kept: bool = True
 
     def __post_init__(self) -> None:
         if not self.span:
@@ -75,14 +80,14 @@ class Cycle:
 
     @property
     def ends_at_floor(self) -> bool:
-        """Whether it was not cut short, so that a snapshot is taken when it ends."""
-        return self.span == self.length
+        """Whether its cosine ends when it does, so that the next cycle begins with a restart."""
+        return self.offset + self.length == self.span
 
     def rates(self, steps_per_epoch: int) -> np.ndarray:
         """The learning rate of every step, float64 of shape `(length * steps_per_epoch,)`."""
         n, warmup = self.span * steps_per_epoch, self.warmup * steps_per_epoch
         t = np.arange(self.length * steps_per_epoch, dtype="float64")
-        return anneal(t, n, self.lr_max, self.lr_min, warmup)
+        return anneal(t + self.offset * steps_per_epoch, n, self.lr_max, self.lr_min, warmup)
 
 
 class Plan(list[Cycle]):
@@ -98,12 +103,24 @@ class Plan(list[Cycle]):
         if any(c.shrink != 1 for c in self):
             shares = ("" if c.shrink == 1 else str(c.shrink) for c in self)
             rows = [(*row, share) for row, share in zip(rows, ("shrink", *shares), strict=True)]
+        parts = [
+            "" if c.span == c.length else f"{c.offset + 1}-{c.offset + c.length} of {c.span}"
+            for c in self
+        ]
+        if any(parts):
+            parts = ["part of its cosine", *parts]
+            rows = [(*row, part) for row, part in zip(rows, parts, strict=True)]
         if not self.is_decided:
-            first, last = self.due[0] - 1, self.due[-1] - 1
-            note = f"after epochs {first}-{last}, for {self.MORE} cycles"
-            notes = ("may be cut short", *[""] * (len(self) - 1), note)
+            notes = ("not decided", *[""] * (len(self) - 1), self._undecided())
             rows = [(*row, text) for row, text in zip(rows, notes, strict=True)]
         return text_table(rows, "r")
+
+    def _undecided(self) -> str:
+        ends = [str(cycle.last_epoch) for cycle in self.decided()[len(self) - 1 :]]
+        return (
+            f"after epochs {self.due[0] - 1}-{self.due[-1] - 1}, cut short for {self.MORE} cycles; "
+            f"else snapshots after epochs {', '.join(ends)}"
+        )
 
     __repr__ = __str__
 
@@ -126,6 +143,9 @@ class Plan(list[Cycle]):
 
     # How many cycles follow one that is cut short.
     MORE = 5
+    # The tenths of a cycle after which a snapshot is taken if it is not cut short. The last one is
+    # that of an ordinary run.
+    TENTHS = (6, 7, 8, 9, 10)
 
     @property
     def is_decided(self) -> bool:
@@ -139,8 +159,22 @@ class Plan(list[Cycle]):
         return range(first + length // 5, first + 2 * length // 5 + 1)
 
     def decided(self) -> "Plan":
-        """The same plan, which will be run like this."""
-        return Plan(dataclasses.replace(cycle, is_decided=True) for cycle in self)
+        """The plan with its last cycle in parts of one cosine, with a snapshot after each."""
+        *before, rest = self
+        ends = sorted({round(rest.length * tenths / 10) for tenths in self.TENTHS} - {0})
+        plan = Plan(before)
+        for number, (begin, end) in enumerate(itertools.pairwise([0, *ends])):
+            part = dataclasses.replace(
+                rest,
+                index=rest.index + number,
+                first_epoch=rest.first_epoch + begin,
+                last_epoch=rest.first_epoch + end - 1,
+                span=rest.length,
+                offset=begin,
+                is_decided=True,
+            )
+            plan.append(part)
+        return plan
 
     def cut_short(self, first: int) -> "Plan":
         """The plan with its last cycle cut short, and more cycles of equal lengths from an epoch.
@@ -149,7 +183,7 @@ class Plan(list[Cycle]):
         number.
         """
         *before, rest = self
-        cut = dataclasses.replace(rest, last_epoch=first - 1, span=rest.length, is_decided=True)
+        cut = dataclasses.replace(rest, last_epoch=first - 1, is_decided=True, is_kept=False)
         plan = Plan([*before, cut])
         for index, length in enumerate(equal_lengths(rest.last_epoch + 1 - first, self.MORE)):
             last = first + length - 1

@@ -41,7 +41,7 @@ def use_integer_ticks(axis: "Axis") -> None:
 
 
 def mark_restarts(ax: "Axes", epochs: Sequence[float]) -> None:
-    """Draws a vertical line where a cycle begins."""
+    """Draws a vertical line where a cycle begins with a restart."""
     for number, epoch in enumerate(epochs):
         label = "restart" if number == 0 else None
         ax.axvline(epoch, color=GREY, linestyle=":", linewidth=1, label=label)

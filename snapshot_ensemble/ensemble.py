@@ -48,7 +48,7 @@ from snapshot_ensemble.storage.file_names import directory_path
 from snapshot_ensemble.storage.memory import MemoryStore
 from snapshot_ensemble.storage.merging import write_merged
 from snapshot_ensemble.storage.record import Decision
-from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError
+from snapshot_ensemble.storage.snapshot import Snapshot, SnapshotError, annealed
 from snapshot_ensemble.storage.store import SnapshotStore
 from snapshot_ensemble.storage.view import View
 from snapshot_ensemble.storage.weight_files import load_weights
@@ -468,6 +468,8 @@ class SnapshotEnsemble:
         everyone = range(len(self))
         if len(everyone) < 2:
             return
+        if self._pool.learned.members is None:
+            self._pool.learn(members=annealed(self.snapshots))
         try:
             if (validation := validation_of(x, y, fit_arguments)) is None:
                 return
@@ -477,7 +479,7 @@ class SnapshotEnsemble:
         except Exception as error:  # Training has succeeded, so whatever fails here must not raise.
             warnings.warn(
                 "Members could not be chosen by the validation data: "
-                f"{type(error).__name__}: {error}. All members predict.",
+                f"{type(error).__name__}: {error}. All annealed members predict.",
                 stacklevel=4,
             )
 
@@ -1185,8 +1187,7 @@ class SnapshotEnsemble:
         held = gather(pool, x, y, sample_weight, arguments, with_logits=True)
         stages = None if pool.learned.early_exit is None else pool.cascade().stages
         refused = refusals(pool, held, ood, risk, arguments)
-        chains = [snapshot.chain for snapshot in pool.view.snapshots]
-        return make_report(held, pool.learned, stages, refused, chains)
+        return make_report(held, pool.learned, stages, refused, pool.view.snapshots)
 
     def average_weights(
         self,

@@ -66,8 +66,9 @@ def plot_schedule(
     for cycle in plan:
         rates = cycle.rates(steps_per_epoch)
         ax.plot(cycle.first_epoch + np.arange(len(rates)) / steps_per_epoch, rates, color=BLUE)
-    mark_restarts(ax, [cycle.first_epoch for cycle in plan[1:]])
-    return labelled(ax, "epoch", "learning rate", legend=len(plan) > 1)
+    restarts = [cycle.first_epoch for cycle in plan[1:] if not cycle.offset]
+    mark_restarts(ax, restarts)
+    return labelled(ax, "epoch", "learning rate", legend=bool(restarts))
 
 
 def plot_history(
@@ -97,7 +98,9 @@ def plot_history(
             values = np.asarray([np.nan if v is None else v for v in history[name]], "float64")
             known = np.isfinite(values)
             ax.plot(epochs[known], values[known], color=color, label=name)
-    mark_restarts(ax, epochs[1:][cycles[1:] != cycles[:-1]] - 0.5)
+    parts = [s.cycle for s in ensemble.snapshots if s.cycle is not None and not s.is_annealed]
+    are_restarts = (cycles[1:] != cycles[:-1]) & ~np.isin(cycles[:-1], parts)
+    mark_restarts(ax, epochs[1:][are_restarts] - 0.5)
     rate = ax.twinx()
     rate.plot(epochs, history["learning_rate"], color=GREY, alpha=0.5, linewidth=1)
     rate.set_ylabel("learning rate (end of the epoch)", color=GREY)

@@ -118,9 +118,10 @@ class EqualCycles(Schedule):
 
 
 class AutoCycles(Schedule):
-    """One cycle, which may be cut short for more of them after one to two fifths of it.
+    """One cosine, which may be cut short for more cycles after one to two fifths of it.
 
-    With fewer than ten epochs it always stays one: they would be too short.
+    If it is not, snapshots are taken in its last two fifths. With fewer than ten epochs it never
+    is: the cycles would be too short.
     """
 
     LEAST = 10
@@ -132,8 +133,10 @@ class AutoCycles(Schedule):
         return [epochs]
 
     def plan(self, epochs: int, lr_init: float | None = None) -> Plan:
-        [cycle] = super().plan(epochs, lr_init)
-        return Plan([dataclasses.replace(cycle, is_decided=epochs < self.LEAST)])
+        plan = super().plan(epochs, lr_init)
+        if epochs < self.LEAST:
+            return plan.decided()
+        return Plan([dataclasses.replace(plan[0], is_decided=False)])
 
     def default_epochs(self) -> int:
         return 50

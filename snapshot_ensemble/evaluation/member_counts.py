@@ -1,6 +1,7 @@
 """How the score of the mean depends on the number of members, added from either end."""
 
 import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from snapshot_ensemble.evaluation import metrics
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.inference.task_words import Output
+from snapshot_ensemble.storage.snapshot import Snapshot
 
 
 class Curve(NamedTuple):
@@ -80,7 +82,31 @@ def good_counts(parts: np.ndarray) -> list[int]:
     return counts
 
 
-def most_members(held: HeldOut) -> int:
-    """The largest number of last members whose mean is within one standard error of the best."""
+def most_members(held: HeldOut, snapshots: Sequence[Snapshot]) -> int:
+    """The largest number of last members whose mean is within one standard error of the best.
+
+    See `largest` for members whose rate had not reached its floor.
+    """
     [from_last] = curves_by_members(held, -1)
-    return max(good_counts(from_last.losses))
+    best = int(np.argmin(from_last.losses.sum(axis=1))) + 1
+    return largest(good_counts(from_last.losses), best, snapshots)
+
+
+def largest(good: Collection[int], best: int, snapshots: Sequence[Snapshot]) -> int:
+    """The largest good number of last members.
+
+    Those whose rate had not reached its floor are worse than the members after them, and hardly
+    differ from these. They are added only where that lowers the loss.
+
+    Args:
+        good: The numbers that are within one standard error of the best.
+        best: The number with the lowest loss.
+        snapshots: The members.
+    """
+    largest = best
+    for count in range(best + 1, len(snapshots) + 1):
+        if not snapshots[-count].is_annealed:
+            break
+        if count in good:
+            largest = count
+    return largest

@@ -18,10 +18,15 @@ from snapshot_ensemble.evaluation.chains import (
 )
 from snapshot_ensemble.evaluation.held_out import HeldOut
 from snapshot_ensemble.evaluation.member_counts import curves_by_members, good_counts
-from snapshot_ensemble.evaluation.report_notes import notes_on_compiled, notes_on_members
+from snapshot_ensemble.evaluation.report_notes import (
+    notes_on_compiled,
+    notes_on_members,
+    notes_on_one_cosine,
+)
 from snapshot_ensemble.evaluation.targets import of_rows
 from snapshot_ensemble.inference.early_exit import COUNTS, Stages, outputs_of
 from snapshot_ensemble.storage.record import Learned
+from snapshot_ensemble.storage.snapshot import Snapshot
 from snapshot_ensemble.tables import text_table
 
 
@@ -193,7 +198,7 @@ def make_report(
     learned: Learned,
     stages: Stages | None,
     refused: refusing.Refusals,
-    chains: Sequence[int | None] = (),
+    snapshots: Sequence[Snapshot] = (),
 ) -> Report:
     """Scores the members and their combinations.
 
@@ -203,14 +208,14 @@ def make_report(
             predict by default.
         stages: The stages of early exit, or None.
         refused: What was measured of refusing rows.
-        chains: The chain of each member; None where it was not merged.
+        snapshots: The members as they are kept.
     """
     matrices, losses = _alone(held)
     compiled = held.scorer()
     rows = _rows_of_members(held, compiled, matrices)
     rows["last snapshot"] = rows[f"member {len(rows) - 1}"]
     rows["best member"] = rows[f"member {int(np.argmin(losses))}"]
-    numbers = [chain for chain in chains if chain is not None]
+    numbers = [own.chain for own in snapshots if own.chain is not None]
     for name, chain in of_chains(held, numbers):
         rows[name] = _combined(chain, compiled, "mean", None, learned.temperature)
     rows |= _rows_of_combinations(held, compiled, learned)
@@ -229,6 +234,7 @@ def make_report(
         worth=worth,
         notes=[
             *notes_on_members(losses, from_last.scores["loss"], worth, learned),
+            *notes_on_one_cosine(snapshots, learned),
             *notes_on_compiled(held.model),
         ],
         coverage=conformal_coverage.coverage(held, learned),

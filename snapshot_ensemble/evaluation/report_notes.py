@@ -1,11 +1,14 @@
 """What a report remarks on its scores, in sentences."""
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
 from snapshot_ensemble.checks import counted
 from snapshot_ensemble.evaluation.left_out import left_out, why_not_compiled
 from snapshot_ensemble.storage.record import Learned
+from snapshot_ensemble.storage.snapshot import Snapshot
 
 
 def notes_on_members(
@@ -49,6 +52,19 @@ def _note_on_default(members: int | list[int]) -> str:
         )
     which = f"members {members}" if isinstance(members, list) else f"the last {members} members"
     return f"By default, predictions combine {which}."
+
+
+def notes_on_one_cosine(snapshots: Sequence[Snapshot], learned: Learned) -> list[str]:
+    """What is left of uncertainty if members that predict are of one cosine."""
+    members, count = learned.members, len(snapshots)
+    chosen = members if isinstance(members, list) else range(count)[-(members or count) :]
+    if len(chosen) < 2 or all(snapshots[index].is_annealed for index in chosen):
+        return []
+    return [
+        "Members that predict by default are of one cosine, without a restart between them. They "
+        "differ little, so `epistemic` (or `std`) is lower than that of members of several cycles. "
+        "If you need it, train with a number for `cycles`."
+    ]
 
 
 def notes_on_compiled(model: keras.Model) -> list[str]:

@@ -21,7 +21,7 @@ from snapshot_ensemble.evaluation.gathering import (
     stack_members,
 )
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.evaluation.member_counts import combined_first, most_members
+from snapshot_ensemble.evaluation.member_counts import combined_first, largest, most_members
 from snapshot_ensemble.evaluation.targets import as_numbers, is_structure, of_slice
 from snapshot_ensemble.inference.batch_size import KERAS, are_arrays, batch_size_for
 from snapshot_ensemble.inference.graphs import Combiner
@@ -77,7 +77,10 @@ class LossMoments:
             self._shares = held.loss_weights
 
     def most(self) -> int:
-        """The largest number of last members within one standard error of the best."""
+        """The largest number of last members within one standard error of the best.
+
+        See `largest` for members whose rate had not reached its floor.
+        """
         if self.error is not None:
             raise self.error
         if not np.all(self._totals):
@@ -98,7 +101,8 @@ class LossMoments:
         rounding = 1e-12 * abs(float(shares @ self._of_all))
         good = (differences <= errors + rounding) & (rows > 1)
         good[best] = True
-        return int(np.flatnonzero(good)[-1]) + 1
+        counts = {int(count) + 1 for count in np.flatnonzero(good)}
+        return largest(counts, best + 1, self._pool.view.snapshots)
 
 
 def losses_of_rows(held: HeldOut) -> np.ndarray:
@@ -170,7 +174,7 @@ def count_of_members(
     """Implements `SnapshotEnsemble.choose_members`."""
     if y is not None and not are_arrays(x):
         # The targets cannot be read together with the inputs.
-        return most_members(gather(pool, x, y, sample_weight, arguments))
+        return most_members(gather(pool, x, y, sample_weight, arguments), pool.view.snapshots)
     options = arguments._asdict()
     options |= batch_size_for(pool.model, x, **options)
     if are_arrays(x):

@@ -176,7 +176,7 @@ def _entry(directory: pathlib.Path, file: Any, snapshot: Snapshot | None) -> dic
         intact = True
     except SnapshotError:
         intact = False
-    names = ("index", "chain", "cycle", "epoch", "step", "learning_rate", "metrics")
+    names = (field.name for field in dataclasses.fields(Snapshot))
     values = {name: getattr(snapshot, name, None) for name in names}
     return {"name": file.name, "bytes": file.size, "intact": intact, **values}
 

@@ -107,6 +107,7 @@ class _Entry:
     learning_rate: float | None
     metrics: dict[str, float]
     chain: Count | None = None
+    is_annealed: bool = True
 
     def snapshot(self, index: int) -> Snapshot:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

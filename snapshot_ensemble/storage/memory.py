@@ -89,8 +89,9 @@ class MemoryStore:
             if self.version == version:
                 self.record.learned = dataclasses.replace(self.record.learned, **changes)
 
-    def commit(self) -> None:
+    def commit(self, learned: Learned | None = None) -> None:
         with self._guard:
+            self.record.learned = learned or self.record.learned
             self._progress = self.record.progress.copy()
 
     def keep_state(self, write: Callable[[str, Weights | None], None]) -> None:

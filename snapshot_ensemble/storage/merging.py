@@ -10,8 +10,8 @@ import keras
 from snapshot_ensemble.keras_compat.stateless_call import weights_shown
 from snapshot_ensemble.storage.directory import DirectoryStore
 from snapshot_ensemble.storage.memory import MemoryStore
-from snapshot_ensemble.storage.record import Counts, Decision, Progress, Record
-from snapshot_ensemble.storage.snapshot import Snapshot
+from snapshot_ensemble.storage.record import Counts, Decision, Learned, Progress, Record
+from snapshot_ensemble.storage.snapshot import Snapshot, annealed
 from snapshot_ensemble.storage.view import View
 
 
@@ -83,11 +83,12 @@ def write_merged(
     store.record = Record(settings=settings, progress=progress)
     with store.transaction(overwrite=overwrite):
         store.restart()
-        for view, snapshot, merged in merged_snapshots(views):
+        ordered = merged_snapshots(views)
+        for view, snapshot, merged in ordered:
             index = snapshot.index
             if isinstance(store, MemoryStore):
                 store.add_weights(view.weights(model, index), merged)
             elif (file := view.whole_file(index)) is None or not store.take(*file, merged):
                 with weights_shown(model, view.weights(model, index)):
                     store.add(model, merged, commit=False)
-        store.commit()
+        store.commit(Learned(members=annealed([merged for *_, merged in ordered])))

@@ -189,7 +189,7 @@ class Decision:
 
     Attributes:
         epoch: The epoch before which it was decided, counted from 0 over all runs.
-        is_cut: Whether several cycles follow; otherwise the run has one cycle.
+        is_cut: Whether several cycles follow; otherwise the run stays one cosine.
         first_loss: The training loss of the run's first epoch; None if it is not known, as below.
         loss: The training loss of the last epoch so far.
         val_loss: The lowest validation loss so far.

@@ -27,6 +27,8 @@ class Snapshot:
         metrics: The training and validation metrics of its epoch, by name.
         chain: In an ensemble that was merged of several runs, the number of its run, from 0.
             `cycle`, `epoch` and `step` are counted within that run.
+        is_annealed: Whether the learning rate had reached its floor. It had not in the earlier
+            snapshots of a run that `cycles="auto"` leaves one cosine.
     """
 
     index: int
@@ -36,6 +38,20 @@ class Snapshot:
     learning_rate: float | None = None
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     chain: int | None = None
+    is_annealed: bool = True
+
+
+def annealed(snapshots: Sequence[Snapshot]) -> int | list[int] | None:
+    """The members that predict until some are chosen: those whose rate had reached its floor.
+
+    Returns:
+        As `Learned.members`: `None` for all, the number of the last ones, or a list.
+    """
+    indices = [i for i, s in enumerate(snapshots) if s.is_annealed] or [len(snapshots) - 1]
+    if len(indices) >= len(snapshots):
+        return None
+    are_last = indices[0] == len(snapshots) - len(indices)
+    return len(indices) if are_last else indices
 
 
 def renumbered(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

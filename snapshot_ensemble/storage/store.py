@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import keras
 
-from snapshot_ensemble.storage.record import Counts, Record
+from snapshot_ensemble.storage.record import Counts, Learned, Record
 from snapshot_ensemble.storage.snapshot import Snapshot, Weights
 from snapshot_ensemble.storage.view import View
 
@@ -97,5 +97,9 @@ class SnapshotStore(SnapshotSink, Protocol):
         If there is another version by now, it is forgotten, as it is whenever they change.
         """
 
-    def commit(self) -> None:
-        """Saves the current `record`."""
+    def commit(self, learned: Learned | None = None) -> None:
+        """Saves the current `record`.
+
+        Args:
+            learned: What was learned about the members, if they have changed.
+        """

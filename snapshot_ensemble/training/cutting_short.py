@@ -57,7 +57,7 @@ def described(decision: Decision) -> str:
         why = f"loss {loss:.4f}, in the first epoch {first_loss or math.nan:.4f}"
     if decision.is_cut:
         return f"It begins to memorise: {counted(Plan.MORE, 'cycle')} in the rest ({why})"
-    return f"It is still learning: one cycle to the end ({why})"
+    return f"It is still learning: one cosine to the end ({why})"
 
 
 def _has_memorised(first_loss: float | None, loss: float, val_loss: float, scale: Scale) -> bool:

@@ -54,19 +54,17 @@ class AnnealedRate:
 
         Args:
             cycle: The cycle.
-            epoch: The epoch within the cycle, from 0.
-            steps: The steps of each epoch of the cycle. If they are not known yet, the whole epoch
-                runs at the mean of the rates that the cycle has for it.
+            epoch: The epoch within the cosine of the cycle, from 0.
+            steps: The steps of each epoch of that cosine. If they are not known yet, the whole
+                epoch runs at the mean of the rates that it has for it.
         """
         check_not_replaced(held_rate(self._optimizer))
-        if steps is None:
-            rates = cycle.rates(1000)[epoch * 1000 : (epoch + 1) * 1000].mean(keepdims=True)
-        else:
-            n, warmup = sum(steps), sum(steps[: cycle.warmup])
-            # An epoch with more steps than expected goes on to the rate of its cycle's last step.
-            t = np.arange(sum(steps[:epoch]), n, dtype="float64")
-            rates = anneal(t, n, cycle.lr_max, cycle.lr_min, warmup)
-        self._rates.begin(rates)
+        given = steps or [1000] * cycle.span
+        n, warmup = sum(given), sum(given[: cycle.warmup])
+        # An epoch with more steps than expected goes on to the rate of its cosine's last step.
+        t = np.arange(sum(given[:epoch]), n, dtype="float64")
+        rates = anneal(t, n, cycle.lr_max, cycle.lr_min, warmup)
+        self._rates.begin(rates if steps else rates[:1000].mean(keepdims=True))
 
     @property
     def _optimizer(self) -> Any:

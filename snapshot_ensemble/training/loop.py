@@ -54,7 +54,7 @@ class CycleCallback(keras.callbacks.Callback):
             run.state.restore_model(self.model)
             run.restarter.share = (run.progress.history.get("shrink") or [1.0])[-1]
         run.begin_steps(self._steps_of((self.params or {}).get("steps")))
-        if run.steps.nominal is None and run.plan[0].length == 1:
+        if run.steps.nominal is None and run.plan[0].span == 1:
             warnings.warn(
                 "The number of steps in an epoch is not known, so the first epoch runs at one "
                 "learning rate, and the first cycle, which is one epoch long, does not anneal. "
@@ -82,14 +82,15 @@ class CycleCallback(keras.callbacks.Callback):
             self._log()
         cycle = run.cycle_of(epoch)
         if run.is_restart(epoch):
-            share = run.restarter.restart(self.model, run.progress)
+            share = run.restarter.restart(self.model, run.progress, run.unfinished())
             if share < 1:
                 self._message = (
                     f"Restart with shrink={share:.3g}: weights are mixed with a new draw"
                 )
                 self._log()
-        steps = run.steps.of(cycle.first_epoch, cycle.first_epoch + cycle.span - 1)
-        run.rate.begin_epoch(cycle, epoch - run.first_epoch - cycle.first_epoch, steps)
+        begin = cycle.first_epoch - cycle.offset  # Of its cosine.
+        steps = run.steps.of(begin, begin + cycle.span - 1)
+        run.rate.begin_epoch(cycle, epoch - run.first_epoch - begin, steps)
         self._passes.up_to(epoch - run.first_epoch)
         if run.on_first_batch is not None:
             notice_first_batch(self.model, run.on_first_batch)
@@ -126,11 +127,11 @@ class CycleCallback(keras.callbacks.Callback):
         progress.record_epoch({**logs, **columns})
         progress.done.epochs += 1
         progress.done.steps += steps
-        if in_plan == cycle.last_epoch and cycle.ends_at_floor and is_complete:
+        if in_plan == cycle.last_epoch and cycle.is_kept and is_complete:
             if cause := not_finite(self.model, metrics):
                 self._reject(number, cause)
             else:
-                self._keep(number, metrics)
+                self._keep(number, metrics, cycle.ends_at_floor)
 
     def _reject(self, number: int, cause: str) -> None:
         run = self._run
@@ -154,7 +155,7 @@ class CycleCallback(keras.callbacks.Callback):
             stacklevel=2,
         )
 
-    def _keep(self, number: int, metrics: dict[str, float]) -> None:
+    def _keep(self, number: int, metrics: dict[str, float], is_annealed: bool) -> None:
         run = self._run
         done = run.progress.done
         epoch = done.epochs - 1
@@ -165,6 +166,7 @@ class CycleCallback(keras.callbacks.Callback):
             step=done.steps,
             learning_rate=run.rate.last,
             metrics=metrics,
+            is_annealed=is_annealed,
         )
         before = done.cycles
         done.cycles = number + 1

@@ -29,10 +29,12 @@ def warn_of_stragglers(
 ) -> None:
     """Warns of members that are far worse than the others on the validation data.
 
-    Far worse means that the validation loss is not finite, or that it is more than twice the
-    median of at least two others and closer to that of the first epoch than to that median.
+    Those whose rate had not reached its floor are worse anyway, and do not count. Far worse means
+    that the validation loss is not finite, or that it is more than twice the median of at least
+    two others and closer to that of the first epoch than to that median.
     """
-    losses = {s.index: s.metrics["val_loss"] for s in snapshots if "val_loss" in s.metrics}
+    annealed = [s for s in snapshots if s.is_annealed]
+    losses = {s.index: s.metrics["val_loss"] for s in annealed if "val_loss" in s.metrics}
     finite = {index: scale(loss) for index, loss in losses.items() if math.isfinite(loss)}
     column = history.get("val_loss", ())
     known = (scale(loss) for loss in column if loss is not None and math.isfinite(loss))

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from snapshot_ensemble.training.loss_ratios import Scale, plain
@@ -19,7 +19,9 @@ MIN_FALL = 0.1
 MAX_FIRST_CYCLE_GAP = 0.3
 
 
-def has_overfitted(history: Mapping[str, list[Any]], scale: Scale = plain) -> bool:
+def has_overfitted(
+    history: Mapping[str, list[Any]], scale: Scale = plain, unfinished: Collection[int | None] = ()
+) -> bool:
     """Whether a cycle has ended with a validation loss that training no longer lowers.
 
     It must also be far above the training loss: otherwise noise or the restarts themselves may
@@ -28,6 +30,7 @@ def has_overfitted(history: Mapping[str, list[Any]], scale: Scale = plain) -> bo
     Args:
         history: Columns `cycle`, `loss` and `val_loss`, one value per epoch.
         scale: Turns losses into numbers whose ratios mean something.
+        unfinished: The cycles whose end is not that of their cosine, so that it does not count.
     """
     columns = (history.get(name, ()) for name in ("cycle", "loss", "val_loss"))
     epochs = [
@@ -36,8 +39,8 @@ def has_overfitted(history: Mapping[str, list[Any]], scale: Scale = plain) -> bo
         if losses[-1] is not None
     ]
     are_finite = [all(map(math.isfinite, losses)) for _, *losses in epochs]
-    last = {cycle: epoch for epoch, (cycle, *_) in enumerate(epochs)}.values()
-    ends = [epoch for epoch in last if are_finite[epoch]]
+    last = {cycle: epoch for epoch, (cycle, *_) in enumerate(epochs) if cycle not in unfinished}
+    ends = [epoch for epoch in last.values() if are_finite[epoch]]
     known = (
         row[-1] if is_finite else math.inf
         for row, is_finite in zip(epochs, are_finite, strict=True)

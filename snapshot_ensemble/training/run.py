@@ -111,6 +111,10 @@ class Run:
         # One that was cut short goes on.
         return not in_plan or self.cycle_of(epoch - 1).ends_at_floor
 
+    def unfinished(self) -> set[int | None]:
+        """The cycles whose end is not that of their cosine."""
+        return {own.cycle for own in self.store.snapshots if not own.is_annealed}
+
     @property
     def epochs_done(self) -> int:
         """How many epochs of this run are done."""

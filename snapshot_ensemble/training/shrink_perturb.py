@@ -1,7 +1,7 @@
 """Restarts that shrink the weights and perturb them with a new draw (shrink and perturb)."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -203,13 +203,23 @@ class Restarter:
                 f"shrink={{{parts[-1].paths[0][-1]!r}: {self.shrink}}}"
             )
 
-    def restart(self, model: keras.Model, progress: Progress) -> float:
-        """Changes the weights; returns the share carried over, the lowest if there are several."""
+    def restart(
+        self, model: keras.Model, progress: Progress, unfinished: Collection[int | None] = ()
+    ) -> float:
+        """Changes the weights; returns the share carried over, the lowest if there are several.
+
+        Args:
+            model: The model.
+            progress: Its training so far.
+            unfinished: The cycles whose end is not that of their cosine.
+        """
         self.share = 1.0
         if self.is_warm:
             return self.share
-        if self.shrink == "auto" and not has_overfitted(progress.history, scale_of(model)):
-            return self.share
+        if self.shrink == "auto":
+            scale = scale_of(model)
+            if not has_overfitted(progress.history, scale, unfinished):
+                return self.share
         # What is still to be changed: layers may share a variable, which changes only once.
         left = {id(variable) for variable in model.trainable_variables}
         parts = self._parts(model)

@@ -34,7 +34,7 @@ TARGETS = {
 
 
 def as_unstreamed(ens, x, y=None, weight=None):
-    expected = most_members(gathered(ens, x, y, weight))
+    expected = most_members(gathered(ens, x, y, weight), ens.snapshots)
     assert ens.choose_members(x, y, sample_weight=weight, verbose=0, batch_size=None) == expected
     return expected
 
@@ -61,7 +61,9 @@ def test_choices_differ_from_case_to_case():
 def test_batches_of_any_size_give_the_same(size):
     ens = ensemble_of(dense(), 5)
     data = tf.data.Dataset.from_tensor_slices((ROWS, LABELS)).batch(size)
-    assert ens.choose_members(data, verbose=0) == most_members(gathered(ens, ROWS, LABELS))
+    assert ens.choose_members(data, verbose=0) == most_members(
+        gathered(ens, ROWS, LABELS), ens.snapshots
+    )
 
 
 def test_several_outputs_with_loss_weights_and_a_batch_of_weight_0():
@@ -73,7 +75,7 @@ def test_several_outputs_with_loss_weights_and_a_batch_of_weight_0():
     y = {"a": LABELS, "b": TARGETS["regression"].astype("float32")}
     weight = {"a": np.repeat([0.0, 1, 3], 20), "b": np.ones(60)}
     data = tf.data.Dataset.from_tensor_slices((ROWS, y, weight)).batch(20)
-    expected = most_members(gathered(ens, ROWS, y, weight))
+    expected = most_members(gathered(ens, ROWS, y, weight), ens.snapshots)
     assert ens.choose_members(data, verbose=0) == expected
 
 
@@ -100,8 +102,8 @@ def test_its_memory_does_not_grow_with_the_rows(monkeypatch):
 def test_members_one_after_another_give_the_same_choice_in_parts(task, weighted, monkeypatch):
     ens = ensemble_of(dense(*TASKS[task]), 5)
     weight = RNG.integers(0, 3, 60).astype("float32") if weighted else None
-    expected = most_members(gathered(ens, ROWS, TARGETS[task], weight))
-    of_some = most_members(gathered(ens, ROWS[:21], TARGETS[task][:21]))
+    expected = most_members(gathered(ens, ROWS, TARGETS[task], weight), ens.snapshots)
+    of_some = most_members(gathered(ens, ROWS[:21], TARGETS[task][:21]), ens.snapshots)
     units = TASKS[task][1]
     monkeypatch.setattr(streamed_choice, "MEMORY", 4 * 5 * units * 29)
     parts = []
@@ -141,7 +143,7 @@ def test_a_choice_that_fails_does_not_cost_the_run():
         history = ens.fit(ROWS, y, epochs=2, verbose=0, **invalid)
     assert str(caught[-1].message) == (
         "Members could not be chosen by the validation data: ValueError: `y` must be finite. "
-        "Received: y with NaN or infinity. All members predict."
+        "Received: y with NaN or infinity. All annealed members predict."
     )
     assert len(history.epoch) == len(ens) == 2
     assert ens.members is None

@@ -16,6 +16,7 @@ def test_only_the_index_of_a_snapshot_is_required():
         "learning_rate": None,
         "metrics": {},
         "chain": None,
+        "is_annealed": True,
     }
 
 

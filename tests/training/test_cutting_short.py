@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from models import SimulatedCrashError
+from models import SimulatedCrashError, assert_same, three_classes
 from resume_cases import (
     ROWS,
     X,
@@ -19,8 +19,10 @@ from resume_cases import (
 
 from snapshot_ensemble import SnapshotEnsemble
 from snapshot_ensemble.cycles import Plan
+from snapshot_ensemble.evaluation.member_counts import largest
 from snapshot_ensemble.schedules import AutoCycles, EqualCycles
 from snapshot_ensemble.storage.record import Progress
+from snapshot_ensemble.storage.snapshot import Snapshot, annealed
 from snapshot_ensemble.training.cutting_short import MAX_LEFT, MIN_GAP, decide, described
 from snapshot_ensemble.training.run import Run
 
@@ -84,16 +86,27 @@ def test_the_scale_of_the_loss_does_not_matter(scale, share):
 @given(st.integers(1, 200), st.integers(1, 5))
 def test_a_plan_that_is_decided_covers_the_budget(epochs, steps):
     plan = AutoCycles(0.1).plan(epochs)
-    ordinary = EqualCycles(1, 0.1).plan(epochs)
-    assert plan == ordinary
     assert plan.is_decided == (epochs < 10)
     if plan.is_decided:
+        assert_in_parts(plan, epochs, steps)
         return
-    assert plan.decided() == ordinary
-    assert plan.decided().is_decided
+    assert plan == EqualCycles(1, 0.1).plan(epochs)
+    assert_in_parts(plan.decided(), epochs, steps)
     assert list(plan.due) == [*range(epochs // 5, 2 * epochs // 5 + 1)]
     for due in plan.due:
         assert_cut_short(plan.cut_short(due), due, epochs, steps)
+
+
+def assert_in_parts(plan, epochs, steps):
+    assert plan.is_decided
+    ends = {round(epochs * tenths / 10) for tenths in (6, 7, 8, 9, 10)}
+    assert [c.last_epoch + 1 for c in plan] == sorted(ends - {0})
+    assert [e for c in plan for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
+    assert [c.index for c in plan] == [*range(len(plan))]
+    assert all(c.is_kept for c in plan)
+    assert [c.ends_at_floor for c in plan] == [False] * (len(plan) - 1) + [True]
+    rates = np.concatenate([c.rates(steps) for c in plan])
+    np.testing.assert_array_equal(rates, EqualCycles(1, 0.1).rates(epochs, steps))
 
 
 def assert_cut_short(plan, due, epochs, steps):
@@ -101,6 +114,7 @@ def assert_cut_short(plan, due, epochs, steps):
     assert [e for c in plan for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
     assert [c.index for c in plan] == [0, *range(Plan.MORE)]
     assert [c.ends_at_floor for c in plan] == [False] + [True] * Plan.MORE
+    assert [c.is_kept for c in plan] == [False] + [True] * Plan.MORE
     # Until it is cut short, the rate is that of one ordinary run.
     lead, *others = plan
     assert lead.length == due
@@ -148,37 +162,47 @@ CUT = {"lengths": [2, 1, 1, 2, 2, 2], "spans": [10, 1, 1, 2, 2, 2]}
 
 
 @pytest.mark.parametrize(
-    ("data", "cycles", "rates", "members"),
+    ("data", "cycles", "rates"),
     [
-        (arrays, [0] * 10, {"lengths": [10], "spans": [10]}, 1),
-        (memorising, [0, 0, 0, 1, 2, 2, 3, 3, 4, 4], CUT, 5),
+        (arrays, [0] * 6 + [1, 2, 3, 4], {"lengths": [10], "spans": [10]}),
+        (memorising, [0, 0, 0, 1, 2, 2, 3, 3, 4, 4], CUT),
     ],
     ids=["learning", "memorising"],
 )
-def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates, members):
+def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates):
+    is_cut = data is memorising
     ens, result = auto(tmp_path / "ensemble", data=data)
     assert result.history["cycle"] == cycles
     np.testing.assert_allclose(
         result.history["learning_rate"], rates_by_hand(**rates), rtol=1e-4, atol=1e-9
     )
-    assert [snapshot.cycle for snapshot in ens.snapshots] == list(range(members))
+    ends = [epoch for epoch in range(10) if cycles[epoch : epoch + 2] != [cycles[epoch]] * 2]
+    assert [(s.cycle, s.epoch) for s in ens.snapshots] == [*enumerate(ends)]
+    assert [s.is_annealed for s in ens.snapshots] == [is_cut] * 4 + [True]
     [decision] = ens.decisions
-    epoch = 2 if members > 1 else 4
-    assert (decision.epoch, decision.is_cut) == (epoch, members > 1)
+    epoch = 2 if is_cut else 4
+    assert (decision.epoch, decision.is_cut) == (epoch, is_cut)
     assert decision.first_loss == result.history["loss"][0]
     assert decision.loss == result.history["loss"][epoch - 1]
-    if members > 1:
+    if is_cut:
         assert decision.val_loss == min(result.history["val_loss"][:2])
     else:
         assert decision.val_loss is None
-    assert SnapshotEnsemble.load(tmp_path / "ensemble").decisions == [decision]
+    loaded = SnapshotEnsemble.load(tmp_path / "ensemble")
+    assert (loaded.decisions, loaded.snapshots) == ([decision], ens.snapshots)
 
 
 @pytest.mark.slow
-def test_a_network_that_is_still_learning_gets_what_one_ordinary_run_gives(tmp_path):
+def test_a_network_that_is_still_learning_gets_what_one_ordinary_run_gives():
     actual, history_of_auto = auto(None)
     expected, history_of_one = run(None, dense, arrays, cycles=1, epochs=10)
-    assert_same_outcome(outcome(actual, history_of_auto), outcome(expected, history_of_one))
+    (*_, last, model, optimizer), _ = outcome(actual, history_of_auto)
+    assert_same([last, model, optimizer], outcome(expected, history_of_one)[0])
+    columns = [{**history.history, "cycle": 0} for history in (history_of_auto, history_of_one)]
+    np.testing.assert_equal(*columns)
+    # Without validation data the earlier members do not predict.
+    assert actual.members == 1
+    np.testing.assert_array_equal(actual.predict(X, verbose=0), expected.predict(X, verbose=0))
 
 
 @pytest.fixture(scope="module", params=[arrays, memorising], ids=["learning", "memorising"])
@@ -188,7 +212,7 @@ def whole_run(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epoch", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [1, 2, 4, 7])
 def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
     data, expected = whole_run
     with pytest.raises(SimulatedCrashError):
@@ -210,7 +234,8 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
     decisions = [decision for epoch in range(seen_at + 1) if (decision := asked.decide(epoch))]
     assert asked.decide(seen_at) is None  # Once is enough.
     cut = max(4, memorises_at + 2)  # After two epochs that show it.
-    expected = plan.cut_short(cut) if cut <= seen_at else plan
+    expected = plan.decided() if seen_at == 8 else plan
+    expected = plan.cut_short(cut) if cut <= seen_at else expected
     assert asked.plan == expected
     assert asked.plan.is_decided == (cut <= seen_at or seen_at == 8)
     decision = resumed.decide(seen_at)
@@ -223,7 +248,7 @@ def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
     ens.fit(X, Y, batch_size=BATCH, epochs=20, initial_epoch=10, verbose=0)
     assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (14, False)]
-    assert ens.history["cycle"][10:] == [5] * 10
+    assert ens.history["cycle"][10:] == [5] * 6 + [6, 7, 8, 9]
 
 
 @pytest.mark.slow
@@ -296,7 +321,7 @@ def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(X, Y, batch_size=BATCH, epochs=10, verbose=2)
     first, loss = ens.history["loss"][0], ens.history["loss"][3]
-    sentence = f"one cycle to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
+    sentence = f"one cosine to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
     assert f"It is still learning: {sentence}" in capsys.readouterr().out
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(**memorising(), epochs=10, verbose=2)
@@ -309,13 +334,21 @@ def test_a_loss_that_is_not_finite_is_said(recwarn):
     assert "the loss is not finite" in described(decide(history([1.0, np.nan]), 0, 2))
 
 
+PARTS = (19, 22, 25, 28)
+
+
 def test_a_plan_says_what_is_not_decided():
     plan = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1).plan(30)
     assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
     head, cycle = str(plan).splitlines()
-    assert head.endswith("may be cut short")
-    assert cycle.endswith("after epochs 5-11, for 5 cycles")
-    assert "may be" not in str(plan.decided()) + str(plan.cut_short(6))
+    assert head.endswith("not decided")
+    assert cycle.endswith(
+        "after epochs 5-11, cut short for 5 cycles; else snapshots after epochs 17, 20, 23, 26, 29"
+    )
+    first, *rest = (line.split("  ")[-1].strip() for line in str(plan.decided()).splitlines()[1:])
+    assert [first, *rest] == [f"{a}-{b} of 30" for a, b in ((1, 18), *((e, e + 2) for e in PARTS))]
+    assert "1-6 of 30" in str(plan.cut_short(6))
+    assert "decided" not in str(plan.decided()) + str(plan.cut_short(6))
 
 
 @pytest.mark.parametrize("cycles", ["five", "5", ""])
@@ -333,3 +366,87 @@ def test_one_member_that_predicts_alone_is_said_in_the_report():
     ens.members = [2]
     assert any("By default, member 2 predicts" in n for n in ens.report(X, Y, verbose=0).notes)
     assert not ens.predict_uncertainty(X, verbose=0)["epistemic"].any()
+
+
+def learning(rows=60):
+    """Validation data on which no number of members is the best by chance alone."""
+    return {**arrays(), "validation_data": three_classes(rows)}
+
+
+@pytest.mark.parametrize("epochs", [5, 10])
+def test_as_many_members_of_one_cosine_predict_as_lower_the_loss(epochs):
+    ens, _ = run(None, dense, learning, cycles="auto", epochs=epochs)
+    x, y = learning()["validation_data"]
+    members = ens.predict_members(x, members=len(ens), verbose=0).astype("float64")
+    losses = [
+        -np.log(members[-count:].mean(axis=0)[np.arange(len(y)), y]).mean()
+        for count in range(1, len(ens) + 1)
+    ]
+    assert len(ens) == (3 if epochs == 5 else 5)
+    best = int(np.argmin(losses)) + 1
+    assert ens.members == (None if best == len(ens) else best)
+
+
+def kept(marks):
+    return [Snapshot(index, is_annealed=mark) for index, mark in enumerate(marks)]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=6), st.data())
+def test_members_of_one_cosine_are_added_only_where_they_lower_the_loss(marks, data):
+    counts = range(1, len(marks) + 1)
+    best = data.draw(st.sampled_from(counts))
+    good = data.draw(st.sets(st.sampled_from(counts))) | {best}
+    added = [n for n in good if n > best and all(marks[-k] for k in range(best + 1, n + 1))]
+    assert largest(good, best, kept(marks)) == max([best, *added])
+
+
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ("+", None),
+        ("+++", None),
+        ("--+", 1),
+        ("-++", 2),
+        ("+-+", [0, 2]),
+        ("++-", [0, 1]),
+        ("--", 1),
+    ],
+)
+def test_who_predicts_until_members_are_chosen(marks, expected):
+    assert annealed(kept([mark == "+" for mark in marks])) == expected
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_on_its_way_keeps_what_there_is():
+    stop = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", epoch == 7)
+    )
+    ens, _ = auto(None, callbacks=[stop])
+    assert [(s.epoch, s.is_annealed) for s in ens.snapshots] == [(e, False) for e in (5, 6, 7)]
+    assert ens.members == 1
+
+
+@pytest.mark.slow
+def test_what_is_left_of_uncertainty_is_said_in_the_report():
+    ens, _ = auto(None)
+    note = "Members that predict by default are of one cosine"
+    assert not any(note in own for own in ens.report(X, Y, verbose=0).notes)
+    for members in (2, [0, 4]):
+        ens.members = members
+        assert any(note in own for own in ens.report(X, Y, verbose=0).notes)
+
+
+@pytest.mark.slow
+def test_the_last_of_each_chain_predict_when_runs_of_one_cosine_are_merged(tmp_path):
+    runs = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        runs.append(SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1))
+        runs[-1].fit(X, Y, batch_size=BATCH, epochs=5, verbose=0)
+    for directory in (None, tmp_path / "merged"):
+        merged = SnapshotEnsemble.merge(runs, directory)
+        assert [s.is_annealed for s in merged.snapshots] == [False] * 4 + [True] * 2
+        assert merged.members == 2
+        expected = np.mean([one.predict(X, verbose=0) for one in runs], axis=0)
+        np.testing.assert_allclose(merged.predict(X, verbose=0), expected, rtol=1e-6)
+    assert SnapshotEnsemble.load(tmp_path / "merged").members == 2

@@ -48,6 +48,13 @@ def test_when_a_run_has_overfitted(losses, expected):
     assert not has_overfitted({**history, "loss": losses})
 
 
+@pytest.mark.parametrize("unfinished", [{0}, {1}])
+def test_the_end_of_a_part_of_a_cosine_does_not_count(unfinished):
+    history = {"cycle": [0, 0, 1, 1], "val_loss": [3.0, 1.0, 2.0, 0.91], "loss": [0.1] * 4}
+    assert has_overfitted(history)
+    assert not has_overfitted(history, unfinished=unfinished)
+
+
 NAN, INF = float("nan"), float("inf")
 
 
