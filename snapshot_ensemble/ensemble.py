@@ -890,12 +890,13 @@ class SnapshotEnsemble:
         For probabilities, that is one temperature. The logarithms of the combined probabilities
         (for binary and multilabel, their log-odds) are divided by it:
         `p_c^(1/T) / sum_k p_k^(1/T)`; the variance of a normal distribution (task `"gaussian"`) is
-        multiplied by it. Above 1 it makes predictions less confident, below 1 more confident. It
-        minimises the negative log-likelihood between 0.05 and 20, and from then on it is part of
-        `predict`, `evaluate`, `to_keras`, `export` and `save`, for every combination. The most
-        probable class never changes. `predict_members` and `predict_uncertainty` do not apply it.
-        If there are several outputs, all of these share it. Calibrating again starts from the
-        uncalibrated probabilities.
+        multiplied by it. Above 1 it makes predictions less confident, below 1 more confident. For
+        n rows it minimises `n * NLL(T) + 4 * (1 / T + log(T))` between 0.05 and 20; the second
+        term, lowest at 1, keeps a few rows that are all right from making predictions too sure.
+        From then on it is part of `predict`, `evaluate`, `to_keras`, `export` and `save`, for every
+        combination. The most probable class never changes. `predict_members` and
+        `predict_uncertainty` do not apply it. If there are several outputs, all of these share it.
+        Calibrating again starts from the uncalibrated probabilities.
 
         For values without a distribution, it learns how far they lie from their prediction: with
         the variance `(s * std)^2 + f^2`, of the members' standard deviation, one scale `s` (0.01 to

@@ -120,8 +120,8 @@ class EqualCycles(Schedule):
 class AutoCycles(Schedule):
     """One cosine, which may be cut short for more cycles after one to two fifths of it.
 
-    If it is not, snapshots are taken in its last two fifths. With fewer than ten epochs it never
-    is: the cycles would be too short.
+    If it is not, snapshots are taken in its last two fifths. With fewer than ten epochs it is one
+    cycle with one snapshot: anything else would be too short.
     """
 
     LEAST = 10
@@ -133,10 +133,8 @@ class AutoCycles(Schedule):
         return [epochs]
 
     def plan(self, epochs: int, lr_init: float | None = None) -> Plan:
-        plan = super().plan(epochs, lr_init)
-        if epochs < self.LEAST:
-            return plan.decided()
-        return Plan([dataclasses.replace(plan[0], is_decided=False)])
+        [cycle] = super().plan(epochs, lr_init)
+        return Plan([dataclasses.replace(cycle, is_decided=epochs < self.LEAST)])
 
     def default_epochs(self) -> int:
         return 50

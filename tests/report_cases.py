@@ -63,7 +63,10 @@ def calibrated_nll(*outputs):
     for side in (0, 1):
 
         def loss_at(temperature, rows=slice(side, None, 2)):
-            return sum(w * nll(tempered(p[rows], temperature), y[rows]) for p, y, w in outputs)
+            fit = sum(w * nll(tempered(p[rows], temperature), y[rows]) for p, y, w in outputs)
+            squares = sum(w**2 / len(y[rows]) for _, y, w in outputs)
+            prior = 4 * squares / sum(w for *_, w in outputs)
+            return fit + prior * (1 / temperature + np.log(temperature))
 
         options = {"xatol": 1e-9}
         temperature = optimize.minimize_scalar(

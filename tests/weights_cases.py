@@ -162,9 +162,11 @@ FEATURES, PAIRS = one_batch(SOME), one_batch(SOME, LABELS)
 
 def best_temperature(outputs):
     """Where the loss is stationary; it is convex in the inverse temperature."""
+    squares = sum(share**2 / logs[..., 0].size for share, logs, _ in outputs)
+    prior = 4 * squares / sum(share for share, *_ in outputs)
 
     def slope(inverse):
-        total = 0
+        total = prior * (1 - 1 / inverse)
         for share, logs, labels in outputs:
             expected = np.sum(special.softmax(inverse * logs, axis=-1) * logs, axis=-1)
             total += share * np.mean(expected - picked(logs, labels))

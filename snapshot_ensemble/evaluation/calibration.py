@@ -14,12 +14,19 @@ from snapshot_ensemble.inference.blocks import row_blocks
 
 # The lowest and the highest temperature that can be learned.
 TEMPERATURES = (0.05, 20.0)
+# How strongly 1 is expected, in units of the loss of one item. Without it, a few rows that are all
+# right would give the lowest temperature.
+PRIOR = 4.0
 # With more items than this, a sample of them gives the first guess.
 MANY = 2**14
 
 
 def learn_temperature(items: list[np.ndarray], truths: list[Truth], shares: list[float]) -> float:
-    """The temperature with the lowest negative log-likelihood, between 0.05 and 20.
+    """The temperature with the lowest negative log-likelihood and prior, between 0.05 and 20.
+
+    The prior of `1 / T` is a gamma distribution whose mode is 1, so what is minimised for n items
+    is `n * NLL(T) + PRIOR * (1 / T + log(T))`. If they have weights, n is the number of equally
+    weighted items that would estimate as exactly, `sum(weights)^2 / sum(weights^2)`.
 
     Args:
         items: Log-probabilities `(items, classes)` of each classification output, or means and
@@ -43,6 +50,8 @@ def _best_inverse(
     masses = [share * _masses(truth) for _, truth, share in parts if not truth.is_gaussian]
     fixed = sum(share * loss(logs, truth) for logs, truth, share in parts if not truth.is_gaussian)
     squares, mass_of_values = _normal_parts(parts)
+    expected = _prior(truths, shares)
+    squares, mass_of_values = squares + expected, mass_of_values + 2 * expected
     items = [logs for logs, truth in zip(items, truths, strict=True) if not truth.is_gaussian]
     inverse, low, high, stretch, before = start, 0.0, math.inf, 1.0, 0.0
     for _ in range(100):
@@ -51,7 +60,8 @@ def _best_inverse(
         for logs, mass in zip(items, masses, strict=True):
             mean, variance = _moments(logs, mass, inverse)
             slope, curvature = slope + mean, curvature + variance
-        if slope == 0:  # Also if all classes are equally probable, so that any value is as good.
+        # Also if all classes are equally probable, so that any value is as good.
+        if abs(slope) <= 1e-15 * abs(fixed):
             break
         low, high = (low, inverse) if slope > 0 else (inverse, high)
         # Where the slope only fades away, Newton's steps are all of one length: lengthen them.
@@ -63,6 +73,12 @@ def _best_inverse(
         before = slope
         inverse = target if low < target < high else math.sqrt(low * high)
     return inverse
+
+
+def _prior(truths: list[Truth], shares: list[float]) -> float:
+    """The weight of the prior beside the losses of the outputs, which are means."""
+    weights = np.concatenate([s * t.weights for t, s in zip(truths, shares, strict=True)])
+    return PRIOR * float(np.square(weights).sum() / max(weights.sum(), 1e-300))
 
 
 def _normal_parts(parts: list[tuple[np.ndarray, Truth, float]]) -> tuple[float, float]:

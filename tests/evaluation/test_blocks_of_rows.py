@@ -32,6 +32,7 @@ def case(name):
 def learned(ens, x, y, weights):
     """Everything that the held-out data say."""
     options, values = {"sample_weight": weights, "verbose": 0}, {}
+    ens.members = None
     # First, since reports use what it learns about values.
     values["calibrate"] = ens.calibrate(x, y, **options)
     ens.weights, ens.temperature, ens.members = [0.5, 0.2, 0.3], 1.3, None

@@ -76,11 +76,11 @@ def learned(probabilities, labels):
 
 
 def test_the_temperature_stays_within_its_bounds():
-    sure = np.array([[0.9, 0.1], [0.2, 0.8]])
-    assert learned(sure, [0, 1]) == pytest.approx(0.05, abs=1e-12)
-    assert learned(sure, [1, 0]) == pytest.approx(20, abs=1e-12)
-    assert learned(sure, [0, 1]) >= 0.05
-    assert learned(sure, [1, 0]) <= 20
+    unsure, sure = ([[1 - p, p]] * 20_000 for p in (0.45, 0.001))
+    assert learned(unsure, [0] * 20_000) == pytest.approx(0.05, abs=1e-12)
+    assert learned(sure, [1] * 20_000) == pytest.approx(20, abs=1e-12)
+    assert learned(unsure, [0] * 20_000) >= 0.05
+    assert learned(sure, [1] * 20_000) <= 20
 
 
 def test_uniform_probabilities_keep_the_temperature_1():

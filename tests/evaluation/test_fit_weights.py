@@ -133,9 +133,6 @@ def test_integer_sample_weights_count_like_repeated_rows(informed):
         np.testing.assert_allclose(weights, again, atol=1e-5)
         plain = informed.fit_weights(PAIRS, method=method, verbose=0)
         assert not np.allclose(weights, plain, atol=1e-3)
-    temperature = informed.calibrate(weighted, verbose=0)
-    assert informed.calibrate(repeated, verbose=0) == pytest.approx(temperature, rel=1e-5)
-    assert informed.calibrate(PAIRS, verbose=0) != pytest.approx(temperature, rel=1e-3)
 
 
 def test_previous_weights_and_temperature_do_not_matter(informed):

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 from snapshot_ensemble.evaluation import calibration
-from snapshot_ensemble.evaluation.calibration import MANY, learn_temperature, tempered_loss
+from snapshot_ensemble.evaluation.calibration import MANY, PRIOR, learn_temperature, tempered_loss
 from snapshot_ensemble.evaluation.targets import Truth
 from snapshot_ensemble.inference import blocks
 
 
 def by_scipy(items, truths, shares):
-    """The loss at a temperature, written out, and the temperature where it is lowest."""
+    """The loss at a temperature, written out, and the temperature that is best with the prior."""
 
     def loss(temperature):
         total = 0.0
@@ -22,11 +22,22 @@ def by_scipy(items, truths, shares):
             total -= share * truth.weights @ np.sum(truth.targets * tempered, axis=-1)
         return total
 
+    weights = np.concatenate([s * t.weights for t, s in zip(truths, shares, strict=True)])
+    count = weights.sum() ** 2 / np.sum(weights**2)
+
+    def penalised(temperature):
+        # Up to a constant, the logarithm of the density of a gamma distribution.
+        log_prior = stats.gamma(1 + PRIOR, scale=1 / PRIOR).logpdf(1 / temperature)
+        return loss(temperature) - weights.sum() / count * log_prior
+
     options = {"xatol": 1e-10}
     found = optimize.minimize_scalar(
-        lambda log: loss(np.exp(log)), bounds=np.log((0.05, 20)), method="bounded", options=options
+        lambda log: penalised(np.exp(log)),
+        bounds=np.log((0.05, 20)),
+        method="bounded",
+        options=options,
     )
-    return loss, min([0.05, float(np.exp(found.x)), 20.0], key=loss)
+    return loss, penalised, min([0.05, float(np.exp(found.x)), 20.0], key=penalised)
 
 
 def some(rng, rows, classes, scale, soft=False):
@@ -42,10 +53,10 @@ def some(rng, rows, classes, scale, soft=False):
 
 def check(items, truths, shares):
     actual = learn_temperature(items, truths, shares)
-    loss, expected = by_scipy(items, truths, shares)
+    _, penalised, expected = by_scipy(items, truths, shares)
     assert 0.05 <= actual <= 20
-    assert loss(actual) <= loss(expected) + 1e-10
-    assert loss(actual) <= loss(1.0) + 1e-12
+    assert penalised(actual) <= penalised(expected) + 1e-10
+    assert penalised(actual) <= penalised(1.0) + 1e-12
     return actual, expected
 
 
@@ -89,30 +100,41 @@ def test_few_passes_over_many_items(scale, monkeypatch):
     actual = learn_temperature([logs], [truth], [1.0])
     assert passes.count(len(logs)) <= 4
     assert set(passes) == {len(logs), len(logs) // 64}
-    assert actual == pytest.approx(by_scipy([logs], [truth], [1.0])[1], rel=1e-6)
+    assert actual == pytest.approx(by_scipy([logs], [truth], [1.0])[-1], rel=1e-6)
 
 
 def test_few_passes_where_the_slope_only_fades_away(monkeypatch):
     # All but one of the items are right, so the best temperature is low but above its bound.
-    logs = np.log(np.repeat([[0.6, 0.4], [0.55, 0.45]], [400, 1], axis=0))
-    truth = Truth(np.eye(2)[[0] * 400 + [1]], np.full(401, 1 / 401))
+    count = 5_000
+    logs = np.log(np.repeat([[0.6, 0.4], [0.55, 0.45]], [count, 1], axis=0))
+    truth = Truth(np.eye(2)[[0] * count + [1]], np.full(count + 1, 1 / (count + 1)))
     passes = counted(monkeypatch)
     actual, expected = check([logs], [truth], [1.0])
     assert actual == pytest.approx(expected, rel=1e-5)
-    assert 0.055 < actual < 0.1
+    assert 0.05 < actual < 0.1
     assert len(passes) <= 25
     passes.clear()
-    right = Truth(np.eye(2)[[0] * 401], truth.weights)
+    logs = np.log(np.repeat([[0.55, 0.45]], count + 1, axis=0))
+    right = Truth(np.eye(2)[[0] * (count + 1)], truth.weights)
     assert learn_temperature([logs], [right], [1.0]) == 0.05
     assert len(passes) <= 25
-    wrong = Truth(np.eye(2)[[1] * 401], truth.weights)
+    wrong = Truth(np.eye(2)[[1] * (count + 1)], truth.weights)
     assert learn_temperature([logs], [wrong], [1.0]) == 20
+
+
+@pytest.mark.parametrize("rows", [1, 10, 100])
+def test_a_few_rows_that_are_all_right_do_not_make_predictions_sure_of_everything(rows):
+    logs = np.log(np.full((rows, 2), [0.9, 0.1]))
+    right = Truth(np.eye(2)[[0] * rows], np.full(rows, 1 / rows))
+    temperature, _ = check([logs], [right], [1.0])
+    # The more rows there are, the surer.
+    assert temperature == pytest.approx({1: 0.95, 10: 0.74, 100: 0.47}[rows], abs=0.01)
 
 
 @pytest.mark.parametrize("numbers", [1, 50, 10**6])
 def test_the_loss_at_a_temperature(numbers, monkeypatch):
     monkeypatch.setattr(blocks, "NUMBERS", numbers)
     logs, truth = some(np.random.default_rng(2), 90, 4, 2.0, soft=True)
-    loss, _ = by_scipy([logs], [truth], [1.0])
+    loss, *_ = by_scipy([logs], [truth], [1.0])
     for temperature in (0.05, 0.7, 1.0, 20.0):
         assert tempered_loss(logs, truth, temperature) == pytest.approx(loss(temperature))
