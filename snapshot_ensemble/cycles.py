@@ -118,8 +118,8 @@ class Plan(list[Cycle]):
     def _undecided(self) -> str:
         ends = [str(cycle.last_epoch) for cycle in self.decided()[len(self) - 1 :]]
         return (
-            f"after epochs {self.due[0] - 1}-{self.due[-1] - 1}, cut short for {self.MORE} cycles; "
-            f"else snapshots after epochs {', '.join(ends)}"
+            f"after epochs {self.due[0] - 1}-{self.due[-1] - 1}, cut short for up to {self.MORE} "
+            f"cycles; else snapshots after epochs {', '.join(ends)}"
         )
 
     __repr__ = __str__
@@ -141,8 +141,9 @@ class Plan(list[Cycle]):
             for number, cycle in enumerate(self)
         )
 
-    # How many cycles follow one that is cut short.
-    MORE = 5
+    # How many cycles follow one that is cut short: up to so many, of at least so many epochs (but
+    # two in any case, since one would be one run that has lost its start).
+    MORE, LEAST = 5, 4
     # The tenths of a cycle after which a snapshot is taken if it is not cut short. The last one is
     # that of an ordinary run.
     TENTHS = (6, 7, 8, 9, 10)
@@ -185,7 +186,9 @@ class Plan(list[Cycle]):
         *before, rest = self
         cut = dataclasses.replace(rest, last_epoch=first - 1, is_decided=True, is_kept=False)
         plan = Plan([*before, cut])
-        for index, length in enumerate(equal_lengths(rest.last_epoch + 1 - first, self.MORE)):
+        epochs = rest.last_epoch + 1 - first
+        cycles = min(self.MORE, max(2, epochs // self.LEAST))
+        for index, length in enumerate(equal_lengths(epochs, cycles)):
             last = first + length - 1
             plan.append(Cycle(rest.index + index, first, last, rest.lr_max, rest.lr_min))
             first = last + 1

@@ -9,14 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from snapshot_ensemble.checks import counted
-from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.storage.record import Decision
 from snapshot_ensemble.training.loss_ratios import Scale, plain
 
 # A network has begun to memorise if its training loss is further than this below the lowest
-# validation loss so far, as a fraction of that.
-MIN_GAP = 0.2
+# validation loss so far, as a fraction of that, ...
+MIN_GAP = 0.5
+# ... or if it is further than this below, and the validation loss has fallen by less than this in
+# the last epochs. (A slow network falls behind on validation data while it is still learning.)
+MIN_STALLED_GAP, MIN_FALL = 0.2, 0.05
 # Without validation data: if its training loss is below this fraction of that of its first epoch.
 MAX_LEFT = 0.05
 # In so many epochs in a row: the rate is still high, so single epochs are noisy.
@@ -39,7 +40,8 @@ def decide(
     lowest = list(itertools.accumulate(known, min)) or [math.inf] * len(losses)
     first_loss = losses[0] if losses and _is_known(losses[0]) else None
     recent = list(zip(losses, lowest, strict=True))[-EPOCHS:]
-    memorised = [_has_memorised(first_loss, *losses, scale) for losses in recent]
+    gap = MIN_STALLED_GAP if _has_stalled(known, scale) else MIN_GAP
+    memorised = [_has_memorised(first_loss, *losses, scale, gap) for losses in recent]
     loss, val_loss = (
         value if _is_known(value) else None for value in (recent or [(None,) * 2])[-1]
     )
@@ -56,17 +58,27 @@ def described(decision: Decision) -> str:
     else:
         why = f"loss {loss:.4f}, in the first epoch {first_loss or math.nan:.4f}"
     if decision.is_cut:
-        return f"It begins to memorise: {counted(Plan.MORE, 'cycle')} in the rest ({why})"
+        return f"It begins to memorise: several cycles in the rest ({why})"
     return f"It is still learning: one cosine to the end ({why})"
 
 
-def _has_memorised(first_loss: float | None, loss: float, val_loss: float, scale: Scale) -> bool:
+def _has_stalled(val_losses: list[float], scale: Scale) -> bool:
+    """Whether the last epochs have not lowered the validation loss by much."""
+    before = min(map(scale, val_losses[:-EPOCHS]), default=math.inf)
+    recent = min(map(scale, val_losses[-EPOCHS:]), default=math.inf)
+    are_known = math.isfinite(before) and math.isfinite(recent)
+    return are_known and before - recent < MIN_FALL * abs(before)
+
+
+def _has_memorised(
+    first_loss: float | None, loss: float, val_loss: float, scale: Scale, gap: float
+) -> bool:
     if not _is_known(loss):
         return False
     loss, val_loss = scale(loss), scale(val_loss)
     first_loss = None if first_loss is None else scale(first_loss)
     if math.isfinite(val_loss):
-        return val_loss - loss > MIN_GAP * abs(val_loss)
+        return val_loss - loss > gap * abs(val_loss)
     return first_loss is not None and first_loss > 0 and loss <= MAX_LEFT * first_loss
 
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import SimulatedCrashError, assert_same, three_classes
 from resume_cases import (
@@ -18,12 +18,17 @@ from resume_cases import (
 )
 
 from snapshot_ensemble import SnapshotEnsemble
-from snapshot_ensemble.cycles import Plan
 from snapshot_ensemble.evaluation.member_counts import largest
 from snapshot_ensemble.schedules import AutoCycles, EqualCycles
 from snapshot_ensemble.storage.record import Progress
 from snapshot_ensemble.storage.snapshot import Snapshot, annealed
-from snapshot_ensemble.training.cutting_short import MAX_LEFT, MIN_GAP, decide, described
+from snapshot_ensemble.training.cutting_short import (
+    MAX_LEFT,
+    MIN_GAP,
+    MIN_STALLED_GAP,
+    decide,
+    described,
+)
 from snapshot_ensemble.training.run import Run
 
 # After one epoch a member may be far worse than the others.
@@ -39,6 +44,11 @@ def history(losses, val_losses=None):
     [
         ([2.0, 1.2, 1.2], [1.9, 1.17, 1.2], False),  # Below: augmented or with dropout.
         ([2.0, 1.2, 1.2], [1.9, 1.3, 1.3], False),
+        ([2.0, 1.0, 1.0], [1.9, 1.3, 1.3], False),  # The validation loss is still falling.
+        ([2.0, 1.0, 1.0], [1.3, 1.4, 1.3], True),
+        ([2.0, 1.0, 1.0], [1.4, 1.34, 1.34], True),  # Hardly.
+        ([2.0, 1.0, 1.0], [1.4, 1.32, 1.32], False),
+        ([2.0, 1.0, 1.0], [1.3, None, None], False),
         ([2.0, 0.5, 0.4], [1.9, 1.3, 1.3], True),
         ([2.0, 1.3, 0.4], [1.9, 1.3, 1.3], False),  # Once may be chance.
         ([2.0, 0.5, 1.2], [1.9, 1.3, 1.3], False),
@@ -74,15 +84,18 @@ def test_only_the_epochs_of_the_run_decide():
 
 @given(st.floats(1e-3, 1e3), st.floats(-1, 1))
 def test_the_scale_of_the_loss_does_not_matter(scale, share):
-    if min(abs(share - MIN_GAP), abs(abs(share) - MAX_LEFT)) < 1e-6:
+    limits = (MIN_GAP, MIN_STALLED_GAP, MAX_LEFT, -MAX_LEFT)
+    if min(abs(share - limit) for limit in limits) < 1e-6:
         return
     losses = [scale * (1 - share)] * 2
-    decision = decide(history([2.0, *losses], [2 * scale, scale, scale]), 0, 3)
-    assert decision.is_cut == (share > MIN_GAP)
+    for before, gap in ((2, MIN_GAP), (1, MIN_STALLED_GAP)):
+        val_losses = [before * scale, scale, scale]
+        assert decide(history([2.0, *losses], val_losses), 0, 3).is_cut == (share > gap)
     left = [abs(share) * scale] * 2
     assert decide(history([scale, *left]), 0, 3).is_cut == (abs(share) <= MAX_LEFT)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 5))
 def test_a_plan_that_is_decided_covers_the_budget(epochs, steps):
     plan = AutoCycles(0.1).plan(epochs)
@@ -111,15 +124,16 @@ def assert_in_parts(plan, epochs, steps):
 def assert_cut_short(plan, due, epochs, steps):
     assert plan.is_decided
     assert [e for c in plan for e in range(c.first_epoch, c.last_epoch + 1)] == [*range(epochs)]
-    assert [c.index for c in plan] == [0, *range(Plan.MORE)]
-    assert [c.ends_at_floor for c in plan] == [False] + [True] * Plan.MORE
-    assert [c.is_kept for c in plan] == [False] + [True] * Plan.MORE
+    cycles = sorted((2, (epochs - due) // 4, 5))[1]
+    assert [c.index for c in plan] == [0, *range(cycles)]
+    assert [c.ends_at_floor for c in plan] == [False] + [True] * cycles
+    assert [c.is_kept for c in plan] == [False] + [True] * cycles
     # Until it is cut short, the rate is that of one ordinary run.
     lead, *others = plan
     assert lead.length == due
     ordinary = EqualCycles(1, 0.1).plan(epochs)[0].rates(steps)
     np.testing.assert_array_equal(lead.rates(steps), ordinary[: due * steps])
-    rest = EqualCycles(Plan.MORE, 0.1).plan(epochs - due)
+    rest = EqualCycles(cycles, 0.1).plan(epochs - due)
     for cycle, expected in zip(others, rest, strict=True):
         np.testing.assert_array_equal(cycle.rates(steps), expected.rates(steps))
 
@@ -157,14 +171,14 @@ def rates_by_hand(lengths, spans):
     ]
 
 
-CUT = {"lengths": [2, 1, 1, 2, 2, 2], "spans": [10, 1, 1, 2, 2, 2]}
+CUT = {"lengths": [2, 4, 4], "spans": [10, 4, 4]}
 
 
 @pytest.mark.parametrize(
     ("data", "cycles", "rates"),
     [
         (arrays, [0] * 6 + [1, 2, 3, 4], {"lengths": [10], "spans": [10]}),
-        (memorising, [0, 0, 0, 1, 2, 2, 3, 3, 4, 4], CUT),
+        (memorising, [0] * 6 + [1] * 4, CUT),
     ],
     ids=["learning", "memorising"],
 )
@@ -177,7 +191,9 @@ def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates):
     )
     ends = [epoch for epoch in range(10) if cycles[epoch : epoch + 2] != [cycles[epoch]] * 2]
     assert [(s.cycle, s.epoch) for s in ens.snapshots] == [*enumerate(ends)]
-    assert [s.is_annealed for s in ens.snapshots] == [is_cut] * 4 + [True]
+    assert [s.is_annealed for s in ens.snapshots] == (
+        [True] * 2 if is_cut else [False] * 4 + [True]
+    )
     [decision] = ens.decisions
     epoch = 2 if is_cut else 4
     assert (decision.epoch, decision.is_cut) == (epoch, is_cut)
@@ -247,7 +263,7 @@ def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
     ens.fit(X, Y, batch_size=BATCH, epochs=20, initial_epoch=10, verbose=0)
     assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (14, False)]
-    assert ens.history["cycle"][10:] == [5] * 6 + [6, 7, 8, 9]
+    assert ens.history["cycle"][10:] == [2] * 6 + [3, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -274,8 +290,7 @@ def test_a_cycle_that_is_cut_short_goes_on_without_a_restart(restarts):
     ens.fit(**memorising(), epochs=10, verbose=0, callbacks=[callback])
     assert ens.decisions[-1].is_cut
     is_new = [not np.array_equal(seen[f"start {e}"], seen[e - 1]) for e in range(1, 10)]
-    # Only before the first epochs of cycles 1 to 4.
-    assert is_new == [False, False, True, True, False, True, False, True, False]
+    assert is_new == [epoch == 6 for epoch in range(1, 10)]
 
 
 def test_overwriting_forgets_decisions():
@@ -291,7 +306,7 @@ def test_a_callback_sees_the_whole_budget():
         on_epoch_end=lambda epoch, logs: seen.append((callback.params["epochs"], logs["cycle"]))
     )
     auto(None, data=memorising, callbacks=[callback])
-    assert seen == [(10, cycle) for cycle in (0, 0, 0, 1, 2, 2, 3, 3, 4, 4)]
+    assert seen == [(10, cycle) for cycle in [0] * 6 + [1] * 4]
 
 
 # Keras says this of all data whose number of steps it does not know.
@@ -312,7 +327,7 @@ def test_steps_per_epoch_and_datasets(is_known):
     first = 0 if is_known else 1
     actual = result.history["learning_rate"]
     np.testing.assert_allclose(actual[first:], expected[first:], rtol=1e-4, atol=1e-9)
-    assert len(ens) == 5
+    assert len(ens) == 2
 
 
 @pytest.mark.slow
@@ -325,7 +340,7 @@ def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(**memorising(), epochs=10, verbose=2)
     loss, val_loss = ens.history["loss"][1], min(ens.history["val_loss"][:2])
-    sentence = f"5 cycles in the rest (loss {loss:.4f}, lowest val_loss {val_loss:.4f})"
+    sentence = f"several cycles in the rest (loss {loss:.4f}, lowest val_loss {val_loss:.4f})"
     assert f"It begins to memorise: {sentence}" in capsys.readouterr().out
 
 
@@ -341,9 +356,8 @@ def test_a_plan_says_what_is_not_decided():
     assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
     head, cycle = str(plan).splitlines()
     assert head.endswith("not decided")
-    assert cycle.endswith(
-        "after epochs 5-11, cut short for 5 cycles; else snapshots after epochs 17, 20, 23, 26, 29"
-    )
+    assert "after epochs 5-11, cut short for up to 5 cycles; else" in cycle
+    assert cycle.endswith("else snapshots after epochs 17, 20, 23, 26, 29")
     first, *rest = (line.split("  ")[-1].strip() for line in str(plan.decided()).splitlines()[1:])
     assert [first, *rest] == [f"{a}-{b} of 30" for a, b in ((1, 18), *((e, e + 2) for e in PARTS))]
     assert "1-6 of 30" in str(plan.cut_short(6))
@@ -362,8 +376,8 @@ def test_one_member_that_predicts_alone_is_said_in_the_report():
     ens.members = 1
     note = "By default, the last member predicts alone, so there is no disagreement"
     assert any(note in own for own in ens.report(X, Y, verbose=0).notes)
-    ens.members = [2]
-    assert any("By default, member 2 predicts" in n for n in ens.report(X, Y, verbose=0).notes)
+    ens.members = [0]
+    assert any("By default, member 0 predicts" in n for n in ens.report(X, Y, verbose=0).notes)
     assert not ens.predict_uncertainty(X, verbose=0)["epistemic"].any()
 
 
