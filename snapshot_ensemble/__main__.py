@@ -135,7 +135,7 @@ def _cycles(text: str) -> int | str:
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--epochs", type=int, default=30, help="number of epochs, the budget (default: 30)")
-    add("--cycles", type=_cycles, default=5, help="number of cycles, or auto (default: 5)")
+    add("--cycles", type=_cycles, default="auto", help="number of cycles (default: auto)")
     add("--seed", type=int, default=0, help="the first seed (default: 0)")
     add("--runs", type=int, default=3, help="number of seeds to compare over (default: 3)")
     add("--dense", action="store_true", help="a dense network instead of a convolutional one")
@@ -146,7 +146,7 @@ def _demo_arguments(command: argparse.ArgumentParser) -> None:
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--epochs", type=int, required=True, help="number of epochs, the budget")
-    add("--cycles", type=_cycles, default=5, help="number of equal cycles, or auto (default: 5)")
+    add("--cycles", type=_cycles, default="auto", help="number of equal cycles (default: auto)")
     add("--lr-init", type=float, default=0.1, help="peak learning rate (default: 0.1)")
     add("--lr-min", type=float, default=0.0, help="floor of the learning rate (default: 0)")
     add("--cycle-length", type=int, help="epochs of the first cycle, instead of --cycles")

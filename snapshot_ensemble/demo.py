@@ -322,7 +322,7 @@ def run_demo(
     directory: str | os.PathLike[str],
     *,
     epochs: int = 30,
-    cycles: int | Literal["auto"] = 5,
+    cycles: int | Literal["auto"] = "auto",
     seed: int = 0,
     runs: int = 3,
     dense: bool = False,

@@ -106,12 +106,15 @@ class SnapshotEnsemble:
         cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
             epoch; the longer ones come last. `"auto"`: the rate first follows the cosine of one
             ordinary run. If the network begins to memorise its training data after one to two
-            fifths of the epochs (in two epochs in a row, its `loss` is more than 20 % below its
-            lowest `val_loss` so far or, without validation data, below a twentieth of that of the
-            first epoch), the rest is split into five cycles. Otherwise it is still learning, and
-            the run stays one ordinary run, with one member and without `epistemic` uncertainty;
-            so it does with fewer than ten epochs. `decisions` says what was decided, and from
-            what. Defaults to `5`.
+            fifths of the epochs, the rest is split into five cycles, or fewer of at least four
+            epochs. It does if, in two epochs in a row, `loss` is more than half below the lowest
+            `val_loss` so far; or more than 20 % below, and these epochs have not lowered it by 5 %;
+            or, without validation data, if `loss` is below a twentieth of that of the first epoch.
+            Otherwise it is still learning, and the run stays one ordinary run. Its last snapshot
+            predicts, and with it the snapshots after 60, 70, 80 and 90 % of the epochs, as many as
+            lower the validation loss; they differ little, so `epistemic` uncertainty is small (0
+            for one member). With fewer than ten epochs there is one member. `decisions` says what
+            was decided, and from what. Defaults to `"auto"`.
         schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (for a schedule, its rate at step 0).
@@ -167,7 +170,7 @@ class SnapshotEnsemble:
         self,
         model: keras.Model,
         *,
-        cycles: int | Literal["auto"] = 5,
+        cycles: int | Literal["auto"] = "auto",
         schedule: CosineAnnealing | None = None,
         lr_init: float | None = None,
         lr_min: float = 0.0,
@@ -366,8 +369,8 @@ class SnapshotEnsemble:
 
         With validation data (arrays, or a `tf.data.Dataset` or `PyDataset` unless the members
         exceed `memory_limit`), `choose_members` is called with them: early members that make the
-        mean worse do not predict by default. If that fails, a warning says why, and all members
-        predict.
+        mean worse do not predict by default. If that fails, a warning says why. Then, and without
+        such data, all annealed members predict (`Snapshot.is_annealed`).
 
         A snapshot has the weights as they were trained, even if `use_ema` or
         `EarlyStopping(restore_best_weights=True)` puts others into the model later.
@@ -391,8 +394,9 @@ class SnapshotEnsemble:
         Args:
             x: As for `model.fit`.
             y: As for `model.fit`.
-            epochs: The budget. Defaults to `None`: ten epochs a cycle, or five cycles of a
-                given schedule. `keras.config.set_max_epochs` limits it, and the cycles with it.
+            epochs: The budget. Defaults to `None`: ten epochs for each of a number of `cycles`,
+                five cycles of a given schedule, or 50. `keras.config.set_max_epochs` limits it, and
+                the cycles with it.
             resume: Whether to continue a run that was interrupted. A run that has ended is not
                 run again; one that never began is begun. Defaults to `False`.
             overwrite: Whether new snapshots replace the existing ones, in memory or in the
@@ -846,9 +850,10 @@ class SnapshotEnsemble:
         Early members that have not converged make the mean worse. This compares the means of the
         last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
         nats, or squared error) is within one standard error of the paired difference from the
-        lowest. `fit` calls it with its validation data. Only sums are kept of each batch; arrays
-        go through in batches whose outputs, of all members, take up to 64 MiB (or `memory_limit`
-        if members exceed that and so run one after another).
+        lowest. (Snapshots that were taken before the rate had reached its floor are added only
+        where the loss is lowest.) `fit` calls it with its validation data. Only sums are kept of
+        each batch; arrays go through in batches whose outputs, of all members, take up to 64 MiB
+        (or `memory_limit` if members exceed that and so run one after another).
 
         Example:
 

@@ -41,7 +41,7 @@ class SnapshotEstimator(BaseEstimator):
         model: Callable[..., keras.Model] | keras.Model,
         *,
         model_kwargs: dict[str, Any] | None = None,
-        cycles: int | Literal["auto"] = 5,
+        cycles: int | Literal["auto"] = "auto",
         epochs: int | None = None,
         batch_size: int | None = None,
         lr_init: float | None = None,

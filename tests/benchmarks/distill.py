@@ -64,7 +64,7 @@ def row_of(args, name, seed):
 
     def ensemble():
         keras.utils.set_random_seed(seed)
-        ens = SnapshotEnsemble(task.model(), lr_init=task.peak, directory=home)
+        ens = SnapshotEnsemble(task.model(), cycles=5, lr_init=task.peak, directory=home)
         ens.fit(x, y, overwrite=True, save_every=None, **given)
         return ens.predict(x_test, verbose=0)
 

@@ -189,11 +189,11 @@ def test_shrink_by_layer_name(shrink):
 
 def test_shrink_is_in_the_plan_the_history_and_the_manifest(tmp_path):
     ens, _ = watched(net(), shrink=0.25, directory=tmp_path / "run")
-    assert [cycle.shrink for cycle in SnapshotEnsemble(net(), shrink=0.25).plan(5)] == [1] + [
-        0.25
-    ] * 4
+    assert [cycle.shrink for cycle in SnapshotEnsemble(net(), cycles=5, shrink=0.25).plan(5)] == [
+        1
+    ] + [0.25] * 4
     assert "shrink" in str(ens.plan(3))
-    assert "shrink" not in str(SnapshotEnsemble(net(), shrink=1).plan(5))
+    assert "shrink" not in str(SnapshotEnsemble(net(), cycles=5, shrink=1).plan(5))
     assert ens.history["shrink"] == [1, 0.25, 0.25]
     again = SnapshotEnsemble.load(tmp_path / "run")
     assert again.shrink == 0.25
@@ -291,7 +291,7 @@ def test_unknown_layer_names_are_an_error_before_training():
 def test_auto_shrinks_once_the_run_has_overfitted(monkeypatch):
     checked = []
 
-    def overfitted_after_two_cycles(history, scale):
+    def overfitted_after_two_cycles(history, scale, unfinished):
         checked.append(len(history["cycle"]))
         return len(checked) > 1
 
@@ -301,7 +301,9 @@ def test_auto_shrinks_once_the_run_has_overfitted(monkeypatch):
     same = [np.array_equal(before[0], after[0]) for before, after in restarts]
     assert same == [True, False]
     assert ens.history["shrink"] == [1, 1, 0.5]
-    assert [cycle.shrink for cycle in SnapshotEnsemble(net(), shrink="auto").plan(5)][1] == "auto"
+    assert [cycle.shrink for cycle in SnapshotEnsemble(net(), cycles=5, shrink="auto").plan(5)][
+        1
+    ] == "auto"
 
 
 @pytest.mark.slow
