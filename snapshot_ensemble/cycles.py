@@ -155,9 +155,9 @@ class Plan(list[Cycle]):
 
     @property
     def due(self) -> range:
-        """The epochs at whose start its last cycle may be cut short: from one to two fifths."""
+        """The epochs at whose start its last cycle may be cut short: from a fifth to a half."""
         first, length = self[-1].first_epoch, self[-1].length
-        return range(first + length // 5, first + 2 * length // 5 + 1)
+        return range(first + length // 5, first + length // 2 + 1)
 
     def decided(self) -> "Plan":
         """The plan with its last cycle in parts of one cosine, with a snapshot after each."""

@@ -105,10 +105,10 @@ class SnapshotEnsemble:
             inputs and outputs.
         cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
             epoch; the longer ones come last. `"auto"`: the rate first follows the cosine of one
-            ordinary run. If the network begins to memorise its training data after one to two
-            fifths of the epochs, the rest is split into five cycles, or fewer of at least four
+            ordinary run. If the network begins to memorise its training data after a fifth to a
+            half of the epochs, the rest is split into five cycles, or fewer of at least four
             epochs. It does if, in two epochs in a row, `loss` is more than half below the lowest
-            `val_loss` so far; or more than 20 % below, and these epochs have not lowered it by 5 %;
+            `val_loss` so far; or more than 20 % below, and these epochs have not lowered it by 2 %;
             or, without validation data, if `loss` is below a twentieth of that of the first epoch.
             Otherwise it is still learning, and the run stays one ordinary run. Its last snapshot
             predicts, and with it the snapshots after 60, 70, 80 and 90 % of the epochs, as many as

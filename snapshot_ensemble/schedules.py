@@ -118,7 +118,7 @@ class EqualCycles(Schedule):
 
 
 class AutoCycles(Schedule):
-    """One cosine, which may be cut short for more cycles after one to two fifths of it.
+    """One cosine, which may be cut short for more cycles after a fifth to a half of it.
 
     If it is not, snapshots are taken in its last two fifths. With fewer than ten epochs it is one
     cycle with one snapshot: anything else would be too short.

@@ -17,7 +17,7 @@ from snapshot_ensemble.training.loss_ratios import Scale, plain
 MIN_GAP = 0.5
 # ... or if it is further than this below, and the validation loss has fallen by less than this in
 # the last epochs. (A slow network falls behind on validation data while it is still learning.)
-MIN_STALLED_GAP, MIN_FALL = 0.2, 0.05
+MIN_STALLED_GAP, MIN_FALL = 0.2, 0.02
 # Without validation data: if its training loss is below this fraction of that of its first epoch.
 MAX_LEFT = 0.05
 # In so many epochs in a row: the rate is still high, so single epochs are noisy.

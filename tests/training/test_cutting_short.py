@@ -46,8 +46,8 @@ def history(losses, val_losses=None):
         ([2.0, 1.2, 1.2], [1.9, 1.3, 1.3], False),
         ([2.0, 1.0, 1.0], [1.9, 1.3, 1.3], False),  # The validation loss is still falling.
         ([2.0, 1.0, 1.0], [1.3, 1.4, 1.3], True),
-        ([2.0, 1.0, 1.0], [1.4, 1.34, 1.34], True),  # Hardly.
-        ([2.0, 1.0, 1.0], [1.4, 1.32, 1.32], False),
+        ([2.0, 1.0, 1.0], [1.4, 1.38, 1.38], True),  # Hardly.
+        ([2.0, 1.0, 1.0], [1.4, 1.36, 1.36], False),
         ([2.0, 1.0, 1.0], [1.3, None, None], False),
         ([2.0, 0.5, 0.4], [1.9, 1.3, 1.3], True),
         ([2.0, 1.3, 0.4], [1.9, 1.3, 1.3], False),  # Once may be chance.
@@ -104,7 +104,7 @@ def test_a_plan_that_is_decided_covers_the_budget(epochs, steps):
     if plan.is_decided:
         return
     assert_in_parts(plan.decided(), epochs, steps)
-    assert list(plan.due) == [*range(epochs // 5, 2 * epochs // 5 + 1)]
+    assert list(plan.due) == [*range(epochs // 5, epochs // 2 + 1)]
     for due in plan.due:
         assert_cut_short(plan.cut_short(due), due, epochs, steps)
 
@@ -195,7 +195,7 @@ def test_a_run_follows_what_it_decides(tmp_path, data, cycles, rates):
         [True] * 2 if is_cut else [False] * 4 + [True]
     )
     [decision] = ens.decisions
-    epoch = 2 if is_cut else 4
+    epoch = 2 if is_cut else 5
     assert (decision.epoch, decision.is_cut) == (epoch, is_cut)
     assert decision.first_loss == result.history["loss"][0]
     assert decision.loss == result.history["loss"][epoch - 1]
@@ -237,9 +237,9 @@ def test_a_resumed_run_decides_the_same(whole_run, tmp_path, epoch):
     assert len(ens.decisions) == 1
 
 
-@pytest.mark.parametrize("seen_at", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("seen_at", [4, 5, 7, 9, 10])
 @pytest.mark.parametrize("memorises_at", [0, 3, 5, 6, 7, 9])
-def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
+def test_a_fifth_to_a_half_of_the_epochs_may_decide(memorises_at, seen_at):
     """Whether epoch after epoch is asked, or all at once when a run is resumed."""
     losses = [1.0] * memorises_at + [0.5] * 20
     plan, progress = AutoCycles(0.1).plan(20), Progress()
@@ -249,10 +249,10 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
     decisions = [decision for epoch in range(seen_at + 1) if (decision := asked.decide(epoch))]
     assert asked.decide(seen_at) is None  # Once is enough.
     cut = max(4, memorises_at + 2)  # After two epochs that show it.
-    expected = plan.decided() if seen_at == 8 else plan
+    expected = plan.decided() if seen_at == 10 else plan
     expected = plan.cut_short(cut) if cut <= seen_at else expected
     assert asked.plan == expected
-    assert asked.plan.is_decided == (cut <= seen_at or seen_at == 8)
+    assert asked.plan.is_decided == (cut <= seen_at or seen_at == 10)
     decision = resumed.decide(seen_at)
     assert decisions == ([] if decision is None else [decision])
     assert (resumed.plan, resumed.progress.decisions) == (asked.plan, progress.decisions)
@@ -262,7 +262,7 @@ def test_one_to_two_fifths_of_the_epochs_may_decide(memorises_at, seen_at):
 def test_each_fit_decides_for_itself():
     ens, _ = auto(None, data=memorising)
     ens.fit(X, Y, batch_size=BATCH, epochs=20, initial_epoch=10, verbose=0)
-    assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (14, False)]
+    assert [(own.epoch, own.is_cut) for own in ens.decisions] == [(2, True), (15, False)]
     assert ens.history["cycle"][10:] == [2] * 6 + [3, 4, 5, 6]
 
 
@@ -334,7 +334,7 @@ def test_steps_per_epoch_and_datasets(is_known):
 def test_what_is_decided_is_said(capsys):
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
     ens.fit(X, Y, batch_size=BATCH, epochs=10, verbose=2)
-    first, loss = ens.history["loss"][0], ens.history["loss"][3]
+    first, loss = ens.history["loss"][0], ens.history["loss"][4]
     sentence = f"one cosine to the end (loss {loss:.4f}, in the first epoch {first:.4f})"
     assert f"It is still learning: {sentence}" in capsys.readouterr().out
     ens = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1)
@@ -356,7 +356,7 @@ def test_a_plan_says_what_is_not_decided():
     assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
     head, cycle = str(plan).splitlines()
     assert head.endswith("not decided")
-    assert "after epochs 5-11, cut short for up to 5 cycles; else" in cycle
+    assert "after epochs 5-14, cut short for up to 5 cycles; else" in cycle
     assert cycle.endswith("else snapshots after epochs 17, 20, 23, 26, 29")
     first, *rest = (line.split("  ")[-1].strip() for line in str(plan.decided()).splitlines()[1:])
     assert [first, *rest] == [f"{a}-{b} of 30" for a, b in ((1, 18), *((e, e + 2) for e in PARTS))]
