@@ -6,7 +6,7 @@
 All methods except `deep` have the same number of epochs and the same validation data. Only `auto`,
 `chosen` and `planned` use the validation data. The first two are the same run of five cycles, with
 `shrink="auto"`: `auto` combines all members, `chosen` those that `fit` chooses. `planned` is the
-same as `chosen`, with `cycles="auto"`. Each run is saved in `--directory` when it has
+default: the same as `chosen`, with `cycles="auto"`. Each run is saved in `--directory` when it has
 ended and is not run again, so an interrupted benchmark continues with the next run. Several of
 these commands may run in parallel on different tasks. At the end, the script writes `TASK.json`
 and `TASK.md` to the directory and prints the table.
