@@ -96,7 +96,7 @@ def test_the_last_line_says_whether_the_ensemble_gained(errors, nll, said):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "3"], "There must be at least one epoch for each cycle."),
+        (["--epochs", "3", "--cycles", "5"], "There must be at least one epoch for each cycle."),
         (["--cycles", "0"], "`cycles` must be at least 1. Received: cycles=0"),
         (["--runs", "0"], "`runs` must be at least 1. Received: runs=0"),
     ],
