@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from benchmarks import (
     accuracy,
+    calibration,
     chains,
     distill,
     early_exit,
@@ -60,6 +61,18 @@ def test_chains(tmp_path, capsys):
     # Saved runs are not run again.
     assert chains.main(size)["digits"] == result["digits"]
     assert "| digits | " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_calibration(tmp_path, capsys):
+    size = ["--tasks", "digits", "--seeds", "2", "--epochs", "2", "--directory", str(tmp_path)]
+    rows = calibration.main(size)["digits"]
+    assert rows.keys() == calibration.METHODS.keys()
+    assert all(values.shape == (2, 3) for values in rows.values())
+    for same in ("temperature", "likelihood"):  # No temperature changes the most probable class.
+        np.testing.assert_array_equal(rows[same][:, 0], rows["none"][:, 0])
+    np.testing.assert_array_equal(calibration.main(size)["digits"]["none"], rows["none"])
+    assert "| digits | vector, 10 | " in capsys.readouterr().out
 
 
 def test_the_share_that_a_student_keeps():
