@@ -113,8 +113,10 @@ class SnapshotEnsemble:
             Otherwise it is still learning, and the run stays one ordinary run. Its last snapshot
             predicts, and with it the snapshots after 60, 70, 80 and 90 % of the epochs, as many as
             lower the validation loss; they differ little, so `epistemic` uncertainty is small (0
-            for one member). With fewer than ten epochs there is one member. `decisions` says what
-            was decided, and from what. Defaults to `"auto"`.
+            for one member). So it does if layers were trained before the first `fit`, where
+            `shrink` looks for them (not if it is 1, or `"auto"` without validation data). With
+            fewer than ten epochs there is one member. `decisions` says what was decided, and from
+            what. Defaults to `"auto"`.
         schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (for a schedule, its rate at step 0).
@@ -250,7 +252,8 @@ class SnapshotEnsemble:
         """What `cycles="auto"` has decided: a `Decision` for each run, with the losses behind it.
 
         Its attributes: `epoch`, before which it was decided; `is_cut`, whether the long cycle was
-        cut short for several; `first_loss`, `loss` and the lowest `val_loss` so far.
+        cut short for several; `first_loss`, `loss` and the lowest `val_loss` so far; and
+        `is_pretrained`, whether layers were trained before the first `fit`.
         """
         return list(self._store.record.progress.decisions)
 

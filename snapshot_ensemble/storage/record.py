@@ -193,6 +193,8 @@ class Decision:
         first_loss: The training loss of the run's first epoch; None if it is not known, as below.
         loss: The training loss of the last epoch so far.
         val_loss: The lowest validation loss so far.
+        is_pretrained: Whether layers were trained before the first `fit`. Then the run stays one
+            cosine, whatever the losses are.
     """
 
     epoch: Count
@@ -200,6 +202,7 @@ class Decision:
     first_loss: float | None = None
     loss: float | None = None
     val_loss: float | None = None
+    is_pretrained: bool = False
 
 
 @dataclasses.dataclass

@@ -1,7 +1,9 @@
 """Whether a run has begun to memorise its training data, so that several cycles pay.
 
 A network that is still learning gains nothing from restarts within a short budget: it is left to be
-one ordinary run. One that memorises gains from several members, which differ.
+one ordinary run. One that memorises gains from several members, which differ. One that was trained
+before the first `fit`, on other data, is fine-tuned in one ordinary run: restarts would lose what
+it brings.
 """
 
 import itertools
@@ -57,6 +59,8 @@ def described(decision: Decision) -> str:
         why = f"loss {loss:.4f}, lowest val_loss {val_loss:.4f}"
     else:
         why = f"loss {loss:.4f}, in the first epoch {first_loss or math.nan:.4f}"
+    if decision.is_pretrained:
+        return f"It was trained before: one cosine to the end ({why})"
     if decision.is_cut:
         return f"It begins to memorise: several cycles in the rest ({why})"
     return f"It is still learning: one cosine to the end ({why})"

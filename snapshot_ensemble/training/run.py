@@ -88,6 +88,8 @@ class Run:
             if due > epoch - self.first_epoch:
                 return None
             decision = decide(progress.history, before, before + due, scale)
+            if progress.pretrained:
+                decision = dataclasses.replace(decision, is_cut=False, is_pretrained=True)
             if decision.is_cut:
                 self.plan = plan.cut_short(due)
                 break

@@ -12,8 +12,8 @@ which have also chosen its members, is scored on the test data:
   the squares of the constants and of the factors' logarithms, about their mean
 - `isotonic`: a monotonic function of the probability of each class, normalized
 
-The last two may change which class is most probable. Errors are in percent, likelihoods in nats, all
-on the test data. Predictions are saved in `--directory` and not made again.
+The last two may change which class is most probable. Errors are in percent, likelihoods in nats,
+all on the test data. Predictions are saved in `--directory` and not made again.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras import layers
 from models import SimulatedCrashError, assert_same, three_classes
 from resume_cases import (
     ROWS,
@@ -462,3 +463,17 @@ def test_the_last_of_each_chain_predict_when_runs_of_one_cosine_are_merged(tmp_p
         expected = np.mean([one.predict(X, verbose=0) for one in runs], axis=0)
         np.testing.assert_allclose(merged.predict(X, verbose=0), expected, rtol=1e-6)
     assert SnapshotEnsemble.load(tmp_path / "merged").members == 2
+
+
+@pytest.mark.slow
+def test_a_network_that_was_trained_before_stays_one_run(capsys):
+    model = dense()
+    model.layers[-1].bias.assign([0.1, 0.0, -0.1])
+    tuned = keras.Sequential([keras.Input((4,)), *model.layers, layers.Dense(3, "softmax")])
+    tuned.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    ens = SnapshotEnsemble(tuned, lr_init=0.1)
+    ens.fit(**memorising(), epochs=10, verbose=2)
+    [decision] = ens.decisions
+    assert (decision.epoch, decision.is_cut, decision.is_pretrained) == (5, False, True)
+    assert "It was trained before: one cosine to the end" in capsys.readouterr().out
+    assert [s.is_annealed for s in ens.snapshots] == [False] * 4 + [True]
