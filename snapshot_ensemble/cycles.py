@@ -110,16 +110,15 @@ class Plan(list[Cycle]):
         if any(parts):
             parts = ["part of its cosine", *parts]
             rows = [(*row, part) for row, part in zip(rows, parts, strict=True)]
-        if not self.is_decided:
-            notes = ("not decided", *[""] * (len(self) - 1), self._undecided())
-            rows = [(*row, text) for row, text in zip(rows, notes, strict=True)]
-        return text_table(rows, "r")
+        return text_table(rows, "r") + ("" if self.is_decided else f"\n{self._undecided()}")
 
     def _undecided(self) -> str:
-        ends = [str(cycle.last_epoch) for cycle in self.decided()[len(self) - 1 :]]
+        first, last = self.due[0] - 1, self.due[-1] - 1
+        *ends, end = (str(cycle.last_epoch) for cycle in self.decided()[len(self) - 1 :])
         return (
-            f"after epochs {self.due[0] - 1}-{self.due[-1] - 1}, cut short for up to {self.MORE} "
-            f"cycles; else snapshots after epochs {', '.join(ends)}"
+            f"If the network begins to memorise after one of the epochs {first}-{last}: then up to "
+            f"{self.MORE} cycles.\n"
+            f"Otherwise: snapshots after the epochs {', '.join(ends)} and {end}."
         )
 
     __repr__ = __str__

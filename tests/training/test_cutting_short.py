@@ -355,14 +355,13 @@ PARTS = (19, 22, 25, 28)
 def test_a_plan_says_what_is_not_decided():
     plan = SnapshotEnsemble(dense(), cycles="auto", lr_init=0.1).plan(30)
     assert [(c.first_epoch, c.last_epoch, c.is_decided) for c in plan] == [(0, 29, False)]
-    head, cycle = str(plan).splitlines()
-    assert head.endswith("not decided")
-    assert "after epochs 5-14, cut short for up to 5 cycles; else" in cycle
-    assert cycle.endswith("else snapshots after epochs 17, 20, 23, 26, 29")
+    _, _, condition, otherwise = str(plan).splitlines()
+    assert condition.endswith("after one of the epochs 5-14: then up to 5 cycles.")
+    assert otherwise == "Otherwise: snapshots after the epochs 17, 20, 23, 26 and 29."
     first, *rest = (line.split("  ")[-1].strip() for line in str(plan.decided()).splitlines()[1:])
     assert [first, *rest] == [f"{a}-{b} of 30" for a, b in ((1, 18), *((e, e + 2) for e in PARTS))]
     assert "1-6 of 30" in str(plan.cut_short(6))
-    assert "decided" not in str(plan.decided()) + str(plan.cut_short(6))
+    assert "Otherwise" not in str(plan.decided()) + str(plan.cut_short(6))
 
 
 @pytest.mark.parametrize("cycles", ["five", "5", ""])
