@@ -105,7 +105,7 @@ def test_it_is_saved_and_reset_when_the_members_change(members, tmp_path):
     np.testing.assert_array_equal(ens.predict(X, verbose=0), again.predict(X, verbose=0))
     again.fit(X, Y, epochs=5, verbose=0)
     assert again.members is None
-    assert len(again) == 8
+    assert len(again) == 4
 
 
 @pytest.mark.slow
