@@ -275,10 +275,8 @@ np.save(sys.argv[1] + "/y.npy", model.predict(x, verbose=0))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "combine",
-    ["mean", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vote", "weighted", "geometric"))],
-)
+@pytest.mark.sampled(1, 2)
+@pytest.mark.parametrize("combine", ["mean", "vote", "weighted", "geometric"])
 def test_its_file_loads_without_the_package(combine, tmp_path):
     source, in_backbone = with_backbone(nested=True)
     ens = ensemble_of(source, 3, shared=in_backbone)

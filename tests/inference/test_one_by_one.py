@@ -182,6 +182,7 @@ MOST_DIFFERENT = ["several outputs", "masks", "a state", "draws", "frozen", "sub
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(1, 2)
 @pytest.mark.parametrize("kind", MOST_DIFFERENT)
 def test_all_methods_give_the_same(kind, monkeypatch):
     expected = dict(results(ensemble(kind), kind))
