@@ -15,7 +15,7 @@ import pytest
 from chains_cases import ARGUMENTS, X, Y, assert_same_outcome, callback_that, maker
 from models import assert_same, ensemble_of, member_weights
 
-from snapshot_ensemble import SnapshotEnsemble
+from snapshot_ensemble import SnapshotEnsemble, SnapshotError
 from snapshot_ensemble.ray import BatchPredictor, fit_chains
 
 ray = pytest.importorskip("ray")
@@ -113,8 +113,13 @@ def test_ctrl_c_stops_all_chains_and_the_same_call_goes_on(one_after_another, tm
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt):
         chains(**arguments)
-    kept = [SnapshotEnsemble.load(path) for path in sorted((tmp_path / "run").glob("chain-*"))]
-    assert len(kept) >= 1
+    kept = 0
+    for path in (tmp_path / "run").glob("chain-*"):
+        try:
+            kept += len(SnapshotEnsemble.load(path))
+        except SnapshotError as error:  # Another chain may have just begun.
+            assert "has not reached the end of a cycle" in str(error)
+    assert kept >= 1
     assert not (tmp_path / "run" / "merged").exists()
     assert_same_outcome(chains(**arguments), one_after_another)
 
