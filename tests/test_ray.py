@@ -1,5 +1,6 @@
 """Chains and batch prediction on Ray: two workers on this machine, stopped at the end."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -113,13 +114,11 @@ def test_ctrl_c_stops_all_chains_and_the_same_call_goes_on(one_after_another, tm
     threading.Thread(target=press).start()
     with pytest.raises(KeyboardInterrupt):
         chains(**arguments)
-    kept = 0
+    kept = []
     for path in (tmp_path / "run").glob("chain-*"):
-        try:
-            kept += len(SnapshotEnsemble.load(path))
-        except SnapshotError as error:  # Another chain may have just begun.
-            assert "has not reached the end of a cycle" in str(error)
-    assert kept >= 1
+        with contextlib.suppress(SnapshotError):  # Another chain may have just begun.
+            kept.append(SnapshotEnsemble.load(path))
+    assert len(kept) >= 1
     assert not (tmp_path / "run" / "merged").exists()
     assert_same_outcome(chains(**arguments), one_after_another)
 
