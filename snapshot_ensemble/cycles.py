@@ -142,7 +142,7 @@ class Plan(list[Cycle]):
 
     # How many cycles follow one that is cut short: up to so many, of at least so many epochs (but
     # two in any case, since one would be one run that has lost its start).
-    MORE, LEAST = 5, 4
+    MORE, LEAST = 5, 3
     # The tenths of a cycle after which a snapshot is taken if it is not cut short. The last one is
     # that of an ordinary run.
     TENTHS = (6, 7, 8, 9, 10)

@@ -106,17 +106,21 @@ class SnapshotEnsemble:
         cycles: How many cycles `fit` splits its epochs into. Their lengths differ by at most one
             epoch; the longer ones come last. `"auto"`: the rate first follows the cosine of one
             ordinary run. If the network begins to memorise its training data after a fifth to a
-            half of the epochs, the rest is split into five cycles, or fewer of at least four
-            epochs. It does if, in two epochs in a row, `loss` is more than half below the lowest
-            `val_loss` so far; or more than 20 % below, and these epochs have not lowered it by 2 %;
-            or, without validation data, if `loss` is below a twentieth of that of the first epoch.
+            half of the epochs, the rest is split into five cycles, or fewer of at least three
+            epochs. It does if one of these holds for two epochs in a row:
+
+            - `loss` is more than half below the lowest `val_loss` so far.
+            - `loss` is more than a tenth below it, and the two epochs have lowered `val_loss` by
+              less than a third of what they have lowered `loss` by (both in percent).
+            - Without validation data: `loss` is below a twentieth of that of the first epoch.
+
             Otherwise it is still learning, and the run stays one ordinary run. Its last snapshot
-            predicts, and with it the snapshots after 60, 70, 80 and 90 % of the epochs, as many as
-            lower the validation loss; they differ little, so `epistemic` uncertainty is small (0
-            for one member). So it does if layers were trained before the first `fit`, where
-            `shrink` looks for them (not if it is 1, or `"auto"` without validation data). With
-            fewer than ten epochs there is one member. `decisions` says what was decided, and from
-            what. Defaults to `"auto"`.
+            predicts, and with it those after 90, 80, 70 and 60 % of the epochs, as many as lower
+            the validation loss by more than one standard error. They differ little, so `epistemic`
+            uncertainty is small (0 for one member). So it does if layers were trained before the
+            first `fit`, where `shrink` looks for them (not if it is 1, or `"auto"` without
+            validation data). With fewer than ten epochs there is one member. `decisions` says what
+            was decided, and from what. Defaults to `"auto"`.
         schedule: A `CosineAnnealing` instead of equal cycles. Defaults to `None`.
         lr_init: The learning rate at the start of each cycle. Defaults to `None`: the rate that
             the model was compiled with (for a schedule, its rate at step 0).
@@ -854,7 +858,7 @@ class SnapshotEnsemble:
         last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
         nats, or squared error) is within one standard error of the paired difference from the
         lowest. (Snapshots that were taken before the rate had reached its floor are added only
-        where the loss is lowest.) `fit` calls it with its validation data. Only sums are kept of
+        where that lowers the loss by more than one standard error.) `fit` calls it with its validation data. Only sums are kept of
         each batch; arrays go through in batches whose outputs, of all members, take up to 64 MiB
         (or `memory_limit` if members exceed that and so run one after another).
 

@@ -1,7 +1,7 @@
 """How the score of the mean depends on the number of members, added from either end."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,44 +69,59 @@ def means_of_first(values: np.ndarray) -> np.ndarray:
 def good_counts(parts: np.ndarray) -> list[int]:
     """The numbers of members whose loss is within one standard error of the lowest.
 
-    The standard error is that of the paired difference between the rows' losses.
+    Args:
+        parts: `(members, rows)`: each row's share of the loss of the mean of 1, 2, … members.
     """
-    best = int(np.argmin(parts.sum(axis=1)))
-    counts = []
-    for k, part in enumerate(parts):
-        difference = part - parts[best]
-        rows = len(difference)
-        error = math.sqrt(rows) * np.std(difference, ddof=1) if rows > 1 else 0.0
-        if k == best or (rows > 1 and difference.sum() <= error):
-            counts.append(k + 1)
-    return counts
+    sums, errors = parts.sum(axis=1), paired_errors(parts)
+    best = int(np.argmin(sums))
+    return [int(k) + 1 for k in np.flatnonzero(sums - sums[best] <= errors[best])]
+
+
+def paired_errors(parts: np.ndarray) -> np.ndarray:
+    """The standard error of each difference of two losses, from those of the same rows.
+
+    Args:
+        parts: As for `good_counts`.
+
+    Returns:
+        `(members, members)`; 0 for a single row.
+    """
+    rows = parts.shape[1]
+    if rows < 2:
+        return np.zeros((len(parts),) * 2)
+    spreads = [np.std(parts - part, axis=1, ddof=1) for part in parts]
+    return math.sqrt(rows) * np.asarray(spreads)
 
 
 def most_members(held: HeldOut, snapshots: Sequence[Snapshot]) -> int:
-    """The largest number of last members whose mean is within one standard error of the best.
-
-    See `largest` for members whose rate had not reached its floor.
-    """
-    [from_last] = curves_by_members(held, -1)
-    best = int(np.argmin(from_last.losses.sum(axis=1))) + 1
-    return largest(good_counts(from_last.losses), best, snapshots)
+    """The number of last members that predict, by some held-out data; see `chosen_count`."""
+    parts = curves_by_members(held, -1)[0].losses
+    return chosen_count(parts.sum(axis=1), paired_errors(parts), snapshots)
 
 
-def largest(good: Collection[int], best: int, snapshots: Sequence[Snapshot]) -> int:
-    """The largest good number of last members.
+def chosen_count(losses: np.ndarray, errors: np.ndarray, snapshots: Sequence[Snapshot]) -> int:
+    """The number of last members that predict.
 
-    Those whose rate had not reached its floor are worse than the members after them, and hardly
-    differ from these. They are added only where that lowers the loss.
+    The largest one within one standard error of the best. Members whose rate had not reached its
+    floor are worse than those after them, and hardly differ from these: they, and those before
+    them, are added only where that lowers the loss by more than one standard error.
 
     Args:
-        good: The numbers that are within one standard error of the best.
-        best: The number with the lowest loss.
+        losses: The losses of the means of the last 1, 2, … members.
+        errors: The standard errors of their paired differences, a square matrix.
         snapshots: The members.
     """
-    largest = best
-    for count in range(best + 1, len(snapshots) + 1):
-        if not snapshots[-count].is_annealed:
-            break
-        if count in good:
-            largest = count
-    return largest
+    annealed = [True, *(snapshot.is_annealed for snapshot in snapshots[-2::-1])]
+    end = annealed.index(False) if False in annealed else len(annealed)
+    chosen = _most_like(int(np.argmin(losses[:end])), end, losses, errors)
+    best = int(np.argmin(losses))
+    if best >= end and losses[chosen] - losses[best] > errors[best, chosen]:
+        end = next((k for k in range(best + 1, len(annealed)) if not annealed[k]), len(annealed))
+        chosen = _most_like(best, end, losses, errors)
+    return chosen + 1
+
+
+def _most_like(best: int, end: int, losses: np.ndarray, errors: np.ndarray) -> int:
+    """The last index before `end` whose loss is within one standard error of that of `best`."""
+    alike = (k for k in range(best, end) if losses[k] - losses[best] <= errors[best, k])
+    return max(alike, default=best)  # None if losses are not numbers.

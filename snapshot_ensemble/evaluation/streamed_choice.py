@@ -21,7 +21,11 @@ from snapshot_ensemble.evaluation.gathering import (
     stack_members,
 )
 from snapshot_ensemble.evaluation.held_out import HeldOut
-from snapshot_ensemble.evaluation.member_counts import combined_first, largest, most_members
+from snapshot_ensemble.evaluation.member_counts import (
+    chosen_count,
+    combined_first,
+    most_members,
+)
 from snapshot_ensemble.evaluation.targets import as_numbers, is_structure, of_slice
 from snapshot_ensemble.inference.batch_size import KERAS, are_arrays, batch_size_for
 from snapshot_ensemble.inference.graphs import Combiner
@@ -77,10 +81,7 @@ class LossMoments:
             self._shares = held.loss_weights
 
     def most(self) -> int:
-        """The largest number of last members within one standard error of the best.
-
-        See `largest` for members whose rate had not reached its floor.
-        """
+        """The number of last members that predict; see `chosen_count`."""
         if self.error is not None:
             raise self.error
         if not np.all(self._totals):
@@ -93,16 +94,12 @@ class LossMoments:
         sums = shares @ self._sums.reshape(outputs, -1)
         products = self._products.reshape(outputs, len(sums), outputs, len(sums))
         products = np.einsum("i,ikjl,j->kl", shares, products, shares)
-        best = int(np.argmin(sums))
-        differences = sums - sums[best]
-        squares = np.diag(products) - 2 * products[best] + products[best, best]
-        squares -= np.square(differences) / rows
+        own = np.diag(products)
+        squares = own[:, None] - 2 * products + own
+        squares -= np.square(sums[:, None] - sums) / rows
         errors = np.sqrt(np.maximum(squares, 0) * rows / max(rows - 1, 1))
         rounding = 1e-12 * abs(float(shares @ self._of_all))
-        good = (differences <= errors + rounding) & (rows > 1)
-        good[best] = True
-        counts = {int(count) + 1 for count in np.flatnonzero(good)}
-        return largest(counts, best + 1, self._pool.view.snapshots)
+        return chosen_count(sums, errors + rounding, self._pool.view.snapshots)
 
 
 def losses_of_rows(held: HeldOut) -> np.ndarray:

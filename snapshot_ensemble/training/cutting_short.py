@@ -17,9 +17,10 @@ from snapshot_ensemble.training.loss_ratios import Scale, plain
 # A network has begun to memorise if its training loss is further than this below the lowest
 # validation loss so far, as a fraction of that, ...
 MIN_GAP = 0.5
-# ... or if it is further than this below, and the validation loss has fallen by less than this in
-# the last epochs. (A slow network falls behind on validation data while it is still learning.)
-MIN_STALLED_GAP, MIN_FALL = 0.2, 0.02
+# ... or if it is further than this below, and the last epochs have lowered the validation loss by
+# less than this share of what they have lowered the training loss by, both relative to what they
+# were. (A slow network falls behind on validation data while it is still learning.)
+MIN_LAGGING_GAP, MIN_SHARE = 0.1, 1 / 3
 # Without validation data: if its training loss is below this fraction of that of its first epoch.
 MAX_LEFT = 0.05
 # In so many epochs in a row: the rate is still high, so single epochs are noisy.
@@ -42,7 +43,7 @@ def decide(
     lowest = list(itertools.accumulate(known, min)) or [math.inf] * len(losses)
     first_loss = losses[0] if losses and _is_known(losses[0]) else None
     recent = list(zip(losses, lowest, strict=True))[-EPOCHS:]
-    gap = MIN_STALLED_GAP if _has_stalled(known, scale) else MIN_GAP
+    gap = MIN_LAGGING_GAP if _is_lagging(losses, known, scale) else MIN_GAP
     memorised = [_has_memorised(first_loss, *losses, scale, gap) for losses in recent]
     loss, val_loss = (
         value if _is_known(value) else None for value in (recent or [(None,) * 2])[-1]
@@ -66,12 +67,20 @@ def described(decision: Decision) -> str:
     return f"It is still learning: one cosine to the end ({why})"
 
 
-def _has_stalled(val_losses: list[float], scale: Scale) -> bool:
-    """Whether the last epochs have not lowered the validation loss by much."""
-    before = min(map(scale, val_losses[:-EPOCHS]), default=math.inf)
-    recent = min(map(scale, val_losses[-EPOCHS:]), default=math.inf)
-    are_known = math.isfinite(before) and math.isfinite(recent)
-    return are_known and before - recent < MIN_FALL * abs(before)
+def _is_lagging(losses: list[Any], val_losses: list[float], scale: Scale) -> bool:
+    """Whether the last epochs have taught little that holds for the validation data."""
+    before, recent = (
+        min(map(scale, part), default=math.inf)
+        for part in (val_losses[:-EPOCHS], val_losses[-EPOCHS:])
+    )
+    ends = losses[-EPOCHS - 1 :: EPOCHS]
+    if len(ends) < 2 or not all(map(_is_known, [*ends, before, recent])):
+        return False
+    return _fall(before, min(before, recent)) < MIN_SHARE * _fall(*map(scale, ends))
+
+
+def _fall(before: float, after: float) -> float:
+    return (before - after) / abs(before) if before else 0.0
 
 
 def _has_memorised(
