@@ -34,10 +34,11 @@ from snapshot_ensemble.inference.member_pool import (
     PredictArguments,
 )
 from snapshot_ensemble.inference.merging import Merger, check_sources
-from snapshot_ensemble.inference.model_checks import check_built, check_model
+from snapshot_ensemble.inference.model_checks import check_built, check_learned, check_model
 from snapshot_ensemble.keras_compat.random_seed import generators_restored
 from snapshot_ensemble.schedules import (
     CosineAnnealing,
+    arguments_of,
     as_schedule,
     plan_of_fit,
     settings_of,
@@ -858,9 +859,10 @@ class SnapshotEnsemble:
         last 1, 2, … members and takes the largest number whose loss (negative log-likelihood in
         nats, or squared error) is within one standard error of the paired difference from the
         lowest. (Snapshots that were taken before the rate had reached its floor are added only
-        where that lowers the loss by more than one standard error.) `fit` calls it with its validation data. Only sums are kept of
-        each batch; arrays go through in batches whose outputs, of all members, take up to 64 MiB
-        (or `memory_limit` if members exceed that and so run one after another).
+        where that lowers the loss by more than one standard error.) `fit` calls it with its
+        validation data. Only sums are kept of each batch; arrays go through in batches whose
+        outputs, of all members, take up to 64 MiB (or `memory_limit` if members exceed that and so
+        run one after another).
 
         Example:
 
@@ -1520,9 +1522,8 @@ class SnapshotEnsemble:
         check_model(loaded)
         check_built(loaded)
         with store.settings_checked() as settings:
-            schedule = settings.pop("schedule")
-            settings["schedule"] = None if schedule is None else CosineAnnealing(**schedule)
-            ensemble = cls(loaded, directory=directory, **settings)
+            ensemble = cls(loaded, directory=directory, **arguments_of(settings))
+            check_learned(loaded, store.record.learned)
         store.leave_out_damaged(loaded, skip_damaged)
         ensemble._use(store, MemberPool(loaded, ensemble.task, store, ensemble.memory_limit))
         ensemble._next_run = store.record.progress.done.runs

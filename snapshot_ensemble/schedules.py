@@ -1,6 +1,7 @@
 """Splits a budget of epochs into cycles."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -323,3 +324,9 @@ def settings_of(schedule: Schedule) -> dict[str, Any]:
     if not isinstance(schedule, CosineAnnealing):
         return {"schedule": None, **schedule.get_config()}
     return {"schedule": schedule.get_config()}
+
+
+def arguments_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `SnapshotEnsemble`, with the schedule that `settings_of` has described."""
+    schedule = settings["schedule"]
+    return {**settings, "schedule": None if schedule is None else CosineAnnealing(**schedule)}

@@ -4,6 +4,9 @@ from typing import Any
 
 import keras
 
+from snapshot_ensemble.inference.output_specs import known_outputs
+from snapshot_ensemble.storage.record import Learned
+
 
 def check_model(model: Any) -> None:
     """Raises an error unless `model` is a compiled Keras model."""
@@ -28,3 +31,9 @@ def check_built(model: keras.Model) -> None:
             "`model` must be built, so that it has weights to load. "
             f"Received: model={model.name!r}, not built. Call it on a batch first."
         )
+
+
+def check_learned(model: keras.Model, learned: Learned) -> None:
+    """Raises an error if what was learned is for another number of outputs than the model's."""
+    if (outputs := known_outputs(model)) is not None:
+        learned.check_outputs(len(keras.tree.flatten(outputs)))

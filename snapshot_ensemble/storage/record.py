@@ -167,6 +167,20 @@ class Learned:
             if learned is not None:
                 learned.check_for(count)
 
+    def check_outputs(self, count: int) -> None:
+        """Raises `ValueError` unless it fits a model with this number of flat outputs."""
+        lists = {
+            "early_exit": None if self.early_exit is None else self.early_exit.scales,
+            "conformal": None if self.conformal is None else self.conformal.rules,
+            "spreads": self.spreads,
+        }
+        for name, values in lists.items():
+            if values is not None and len(values) != count:
+                raise ValueError(
+                    f"`{name}` is not for the outputs of this model. Received: {len(values)} "
+                    f"outputs instead of {count}"
+                )
+
 
 @dataclasses.dataclass
 class Counts:

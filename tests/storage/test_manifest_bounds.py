@@ -40,6 +40,8 @@ def name_another_file(manifest, ensemble):
     manifest["model"]["name"] = "thesis.txt"
 
 
+EXIT = {"order": [0], "temperatures": [], "thresholds": [], "scales": [1.0, 0.0]}
+SETS = {"confidence_level": 0.9, "combine": "mean", "members": [0], "rules": []}
 CHANGES = {
     "a history of other lengths": (
         lambda m, e: e["history"]["loss"].append(0.5),
@@ -114,6 +116,18 @@ CHANGES = {
     "a temperature that is not a number": (
         lambda m, e: e.update(temperature="nan"),
         "`temperature` must be above 0",
+    ),
+    "spreads of two outputs": (
+        lambda m, e: e.update(spreads=[None, None]),
+        "`spreads` is not for the outputs of this model. Received: 2 outputs instead of 1",
+    ),
+    "early exit of two outputs": (
+        lambda m, e: e.update(early_exit=EXIT),
+        "`early_exit` is not for the outputs of this model. Received: 2 outputs instead of 1",
+    ),
+    "sets of no output": (
+        lambda m, e: e.update(conformal=SETS),
+        "`conformal` is not for the outputs of this model. Received: 0 outputs instead of 1",
     ),
     "settings of a huge schedule": (
         lambda m, e: e["settings"].update(schedule={"cycle_length": 10**400}),
