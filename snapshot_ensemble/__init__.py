@@ -22,4 +22,4 @@ __all__ = [
     "SnapshotError",
     "VisualizeLR",
 ]
-__version__ = "2.0.0.dev0"
+__version__ = "2.0.0"
