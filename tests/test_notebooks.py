@@ -37,7 +37,10 @@ NAMES = [
 SHORTER = {
     "calibration_and_weights": ("EPOCHS, BATCH, PEAK = 20,", "EPOCHS, BATCH, PEAK = 5,"),
     "image_classification": ("epochs=75,", "epochs=10,"),
+    "quickstart": ("epochs=40,", "epochs=10,"),
     "regression_uncertainty": ("for seed in (1, 2, 3)]", "for seed in (1,)]"),
+    "transfer_learning": ("epochs=150,", "epochs=20,"),
+    "tuners_and_trackers": ("EPOCHS, BATCH = 20,", "EPOCHS, BATCH = 6,"),
 }
 
 
